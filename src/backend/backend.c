@@ -1,0 +1,69 @@
+#include "backend/device.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+static mt_err host_alloc(struct mt_backend *be, size_t size_bytes, void **out) {
+  (void)be;
+  *out = NULL;
+  if (size_bytes && posix_memalign(out, 256, size_bytes)) {
+    return mt_fail(MT_ENOMEM, "cannot allocate %zu bytes of host memory", size_bytes);
+  }
+  return MT_OK;
+}
+
+static void host_free(struct mt_backend *be, void *p, size_t size_bytes) {
+  (void)be;
+  (void)size_bytes;
+  free(p);
+}
+
+static mt_err host_copy(struct mt_backend *be, void *dst, const void *src, size_t size_bytes) {
+  (void)be;
+  if (size_bytes) memcpy(dst, src, size_bytes);
+  return MT_OK;
+}
+
+static mt_err host_zero(struct mt_backend *be, void *p, size_t size_bytes) {
+  (void)be;
+  if (size_bytes) memset(p, 0, size_bytes);
+  return MT_OK;
+}
+
+static mt_err host_sync(struct mt_backend *be) {
+  (void)be;
+  return MT_OK;
+}
+
+void mt_backend_use_host_memory(struct mt_backend *be) {
+  be->mem_alloc = host_alloc;
+  be->mem_free = host_free;
+  be->upload = host_copy;
+  be->download = host_copy;
+  be->zero = host_zero;
+  be->sync = host_sync;
+}
+
+void mt_backend_destroy(struct mt_backend *be) {
+  if (be->destroy) be->destroy(be);
+  *be = (struct mt_backend){0};
+}
+
+const char *mt_op_name(int i) {
+  static const char *const names[] = {
+#define X(op) #op,
+      MT_OP_LIST(X)
+#undef X
+  };
+  return i >= 0 && i < (int)(sizeof names / sizeof *names) ? names[i] : NULL;
+}
+
+mt_err mt_backend_check(const struct mt_backend *be) {
+#define X(op)                                                                                      \
+  if (!be->ops.op) {                                                                               \
+    return mt_fail(MT_EUNSUPPORTED, "backend '%s' has no operation '%s'", be->name, #op);          \
+  }
+  MT_OP_LIST(X)
+#undef X
+  return MT_OK;
+}

@@ -1,0 +1,24 @@
+/* One packed row of samples: what the collator makes and the model consumes. Host memory. */
+#ifndef MT_BACKEND_BATCH_H
+#define MT_BACKEND_BATCH_H
+
+#include <stdint.h>
+
+enum { MT_IGNORE = -100 }; /* label of a position that is no target */
+
+struct mt_batch {
+  int token_count;     /* T: filled length, padded to the recipe's multiple */
+  int valid_count;     /* tokens that are real; the rest is padding at the end */
+  int sequence_count;  /* packed samples */
+  int target_count;    /* labels that are not MT_IGNORE */
+  int32_t *ids;        /* [T]; padding: 0 */
+  int32_t *positions;  /* [T], from 0 in each sample; padding: 0 */
+  int32_t *labels;     /* [T]: the NEXT token of the same sample, or MT_IGNORE (a sample's last
+                          position always; padding too): already shifted */
+  int32_t *cu_seqlens; /* [sequence_count+1], 0 .. valid_count */
+  int64_t *lines;      /* [sequence_count]: where each sample came from (1-based line of the data
+                          file), for messages */
+  int token_capacity, sequence_capacity; /* what the arrays hold */
+};
+
+#endif

@@ -1,0 +1,48 @@
+/* A backend: a device's memory and its table of operations. One process may hold several (tests
+ * compare them). */
+#ifndef MT_BACKEND_DEVICE_H
+#define MT_BACKEND_DEVICE_H
+
+#include "backend/ops.h"
+
+/* What a backend must know to say how much workspace its operations need. */
+struct mt_limits {
+  int64_t tokens; /* T at most */
+  int64_t rows;   /* R at most */
+  int64_t hidden, ffn, experts, top_k, vocab;
+  int64_t heads, kv_heads, head_dim;
+  enum mt_dtype act;
+};
+
+struct mt_backend {
+  const char *name; /* "ref", "cpu", "cuda" */
+  struct mt_ops ops;
+  int thread_count; /* host threads that operations may use */
+  void *workspace;  /* set by the owner to workspace_bytes(limits), aligned to 256 */
+  size_t workspace_size_bytes;
+  void *impl; /* the backend's own state, or NULL */
+
+  /* Bytes that the operations need at most within the limits; a pure function. */
+  size_t (*workspace_bytes)(const struct mt_backend *be, const struct mt_limits *limits);
+  mt_err (*mem_alloc)(struct mt_backend *be, size_t size_bytes, void **out);
+  void (*mem_free)(struct mt_backend *be, void *p, size_t size_bytes);
+  /* Host to device, device to host; download waits for the stream. */
+  mt_err (*upload)(struct mt_backend *be, void *dst, const void *src, size_t size_bytes);
+  mt_err (*download)(struct mt_backend *be, void *dst, const void *src, size_t size_bytes);
+  mt_err (*zero)(struct mt_backend *be, void *p, size_t size_bytes);
+  mt_err (*sync)(struct mt_backend *be);
+  void (*destroy)(struct mt_backend *be);
+};
+
+/* Frees what create took; safe on a zeroed struct. */
+void mt_backend_destroy(struct mt_backend *be);
+
+/* Name of operation i of MT_OP_LIST, NULL past the end; and a check that all are there:
+ * MT_EUNSUPPORTED naming the first that is missing. */
+const char *mt_op_name(int i);
+mt_err mt_backend_check(const struct mt_backend *be);
+
+/* The four memory functions for backends whose memory is the host's. */
+void mt_backend_use_host_memory(struct mt_backend *be);
+
+#endif

@@ -1,0 +1,47 @@
+/* A bump allocator for memory of one lifetime (parameters, gradients, optimizer, activations).
+ *
+ * Planning is the same code on an arena without memory: mt_arena_plan() makes one whose
+ * allocations return NULL but are counted, so what `moetune inspect --train` prints is what a run
+ * reserves, to the byte. A real arena is then made with exactly the planned peak. */
+#ifndef MT_BASE_ARENA_H
+#define MT_BASE_ARENA_H
+
+#include <stdbool.h>
+#include <stddef.h>
+
+#include "base/error.h"
+
+enum { MT_ARENA_ALIGN = 256 }; /* cache lines, AVX-512 loads, TMA's 128 B, quantization blocks */
+
+struct mt_arena {
+  const char *name; /* static string, for messages */
+  char *base;       /* NULL when planning */
+  size_t capacity_bytes;
+  size_t used_bytes;
+  size_t peak_bytes;
+  bool planning;
+};
+
+/* An arena without memory that only counts. */
+void mt_arena_plan(struct mt_arena *a, const char *name);
+
+/* Host memory of capacity_bytes, page aligned, not zeroed by us (fresh pages read as zero).
+ * capacity_bytes may be 0. Errors: MT_ENOMEM. */
+mt_err mt_arena_create(struct mt_arena *a, const char *name, size_t capacity_bytes);
+
+/* Adopts memory owned by somebody else (device memory): destroy then frees nothing. */
+void mt_arena_adopt(struct mt_arena *a, const char *name, void *base, size_t capacity_bytes);
+
+/* Frees the memory; safe on a zeroed struct and twice. */
+void mt_arena_destroy(struct mt_arena *a);
+
+/* Takes size_bytes rounded up to MT_ARENA_ALIGN; *out (=) is aligned to it, or NULL when planning.
+ * Contents are undefined. Errors: MT_ENOMEM naming the arena (also on overflow of size_t). */
+mt_err mt_arena_alloc(struct mt_arena *a, size_t size_bytes, void **out);
+
+/* Stack discipline for scratch: everything taken after mark is given back by reset; the peak
+ * remains. */
+size_t mt_arena_mark(const struct mt_arena *a);
+void mt_arena_reset(struct mt_arena *a, size_t mark);
+
+#endif

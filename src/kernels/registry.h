@@ -1,0 +1,17 @@
+/* Backends by name. */
+#ifndef MT_KERNELS_REGISTRY_H
+#define MT_KERNELS_REGISTRY_H
+
+#include "backend/device.h"
+
+/* name: "cpu" or "ref". thread_count as mt_backend_cpu_create.
+ * Errors: MT_EUNSUPPORTED naming the backends there are. */
+mt_err mt_backend_create(struct mt_backend *be, const char *name, int thread_count);
+
+/* The float64 specification: plain loops, one thread, any of F32, BF16, F64 as act. */
+mt_err mt_backend_ref_create(struct mt_backend *be);
+
+/* float32 arithmetic on thread_count threads (0: all cores); act F32 or BF16. */
+mt_err mt_backend_cpu_create(struct mt_backend *be, int thread_count);
+
+#endif
