@@ -1,21 +1,26 @@
 #include "backend/device.h"
 
-#include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 
 static mt_err host_alloc(struct mt_backend *be, size_t size_bytes, void **out) {
   (void)be;
   *out = NULL;
-  if (size_bytes && posix_memalign(out, 256, size_bytes)) {
-    return mt_fail(MT_ENOMEM, "cannot allocate %zu bytes of host memory", size_bytes);
+  if (size_bytes == 0) return MT_OK;
+  /* mmap rather than malloc: pages are resident only once touched, and huge pages can be asked
+   * for (they are worth several percent of a product's time). */
+  void *p = mmap(NULL, size_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (p == MAP_FAILED) {
+    return mt_fail(MT_ENOMEM, "cannot reserve %zu bytes of host memory", size_bytes);
   }
+  (void)madvise(p, size_bytes, MADV_HUGEPAGE);
+  *out = p;
   return MT_OK;
 }
 
 static void host_free(struct mt_backend *be, void *p, size_t size_bytes) {
   (void)be;
-  (void)size_bytes;
-  free(p);
+  if (p) munmap(p, size_bytes);
 }
 
 static mt_err host_copy(struct mt_backend *be, void *dst, const void *src, size_t size_bytes) {

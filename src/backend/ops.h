@@ -25,6 +25,9 @@
 
 struct mt_backend;
 
+/* What router operations hold per token on their stack. */
+enum { MT_OPS_MAX_EXPERTS = 512, MT_OPS_MAX_TOP_K = 16 };
+
 /* X(name): struct mt_<name>_args, mt_err name(be, args). One list makes the struct of functions,
  * the names and what the tests enumerate. */
 #define MT_OP_LIST(X)                                                                              \

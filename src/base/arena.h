@@ -2,7 +2,7 @@
  *
  * Planning is the same code on an arena without memory: mt_arena_plan() makes one whose
  * allocations return NULL but are counted, so what `moetune inspect --train` prints is what a run
- * reserves, to the byte. A real arena is then made with exactly the planned peak. */
+ * reserves, to the byte. A real arena is then given exactly the planned peak. */
 #ifndef MT_BASE_ARENA_H
 #define MT_BASE_ARENA_H
 
@@ -25,15 +25,9 @@ struct mt_arena {
 /* An arena without memory that only counts. */
 void mt_arena_plan(struct mt_arena *a, const char *name);
 
-/* Host memory of capacity_bytes, page aligned, not zeroed by us (fresh pages read as zero).
- * capacity_bytes may be 0. Errors: MT_ENOMEM. */
-mt_err mt_arena_create(struct mt_arena *a, const char *name, size_t capacity_bytes);
-
-/* Adopts memory owned by somebody else (device memory): destroy then frees nothing. */
+/* An arena over memory that somebody else owns (a backend's: host or device), aligned to
+ * MT_ARENA_ALIGN. base may be NULL when capacity_bytes is 0. */
 void mt_arena_adopt(struct mt_arena *a, const char *name, void *base, size_t capacity_bytes);
-
-/* Frees the memory; safe on a zeroed struct and twice. */
-void mt_arena_destroy(struct mt_arena *a);
 
 /* Takes size_bytes rounded up to MT_ARENA_ALIGN; *out (=) is aligned to it, or NULL when planning.
  * Contents are undefined. Errors: MT_ENOMEM naming the arena (also on overflow of size_t). */

@@ -5,9 +5,9 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-#include "base/error.h"
+#include "backend/ops.h"
 
-enum { MT_MAX_LAYERS = 256, MT_MAX_EXPERTS = 512, MT_MAX_TOP_K = 16 };
+enum { MT_MAX_LAYERS = 256, MT_MAX_EXPERTS = MT_OPS_MAX_EXPERTS, MT_MAX_TOP_K = MT_OPS_MAX_TOP_K };
 
 enum mt_mlp_kind { MT_MLP_MOE }; /* dense and shared-expert layers are further kinds */
 

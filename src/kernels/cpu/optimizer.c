@@ -1,0 +1,102 @@
+/* Norm of all gradients and AdamW: bound by memory, one pass each. */
+#include <omp.h>
+
+#include "kernels/cpu/cpu.h"
+
+/* Elements of one task; sums are made per block, so they do not depend on the threads. */
+enum { BLOCK = 1 << 16 };
+
+static int64_t blocks_of(int64_t n) {
+  return (n + BLOCK - 1) / BLOCK;
+}
+
+mt_err mt_cpu_sumsq(struct mt_backend *be, const struct mt_sumsq_args *a) {
+  MT_TRY(mt_check_sumsq(a));
+  size_t room;
+  double *partial = (double *)mt_cpu_shared_scratch(be, &room);
+  double total = 0;
+  for (int i = 0; i < a->tensor_count; i++) {
+    const float *x = a->tensors[i].data;
+    int64_t n = mt_count(&a->tensors[i]);
+    MT_TRY(mt_cpu_format("sumsq", &a->tensors[i]));
+    /* Rounds of as many blocks as the workspace holds sums for. */
+    for (int64_t first = 0; first < blocks_of(n);) {
+      int64_t count = blocks_of(n) - first, most = (int64_t)(room / 2);
+      if (count > most) count = most;
+#pragma omp parallel for num_threads(be->thread_count) schedule(static)
+      for (int64_t b = 0; b < count; b++) {
+        int64_t begin = (first + b) * BLOCK, end = begin + BLOCK < n ? begin + BLOCK : n;
+        double sum = 0;
+        for (int64_t j = begin; j < end; j += 1024) {
+          /* 1024 squares in float32 lanes keep 1e-7; the blocks of them add in double. */
+          int64_t stop = j + 1024 < end ? j + 1024 : end;
+          float s = 0;
+#pragma omp simd reduction(+ : s)
+          for (int64_t k = j; k < stop; k++) s += x[k] * x[k];
+          sum += (double)s;
+        }
+        partial[b] = sum;
+      }
+      for (int64_t b = 0; b < count; b++) total += partial[b];
+      first += count;
+    }
+  }
+  *a->out = total;
+  return MT_OK;
+}
+
+struct update {
+  float scale, beta1, beta2, step_size, root_c2, eps, keep;
+};
+
+static void update_block(const struct mt_adamw_segment *s, int64_t begin, int64_t end,
+                         struct update u) {
+  float *restrict w = (float *)s->master.data, *restrict m = (float *)s->m.data,
+                  *restrict v = (float *)s->v.data;
+  const float *restrict g = (const float *)s->grad.data;
+#pragma omp simd
+  for (int64_t i = begin; i < end; i++) {
+    float gi = g[i] * u.scale;
+    float mi = u.beta1 * m[i] + (1.0f - u.beta1) * gi;
+    float vi = u.beta2 * v[i] + (1.0f - u.beta2) * gi * gi;
+    m[i] = mi;
+    v[i] = vi;
+    w[i] = w[i] * u.keep - u.step_size * mi / (sqrtf(vi) * u.root_c2 + u.eps);
+  }
+  if (!s->compute.data) return;
+  uint16_t *h = s->compute.data;
+  for (int64_t i = begin; i < end; i++) h[i] = mt_f32_to_bf16(w[i]);
+}
+
+mt_err mt_cpu_adamw(struct mt_backend *be, const struct mt_adamw_args *a) {
+  MT_TRY(mt_check_adamw(a));
+  double scale = 1;
+  if (a->clip > 0 && a->grad_sumsq) scale = fmin(1.0, a->clip / (sqrt(*a->grad_sumsq) + 1e-6));
+  for (int i = 0; i < a->segment_count; i++) {
+    const struct mt_adamw_segment *s = &a->segments[i];
+    MT_TRY(mt_cpu_format("adamw", &s->master));
+    if (s->compute.data && s->compute.dtype != MT_BF16) {
+      return mt_fail(MT_EUNSUPPORTED, "adamw: a rounded copy in %s",
+                     mt_dtype_name(s->compute.dtype));
+    }
+  }
+  struct update u = {.scale = (float)scale,
+                     .beta1 = (float)a->beta1,
+                     .beta2 = (float)a->beta2,
+                     .step_size = (float)(a->lr / (1 - pow(a->beta1, (double)a->step))),
+                     .root_c2 = (float)(1 / sqrt(1 - pow(a->beta2, (double)a->step))),
+                     .eps = (float)a->eps};
+#pragma omp parallel num_threads(be->thread_count)
+  for (int i = 0; i < a->segment_count; i++) {
+    const struct mt_adamw_segment *s = &a->segments[i];
+    int64_t n = s->master.dim[0];
+    struct update mine = u;
+    mine.keep = s->decay ? (float)(1 - a->lr * a->weight_decay) : 1.0f;
+#pragma omp for schedule(static) nowait
+    for (int64_t b = 0; b < blocks_of(n); b++) {
+      int64_t begin = b * BLOCK, end = begin + BLOCK < n ? begin + BLOCK : n;
+      update_block(s, begin, end, mine);
+    }
+  }
+  return MT_OK;
+}

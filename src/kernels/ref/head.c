@@ -1,0 +1,94 @@
+/* Head with cross entropy, gradient norm, AdamW. */
+#include <math.h>
+#include <stdlib.h>
+
+#include "kernels/ref/ref.h"
+
+/* One row: logits (=) scratch [V]; returns the log of the softmax's denominator. */
+static double row_logits(const struct mt_head_loss_args *a, int64_t t, double *logits,
+                         int64_t *best) {
+  int64_t v = a->w.dim[0];
+  *best = 0;
+  for (int64_t i = 0; i < v; i++) {
+    logits[i] = 0;
+    for (int64_t n = 0; n < a->w.dim[1]; n++) {
+      logits[i] += ref_get(&a->x, t, n) * ref_get(&a->w, i, n);
+    }
+    if (logits[i] > logits[*best]) *best = i;
+  }
+  double sum = 0;
+  for (int64_t i = 0; i < v; i++) sum += exp(logits[i] - logits[*best]);
+  return logits[*best] + log(sum);
+}
+
+mt_err mt_ref_head_loss(struct mt_backend *be, const struct mt_head_loss_args *a) {
+  (void)be;
+  MT_TRY(mt_check_head_loss(a));
+  int64_t rows = a->x.dim[0], h = a->x.dim[1], v = a->w.dim[0];
+  double *logits = malloc((size_t)v * sizeof *logits);
+  if (!logits) return mt_fail(MT_ENOMEM, "head_loss: %lld logits", (long long)v);
+  for (int64_t i = 0; a->dw.data && !a->accumulate && i < v; i++) {
+    for (int64_t n = 0; n < h; n++) ref_set(&a->dw, i, n, 0);
+  }
+  for (int64_t t = 0; t < rows; t++) {
+    int32_t label = a->labels[t];
+    for (int64_t n = 0; a->dx.data && n < h; n++) ref_set(&a->dx, t, n, 0);
+    ref_put(&a->loss, t, 0);
+    if (a->correct) a->correct[t] = 0;
+    if (label < 0) continue;
+    int64_t best;
+    double lse = row_logits(a, t, logits, &best);
+    ref_put(&a->loss, t, lse - logits[label]);
+    if (a->correct) a->correct[t] = best == label;
+    for (int64_t i = 0; i < v; i++) {
+      logits[i] = (double)a->loss_scale * (exp(logits[i] - lse) - (i == label));
+    }
+    for (int64_t n = 0; a->dx.data && n < h; n++) {
+      double sum = 0;
+      for (int64_t i = 0; i < v; i++) sum += logits[i] * ref_get(&a->w, i, n);
+      ref_set(&a->dx, t, n, sum);
+    }
+    for (int64_t i = 0; a->dw.data && i < v; i++) {
+      for (int64_t n = 0; n < h; n++) ref_acc(&a->dw, i, n, logits[i] * ref_get(&a->x, t, n), 1);
+    }
+  }
+  free(logits);
+  return MT_OK;
+}
+
+mt_err mt_ref_sumsq(struct mt_backend *be, const struct mt_sumsq_args *a) {
+  (void)be;
+  MT_TRY(mt_check_sumsq(a));
+  double sum = 0;
+  for (int i = 0; i < a->tensor_count; i++) {
+    for (int64_t n = 0; n < mt_count(&a->tensors[i]); n++) {
+      double x = ref_at(&a->tensors[i], n);
+      sum += x * x;
+    }
+  }
+  *a->out = sum;
+  return MT_OK;
+}
+
+mt_err mt_ref_adamw(struct mt_backend *be, const struct mt_adamw_args *a) {
+  (void)be;
+  MT_TRY(mt_check_adamw(a));
+  double scale = 1, c1 = 1 - pow(a->beta1, (double)a->step),
+         c2 = 1 - pow(a->beta2, (double)a->step);
+  if (a->clip > 0 && a->grad_sumsq) scale = fmin(1.0, a->clip / (sqrt(*a->grad_sumsq) + 1e-6));
+  for (int i = 0; i < a->segment_count; i++) {
+    const struct mt_adamw_segment *s = &a->segments[i];
+    for (int64_t n = 0; n < s->master.dim[0]; n++) {
+      double g = scale * ref_at(&s->grad, n), w = ref_at(&s->master, n);
+      double m = a->beta1 * ref_at(&s->m, n) + (1 - a->beta1) * g;
+      double v = a->beta2 * ref_at(&s->v, n) + (1 - a->beta2) * g * g;
+      if (s->decay) w *= 1 - a->lr * a->weight_decay;
+      w -= a->lr / c1 * m / (sqrt(v) / sqrt(c2) + a->eps);
+      ref_put(&s->m, n, m);
+      ref_put(&s->v, n, v);
+      ref_put(&s->master, n, w);
+      if (s->compute.data) ref_put(&s->compute, n, ref_at(&s->master, n));
+    }
+  }
+  return MT_OK;
+}

@@ -1,0 +1,71 @@
+/* What one micro-batch keeps in memory between forward and backward, and the scratch both share.
+ * Laid out once, at the largest token count, in one arena: buffers never move, so nothing allocates
+ * after the first step and the plan is exact. */
+#ifndef MT_MODEL_ACTS_H
+#define MT_MODEL_ACTS_H
+
+#include "backend/batch.h"
+#include "base/arena.h"
+#include "model/config.h"
+#include "model/exchange.h"
+#include "quant/recipe.h"
+
+enum { MT_LOGIT_ROWS = 8 };
+
+struct mt_layer_acts {
+  struct mt_tensor s1;    /* act [T,H] residual stream at the attention's norm */
+  struct mt_tensor xn1;   /* act [T,H] normalised */
+  struct mt_tensor rstd1; /* stat [T] */
+  struct mt_tensor qkv;   /* act [T,G*(r+2)*D] after rope */
+  struct mt_tensor att;   /* act [T,G*r*D] */
+  struct mt_tensor lse;   /* stat [T,G*r] */
+  struct mt_tensor s2;    /* act [T,H] residual stream at the MoE's norm */
+  struct mt_tensor xn2, rstd2;
+  struct mt_tensor logits; /* stat [T,E] */
+  struct mt_tensor prob;   /* stat [T,K] */
+  struct mt_route route;
+  struct mt_tensor xs;      /* act [R,H] dispatched tokens */
+  struct mt_tensor gate_up; /* act [R,2F]; backward leaves its gradient here */
+  struct mt_tensor ys;      /* act [R,H] expert outputs; backward leaves dys, then dxs here */
+  int32_t *load;            /* [E] */
+};
+
+struct mt_acts {
+  int64_t token_capacity, sequence_capacity;
+  bool training; /* one set of layer buffers a layer; else all layers share one */
+  int layer_count;
+  struct mt_layer_acts *layer; /* host array */
+  /* The batch on the device. */
+  int32_t *ids, *positions, *labels, *cu_seqlens, *valid_count;
+  struct mt_tensor cos, sin;                     /* stat [T,D/2] */
+  struct mt_tensor sf, xf, rstdf;                /* final norm */
+  struct mt_tensor aux_prob, aux_loss, aux_grad; /* stat [E], [1], [E] */
+  int32_t *aux_count;                            /* [E] */
+  struct mt_tensor loss;                         /* stat [T] */
+  int32_t *correct;                              /* [T] */
+  /* Scratch. */
+  struct mt_tensor branch; /* act [T,H]: output of a block on its way to the residual stream */
+  struct mt_tensor ds;     /* act [T,H]: gradient of the residual stream (training) */
+  struct mt_tensor h;      /* act [R,F]: SwiGLU's output; dh and h again in backward */
+  struct mt_tensor datt, dqkv;
+  struct mt_tensor dprob, dlogits;
+  struct mt_tensor logit_rows; /* act [few,V]: logits asked for by the host */
+  void *workspace;
+  size_t workspace_size_bytes;
+};
+
+/* What be's operations must be ready for. */
+struct mt_limits mt_acts_limits(const struct mt_config *c, const struct mt_recipe *recipe,
+                                int64_t token_capacity);
+
+/* Takes everything from the arena (which may be a planning one: then all pointers stay NULL).
+ * Errors: MT_ENOMEM. mt_acts_free releases the host array only. */
+mt_err mt_acts_layout(struct mt_acts *a, const struct mt_config *c, const struct mt_recipe *recipe,
+                      const struct mt_backend *be, int64_t token_capacity,
+                      int64_t sequence_capacity, bool training, struct mt_arena *arena);
+void mt_acts_free(struct mt_acts *a);
+
+/* Copies a batch to the device. Errors: MT_ESHAPE when it exceeds the capacities. */
+mt_err mt_acts_load(struct mt_acts *a, struct mt_backend *be, const struct mt_batch *batch);
+
+#endif

@@ -1,0 +1,136 @@
+/* Attention block: residual add, RMSNorm, fused QKV, RoPE, attention, output projection.
+ * Formulas: docs/math.md, "RMSNorm", "RoPE", "Attention". */
+#include <math.h>
+
+#include "model/layers.h"
+#include "quant/linear.h"
+
+mt_err mt_norm_forward(struct mt_model *m, struct mt_tensor stream, struct mt_tensor branch,
+                       const struct mt_param *weight, struct mt_tensor sum, struct mt_tensor y,
+                       struct mt_tensor rstd) {
+  struct mt_rmsnorm_fwd_args a = {
+      .x = sum, .weight = weight->compute, .eps = (float)m->config.rms_eps, .y = y, .rstd = rstd};
+  if (branch.data && m->options.blocks == MT_BLOCKS_FUSED) {
+    a.x = stream;
+    a.residual = branch;
+    a.sum = sum;
+  } else if (branch.data) {
+    MT_TRY(m->be->ops.add(m->be, &(struct mt_add_args){.a = stream, .b = branch, .y = sum}));
+  }
+  return m->be->ops.rmsnorm_fwd(m->be, &a);
+}
+
+mt_err mt_norm_backward(struct mt_model *m, struct mt_tensor dy, struct mt_tensor sum,
+                        struct mt_param *weight, struct mt_tensor rstd, struct mt_tensor ds,
+                        int first, int accumulate) {
+  struct mt_rmsnorm_bwd_args a = {.dy = dy,
+                                  .x = sum,
+                                  .weight = weight->compute,
+                                  .rstd = rstd,
+                                  .dx = ds,
+                                  .dweight = weight->grad,
+                                  .accumulate = accumulate};
+  if (!first) a.dresidual = ds;
+  MT_TRY(m->be->ops.rmsnorm_bwd(m->be, &a));
+  mt_grad_ready(m, weight);
+  return MT_OK;
+}
+
+/* The three projections one by one, as unfused code has them: the fused weight holds per key-value
+ * group its queries, K and V, so each projection is a set of row blocks. */
+static mt_err qkv_unfused(struct mt_model *m, struct mt_tensor x, struct mt_tensor w,
+                          struct mt_tensor qkv) {
+  const struct mt_config *c = &m->config;
+  int64_t d = c->head_dim, r = c->heads / c->kv_heads, group = (r + 2) * d;
+  const int64_t begin[3] = {0, r * d, (r + 1) * d}, width[3] = {r * d, d, d};
+  for (int part = 0; part < 3; part++) {
+    for (int64_t g = 0; g < c->kv_heads; g++) {
+      int64_t row = g * group + begin[part];
+      MT_TRY(mt_linear_forward(m->be, x, mt_rows(&w, row, width[part]),
+                               mt_cols(&qkv, row, width[part]), NULL));
+    }
+  }
+  return MT_OK;
+}
+
+static struct mt_attention_fwd_args attention_args(struct mt_model *m, struct mt_layer_acts *l,
+                                                   int layer, const struct mt_view *v) {
+  const struct mt_config *c = &m->config;
+  return (struct mt_attention_fwd_args){.qkv = mt_top(l->qkv, v->tokens),
+                                        .cu_seqlens = m->acts.cu_seqlens,
+                                        .sequence_count = v->sequences,
+                                        .kv_heads = c->kv_heads,
+                                        .q_per_kv = c->heads / c->kv_heads,
+                                        .head_dim = c->head_dim,
+                                        .window = c->layer[layer].window,
+                                        .scale = (float)(1.0 / sqrt((double)c->head_dim)),
+                                        .out = mt_top(l->att, v->tokens),
+                                        .lse = mt_top(l->lse, v->tokens)};
+}
+
+static struct mt_rope_args rope_args(struct mt_model *m, struct mt_tensor qkv, int inverse) {
+  const struct mt_config *c = &m->config;
+  return (struct mt_rope_args){.qkv = qkv,
+                               .cos = mt_top(m->acts.cos, qkv.dim[0]),
+                               .sin = mt_top(m->acts.sin, qkv.dim[0]),
+                               .kv_heads = c->kv_heads,
+                               .q_per_kv = c->heads / c->kv_heads,
+                               .head_dim = c->head_dim,
+                               .inverse = inverse};
+}
+
+mt_err mt_attention_project(struct mt_model *m, int layer, int64_t tokens) {
+  struct mt_layer_acts *l = &m->acts.layer[layer];
+  struct mt_tensor none = {0};
+  struct mt_tensor stream = layer ? mt_top(m->acts.layer[layer - 1].s2, tokens) : none;
+  struct mt_tensor branch = layer ? mt_top(m->acts.branch, tokens) : none;
+  struct mt_tensor xn = mt_top(l->xn1, tokens), qkv = mt_top(l->qkv, tokens);
+  MT_TRY(mt_norm_forward(m, stream, branch, mt_params_find(&m->params, MT_PARAM_ATTN_NORM, layer),
+                         mt_top(l->s1, tokens), xn, mt_top(l->rstd1, tokens)));
+  struct mt_tensor w = mt_params_find(&m->params, MT_PARAM_QKV, layer)->compute;
+  if (m->options.blocks == MT_BLOCKS_FUSED)
+    MT_TRY(mt_linear_forward(m->be, xn, w, qkv, NULL));
+  else
+    MT_TRY(qkv_unfused(m, xn, w, qkv));
+  struct mt_rope_args rope = rope_args(m, qkv, 0);
+  return m->be->ops.rope(m->be, &rope);
+}
+
+mt_err mt_attention_output(struct mt_model *m, int layer, int64_t tokens) {
+  return mt_linear_forward(m->be, mt_top(m->acts.layer[layer].att, tokens),
+                           mt_params_find(&m->params, MT_PARAM_ATTN_OUT, layer)->compute,
+                           mt_top(m->acts.branch, tokens), NULL);
+}
+
+mt_err mt_attention_forward(struct mt_model *m, int layer, const struct mt_view *v) {
+  MT_TRY(mt_attention_project(m, layer, v->tokens));
+  struct mt_attention_fwd_args a = attention_args(m, &m->acts.layer[layer], layer, v);
+  MT_TRY(m->be->ops.attention_fwd(m->be, &a));
+  return mt_attention_output(m, layer, v->tokens);
+}
+
+mt_err mt_attention_backward(struct mt_model *m, int layer, const struct mt_view *v) {
+  struct mt_layer_acts *l = &m->acts.layer[layer];
+  struct mt_param *out = mt_params_find(&m->params, MT_PARAM_ATTN_OUT, layer);
+  struct mt_param *proj = mt_params_find(&m->params, MT_PARAM_QKV, layer);
+  struct mt_param *norm = mt_params_find(&m->params, MT_PARAM_ATTN_NORM, layer);
+  int64_t t = v->tokens;
+  struct mt_tensor ds = mt_top(m->acts.ds, t), datt = mt_top(m->acts.datt, t),
+                   dqkv = mt_top(m->acts.dqkv, t), dxn = mt_top(m->acts.branch, t);
+
+  MT_TRY(mt_linear_wgrad(m->be, ds, mt_top(l->att, t), out->grad, NULL, v->accumulate));
+  mt_grad_ready(m, out);
+  MT_TRY(mt_linear_dgrad(m->be, ds, out->compute, datt, NULL));
+
+  struct mt_attention_bwd_args a = {
+      .fwd = attention_args(m, l, layer, v), .dout = datt, .dqkv = dqkv};
+  MT_TRY(m->be->ops.attention_bwd(m->be, &a));
+  struct mt_rope_args rope = rope_args(m, dqkv, 1);
+  MT_TRY(m->be->ops.rope(m->be, &rope));
+
+  MT_TRY(mt_linear_wgrad(m->be, dqkv, mt_top(l->xn1, t), proj->grad, NULL, v->accumulate));
+  mt_grad_ready(m, proj);
+  MT_TRY(mt_linear_dgrad(m->be, dqkv, proj->compute, dxn, NULL));
+  return mt_norm_backward(m, dxn, mt_top(l->s1, t), norm, mt_top(l->rstd1, t), ds, 0,
+                          v->accumulate);
+}

@@ -1,0 +1,42 @@
+/* Moving tokens to their experts and back: the one seam where expert parallelism enters the model.
+ * On one rank it is a permutation of local rows (mt_exchange_local); over ranks par/ supplies the
+ * all-to-all behind the same calls. A route is made once per layer and micro-batch and serves
+ * forward and backward. */
+#ifndef MT_MODEL_EXCHANGE_H
+#define MT_MODEL_EXCHANGE_H
+
+#include "backend/device.h"
+
+/* One layer's routing of one micro-batch; device memory. */
+struct mt_route {
+  int token_count, top_k;
+  int expert_count;    /* experts held here */
+  int32_t *index;      /* [T,K] expert of each choice, -1 none: the router's output */
+  int32_t *offsets;    /* [expert_count+1] rows of each local expert */
+  int32_t *row_source; /* [T*K] */
+  int32_t *token_row;  /* [T*K] */
+};
+
+struct mt_exchange {
+  /* Fills offsets, row_source, token_row from index. */
+  mt_err (*plan)(struct mt_exchange *x, struct mt_backend *be, struct mt_route *route);
+  /* xs (=) [R,H]: rows in expert order. */
+  mt_err (*dispatch)(struct mt_exchange *x, struct mt_backend *be, const struct mt_route *route,
+                     const struct mt_tensor *tokens, struct mt_tensor *xs);
+  /* dtokens (=) [T,H]: gradient of dispatch. */
+  mt_err (*dispatch_bwd)(struct mt_exchange *x, struct mt_backend *be, const struct mt_route *route,
+                         const struct mt_tensor *dxs, struct mt_tensor *dtokens);
+  /* y (=) [T,H]: expert outputs weighted by prob [T,K]. */
+  mt_err (*combine)(struct mt_exchange *x, struct mt_backend *be, const struct mt_route *route,
+                    const struct mt_tensor *ys, const struct mt_tensor *prob, struct mt_tensor *y);
+  /* ys becomes dys in place; dprob [T,K] (=), 0 where a choice has no row. */
+  mt_err (*combine_bwd)(struct mt_exchange *x, struct mt_backend *be, const struct mt_route *route,
+                        const struct mt_tensor *dy, const struct mt_tensor *prob,
+                        struct mt_tensor *ys, struct mt_tensor *dprob);
+  void *impl;
+};
+
+/* All experts are here: dispatch is a gather, combine a weighted sum in order of k. */
+struct mt_exchange mt_exchange_local(void);
+
+#endif

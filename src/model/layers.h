@@ -1,0 +1,56 @@
+/* The blocks of the model, each forward beside its backward. Internal to model/. */
+#ifndef MT_MODEL_LAYERS_H
+#define MT_MODEL_LAYERS_H
+
+#include "model/model.h"
+
+/* The part of the buffers that this micro-batch fills. */
+struct mt_view {
+  int64_t tokens; /* T of this batch */
+  int sequences;
+  int accumulate; /* of parameter gradients */
+};
+
+/* The first `rows` rows of a buffer that was laid out for more. */
+static inline struct mt_tensor mt_top(struct mt_tensor t, int64_t rows) {
+  t.dim[0] = rows;
+  if (t.rank == 1) t.ld = rows;
+  return t;
+}
+
+/* s1 = stream + branch (layer 0: the embedding already lies in s1), branch (=) = output of the
+ * attention block, to be added to s1 by the MoE block. */
+mt_err mt_attention_forward(struct mt_model *m, int layer, const struct mt_view *v);
+/* acts.ds: in, gradient of s1 + branch; out, gradient of s1. */
+mt_err mt_attention_backward(struct mt_model *m, int layer, const struct mt_view *v);
+
+/* The two halves of mt_attention_forward around the attention itself, which decoding replaces:
+ * up to qkv with rope applied; and from att to branch. */
+mt_err mt_attention_project(struct mt_model *m, int layer, int64_t tokens);
+mt_err mt_attention_output(struct mt_model *m, int layer, int64_t tokens);
+
+/* s2 = s1 + branch, branch (=) = output of the MoE block. */
+mt_err mt_moe_forward(struct mt_model *m, int layer, const struct mt_view *v);
+/* acts.ds: in, gradient of s2 + branch; out, gradient of s2. */
+mt_err mt_moe_backward(struct mt_model *m, int layer, const struct mt_view *v);
+
+/* The residual add and the norm that follows, as the blocks strategy does them:
+ * sum (=) = stream + branch (or what lies in sum already when branch has no memory),
+ * y (=) normalised. */
+mt_err mt_norm_forward(struct mt_model *m, struct mt_tensor stream, struct mt_tensor branch,
+                       const struct mt_param *weight, struct mt_tensor sum, struct mt_tensor y,
+                       struct mt_tensor rstd);
+/* ds (in place) = dnorm(dy) + ds; without ds's old value when first. */
+mt_err mt_norm_backward(struct mt_model *m, struct mt_tensor dy, struct mt_tensor sum,
+                        struct mt_param *weight, struct mt_tensor rstd, struct mt_tensor ds,
+                        int first, int accumulate);
+
+/* The ends of the residual stream: rope tables and embedding into layer 0's s1; last residual add
+ * and the final norm into xf. */
+mt_err mt_stream_open(struct mt_model *m, const struct mt_view *v);
+mt_err mt_stream_close(struct mt_model *m, const struct mt_view *v);
+
+/* Announces a finished gradient. */
+void mt_grad_ready(struct mt_model *m, struct mt_param *param);
+
+#endif

@@ -1,0 +1,112 @@
+/* A Mixtral-class model on one backend: parameters, activations, forward and backward. */
+#ifndef MT_MODEL_MODEL_H
+#define MT_MODEL_MODEL_H
+
+#include "model/acts.h"
+#include "model/params.h"
+
+/* How the rungs of the ladder differ. */
+enum mt_experts_strategy { MT_EXPERTS_LOOP, MT_EXPERTS_GROUPED };
+enum mt_blocks_strategy { MT_BLOCKS_UNFUSED, MT_BLOCKS_FUSED };
+
+/* Where a step's time goes; X(phase, name in metrics). */
+#define MT_PHASE_LIST(X)                                                                           \
+  X(EMBED, "embed")                                                                                \
+  X(ATTENTION_FWD, "attention_forward")                                                            \
+  X(MOE_FWD, "moe_forward")                                                                        \
+  X(HEAD, "head")                                                                                  \
+  X(MOE_BWD, "moe_backward")                                                                       \
+  X(ATTENTION_BWD, "attention_backward")                                                           \
+  X(OPTIMIZER, "optimizer")                                                                        \
+  X(DATA, "data")
+enum mt_phase {
+#define X(phase, name) MT_PHASE_##phase,
+  MT_PHASE_LIST(X)
+#undef X
+      MT_PHASE_COUNT
+};
+const char *mt_phase_name(enum mt_phase phase);
+
+struct mt_model_options {
+  enum mt_experts_strategy experts;
+  enum mt_blocks_strategy blocks;
+  double aux_coef;           /* of the auxiliary loss; 0: none */
+  bool training;             /* gradients and saved activations exist */
+  int64_t token_capacity;    /* T at most */
+  int64_t sequence_capacity; /* packed samples at most */
+};
+
+/* Bytes by lifetime. `planned` from mt_model_plan, the same from a built model's arenas. */
+struct mt_memory {
+  size_t parameters, gradients, optimizer, activations;
+};
+
+struct mt_model {
+  struct mt_config config;
+  const struct mt_recipe *recipe;
+  struct mt_backend *be;
+  struct mt_model_options options;
+  struct mt_params params;
+  struct mt_acts acts;
+  struct mt_exchange exchange;
+  struct mt_arena parameters, gradients, optimizer, activations;
+  double *inv_freq;    /* host [D/2] */
+  int32_t *host_route; /* host [E+1]: counts read back by the loop over experts */
+  void *host_rows;     /* host [T] of 8 bytes: read-backs per token */
+  int lowest_learning; /* layers below it hold no learning parameter; -1: the embedding learns */
+  double phase_s[MT_PHASE_COUNT]; /* (+=) seconds; the caller zeroes it */
+  double phase_begin_s;
+  /* Called in backward once a parameter's gradient of this micro-batch is complete. */
+  void (*grad_ready)(void *context, struct mt_param *param);
+  void *grad_ready_context;
+};
+
+/* Memory of a model with this table of parameters (its `learns` flags count), without taking any.
+ * The same code as mt_model_create runs, on arenas that only count. */
+mt_err mt_model_plan(const struct mt_config *config, const struct mt_params *params,
+                     const struct mt_recipe *recipe, struct mt_backend *be,
+                     const struct mt_model_options *options, struct mt_memory *out);
+
+/* Builds the model and takes its memory from the backend; weights are undefined until loaded,
+ * optimizer state is zero. Takes over *params (rows with `learns` set), which is emptied.
+ * On error nothing is kept. Errors: MT_ENOMEM, MT_EUNSUPPORTED (an operation the backend lacks). */
+mt_err mt_model_create(struct mt_model *m, const struct mt_config *config, struct mt_params *params,
+                       const struct mt_recipe *recipe, struct mt_backend *be,
+                       const struct mt_model_options *options);
+void mt_model_destroy(struct mt_model *m);
+struct mt_memory mt_model_memory(const struct mt_model *m);
+
+/* What a pass over one micro-batch computes. */
+struct mt_pass {
+  const struct mt_batch *batch;
+  double loss_scale; /* 1 / targets of the global batch */
+  double aux_weight; /* this micro-batch's share of the auxiliary loss: its targets over all */
+  int accumulate;    /* gradients: 0 overwrites, 1 adds */
+};
+
+/* Sums over the targets of one micro-batch. */
+struct mt_loss {
+  double cross_entropy_sum; /* -sum log p[label] */
+  int64_t target_count, correct_count;
+  double aux; /* auxiliary loss of this micro-batch, without its coefficient */
+};
+
+/* Forward and backward (train: gradients land in params' grad, acc) or forward alone (eval).
+ * loss (=) is read back to the host. Errors: MT_ESHAPE when the batch exceeds the capacities. */
+mt_err mt_model_train_pass(struct mt_model *m, const struct mt_pass *pass, struct mt_loss *loss);
+mt_err mt_model_eval_pass(struct mt_model *m, const struct mt_batch *batch, struct mt_loss *loss);
+
+/* Logits of rows [begin, begin+count) of the last forward's tokens: out (=) host [count, V] F32.
+ * For inspection and tests; copies through the activation scratch, a few rows at a time. */
+mt_err mt_model_logits(struct mt_model *m, int64_t begin, int64_t count, float *out);
+
+/* Routed choices of each expert in each layer of the last forward: out (=) host [layers, E]. */
+mt_err mt_model_expert_load(struct mt_model *m, int32_t *out);
+
+/* Charges the seconds since the last mark (or the forward's begin) to a phase. */
+void mt_phase_mark(struct mt_model *m, enum mt_phase phase);
+
+/* Model FLOPs of training one token at sequence length S (docs/math.md, "FLOP count"). */
+double mt_model_flops_per_token(const struct mt_config *c, double sequence_length);
+
+#endif

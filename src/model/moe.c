@@ -1,0 +1,223 @@
+/* MoE block: residual add, RMSNorm, router, dispatch, experts (gate_up, SwiGLU, down), combine.
+ * Formulas: docs/math.md, "Router", "Dispatch and combine", "SwiGLU".
+ *
+ * Three ways through the experts:
+ * - blocks unfused, experts loop: one expert after another gathers its tokens, runs, and adds its
+ *   weighted output to the result, as transformers' eager code does;
+ * - experts loop: tokens are permuted once, then one expert after another runs on its slice;
+ * - experts grouped: tokens are permuted once, each projection is one grouped product.
+ * The loops read the row counts back to the host, once a layer; the grouped way never does. */
+#include "model/layers.h"
+#include "quant/linear.h"
+
+/* Everything one call works on, cut to the batch. */
+struct moe {
+  struct mt_model *m;
+  struct mt_backend *be;
+  struct mt_layer_acts *l;
+  const struct mt_view *v;
+  struct mt_param *norm, *router, *gate_up, *down;
+  struct mt_route route;
+  struct mt_tensor xn, y, prob, xs, gu, ys, h;
+};
+
+static struct moe moe_open(struct mt_model *m, int layer, const struct mt_view *v) {
+  struct mt_layer_acts *l = &m->acts.layer[layer];
+  int64_t t = v->tokens, r = t * m->config.top_k;
+  struct moe o = {.m = m,
+                  .be = m->be,
+                  .l = l,
+                  .v = v,
+                  .norm = mt_params_find(&m->params, MT_PARAM_MLP_NORM, layer),
+                  .router = mt_params_find(&m->params, MT_PARAM_ROUTER, layer),
+                  .gate_up = mt_params_find(&m->params, MT_PARAM_GATE_UP, layer),
+                  .down = mt_params_find(&m->params, MT_PARAM_DOWN, layer),
+                  .route = l->route,
+                  .xn = mt_top(l->xn2, t),
+                  .y = mt_top(m->acts.branch, t),
+                  .prob = mt_top(l->prob, t),
+                  .xs = mt_top(l->xs, r),
+                  .gu = mt_top(l->gate_up, r),
+                  .ys = mt_top(l->ys, r),
+                  .h = mt_top(m->acts.h, r)};
+  o.route.token_count = (int)t;
+  return o;
+}
+
+static bool scattered(const struct moe *o) {
+  return o->m->options.experts == MT_EXPERTS_LOOP && o->m->options.blocks == MT_BLOCKS_UNFUSED;
+}
+
+static mt_err read_offsets(struct moe *o) {
+  size_t bytes = (size_t)(o->route.expert_count + 1) * sizeof(int32_t);
+  return o->be->download(o->be, o->m->host_route, o->route.offsets, bytes);
+}
+
+/* gate_up, SwiGLU, down on rows [begin, begin+rows), dense for one expert or grouped over all. */
+static mt_err mlp_forward(struct moe *o, struct mt_tensor w1, struct mt_tensor w2, int64_t begin,
+                          int64_t rows, const int32_t *offsets) {
+  struct mt_tensor xs = mt_rows(&o->xs, begin, rows), gu = mt_rows(&o->gu, begin, rows),
+                   h = mt_rows(&o->h, begin, rows), ys = mt_rows(&o->ys, begin, rows);
+  MT_TRY(mt_linear_forward(o->be, xs, w1, gu, offsets));
+  MT_TRY(o->be->ops.swiglu_fwd(
+      o->be,
+      &(struct mt_swiglu_fwd_args){
+          .gate_up = gu, .row_count = offsets ? offsets + o->route.expert_count : NULL, .h = h}));
+  return mt_linear_forward(o->be, h, w2, ys, offsets);
+}
+
+/* In: ys holds dys. Out: ys holds dxs, gate_up its gradient. */
+static mt_err mlp_backward(struct moe *o, struct mt_tensor w1, struct mt_tensor w2,
+                           struct mt_tensor dw1, struct mt_tensor dw2, int64_t begin, int64_t rows,
+                           const int32_t *offsets) {
+  struct mt_tensor xs = mt_rows(&o->xs, begin, rows), gu = mt_rows(&o->gu, begin, rows),
+                   h = mt_rows(&o->h, begin, rows), ys = mt_rows(&o->ys, begin, rows);
+  MT_TRY(mt_linear_dgrad(o->be, ys, w2, h, offsets));
+  MT_TRY(o->be->ops.swiglu_bwd(
+      o->be,
+      &(struct mt_swiglu_bwd_args){.dh = h,
+                                   .gate_up = gu,
+                                   .row_count = offsets ? offsets + o->route.expert_count : NULL,
+                                   .dgate_up = gu,
+                                   .h = h}));
+  MT_TRY(mt_linear_wgrad(o->be, ys, h, dw2, offsets, o->v->accumulate));
+  MT_TRY(mt_linear_wgrad(o->be, gu, xs, dw1, offsets, o->v->accumulate));
+  return mt_linear_dgrad(o->be, gu, w1, ys, offsets);
+}
+
+static mt_err loop_forward(struct moe *o) {
+  if (scattered(o)) MT_TRY(o->be->zero(o->be, o->y.data, mt_bytes(&o->y)));
+  MT_TRY(read_offsets(o));
+  for (int e = 0; e < o->route.expert_count; e++) {
+    int64_t begin = o->m->host_route[e], rows = o->m->host_route[e + 1] - begin;
+    if (rows == 0) continue;
+    if (scattered(o)) {
+      MT_TRY(o->be->ops.dispatch_fwd(
+          o->be, &(struct mt_dispatch_fwd_args){.x = o->xn,
+                                                .row_source = o->route.row_source + begin,
+                                                .top_k = o->route.top_k,
+                                                .xs = mt_rows(&o->xs, begin, rows)}));
+    }
+    MT_TRY(mlp_forward(o, mt_slice(&o->gate_up->compute, e), mt_slice(&o->down->compute, e), begin,
+                       rows, NULL));
+    if (scattered(o)) {
+      MT_TRY(o->be->ops.scatter_add(
+          o->be, &(struct mt_scatter_add_args){.ys = mt_rows(&o->ys, begin, rows),
+                                               .row_source = o->route.row_source + begin,
+                                               .prob = o->prob,
+                                               .top_k = o->route.top_k,
+                                               .y = o->y}));
+    }
+  }
+  return MT_OK;
+}
+
+static mt_err zero_expert_grad(struct moe *o, struct mt_tensor dw) {
+  if (!dw.data || o->v->accumulate) return MT_OK;
+  return o->be->zero(o->be, dw.data, mt_bytes(&dw));
+}
+
+static mt_err loop_backward(struct moe *o, struct mt_tensor dy, struct mt_tensor dprob,
+                            struct mt_tensor dxn) {
+  if (scattered(o)) {
+    MT_TRY(o->be->zero(o->be, dxn.data, mt_bytes(&dxn)));
+    MT_TRY(o->be->zero(o->be, dprob.data, mt_bytes(&dprob)));
+  }
+  MT_TRY(read_offsets(o));
+  for (int e = 0; e < o->route.expert_count; e++) {
+    int64_t begin = o->m->host_route[e], rows = o->m->host_route[e + 1] - begin;
+    struct mt_tensor dw1 = mt_slice(&o->gate_up->grad, e), dw2 = mt_slice(&o->down->grad, e);
+    if (rows == 0) {
+      MT_TRY(zero_expert_grad(o, dw1));
+      MT_TRY(zero_expert_grad(o, dw2));
+      continue;
+    }
+    struct mt_tensor ys = mt_rows(&o->ys, begin, rows);
+    if (scattered(o)) {
+      MT_TRY(o->be->ops.combine_bwd(
+          o->be, &(struct mt_combine_bwd_args){.dy = dy,
+                                               .ys = ys,
+                                               .row_source = o->route.row_source + begin,
+                                               .prob = o->prob,
+                                               .top_k = o->route.top_k,
+                                               .dys = ys,
+                                               .dprob = dprob}));
+    }
+    MT_TRY(mlp_backward(o, mt_slice(&o->gate_up->compute, e), mt_slice(&o->down->compute, e), dw1,
+                        dw2, begin, rows, NULL));
+    if (scattered(o)) {
+      MT_TRY(o->be->ops.scatter_add(
+          o->be, &(struct mt_scatter_add_args){.ys = ys,
+                                               .row_source = o->route.row_source + begin,
+                                               .top_k = o->route.top_k,
+                                               .y = dxn}));
+    }
+  }
+  return MT_OK;
+}
+
+mt_err mt_moe_forward(struct mt_model *m, int layer, const struct mt_view *v) {
+  struct moe o = moe_open(m, layer, v);
+  int64_t t = v->tokens;
+  MT_TRY(mt_norm_forward(m, mt_top(o.l->s1, t), mt_top(m->acts.branch, t), o.norm,
+                         mt_top(o.l->s2, t), o.xn, mt_top(o.l->rstd2, t)));
+  MT_TRY(o.be->ops.router_fwd(
+      o.be, &(struct mt_router_fwd_args){.x = o.xn,
+                                         .w = o.router->compute,
+                                         .valid_count = m->acts.valid_count,
+                                         .renormalize = m->config.layer[layer].renormalize,
+                                         .logits = mt_top(o.l->logits, t),
+                                         .prob = o.prob,
+                                         .index = o.route.index,
+                                         .aux_prob = m->acts.aux_prob,
+                                         .aux_count = m->acts.aux_count,
+                                         .load = o.l->load}));
+  MT_TRY(m->exchange.plan(&m->exchange, o.be, &o.route));
+  if (scattered(&o)) return loop_forward(&o);
+  MT_TRY(m->exchange.dispatch(&m->exchange, o.be, &o.route, &o.xn, &o.xs));
+  if (m->options.experts == MT_EXPERTS_LOOP) {
+    MT_TRY(loop_forward(&o));
+  } else {
+    MT_TRY(mlp_forward(&o, o.gate_up->compute, o.down->compute, 0, o.xs.dim[0], o.route.offsets));
+  }
+  return m->exchange.combine(&m->exchange, o.be, &o.route, &o.ys, &o.prob, &o.y);
+}
+
+mt_err mt_moe_backward(struct mt_model *m, int layer, const struct mt_view *v) {
+  struct moe o = moe_open(m, layer, v);
+  int64_t t = v->tokens;
+  struct mt_tensor ds = mt_top(m->acts.ds, t), dxn = o.y, dprob = mt_top(m->acts.dprob, t);
+  if (scattered(&o)) {
+    MT_TRY(loop_backward(&o, ds, dprob, dxn));
+  } else {
+    MT_TRY(m->exchange.combine_bwd(&m->exchange, o.be, &o.route, &ds, &o.prob, &o.ys, &dprob));
+    if (m->options.experts == MT_EXPERTS_LOOP) {
+      MT_TRY(loop_backward(&o, ds, dprob, dxn));
+    } else {
+      MT_TRY(mlp_backward(&o, o.gate_up->compute, o.down->compute, o.gate_up->grad, o.down->grad, 0,
+                          o.xs.dim[0], o.route.offsets));
+    }
+    MT_TRY(m->exchange.dispatch_bwd(&m->exchange, o.be, &o.route, &o.ys, &dxn));
+  }
+  mt_grad_ready(m, o.down);
+  mt_grad_ready(m, o.gate_up);
+
+  struct mt_router_bwd_args r = {.x = o.xn,
+                                 .w = o.router->compute,
+                                 .valid_count = m->acts.valid_count,
+                                 .renormalize = m->config.layer[layer].renormalize,
+                                 .logits = mt_top(o.l->logits, t),
+                                 .prob = o.prob,
+                                 .index = o.route.index,
+                                 .dprob = dprob,
+                                 .dlogits = mt_top(m->acts.dlogits, t),
+                                 .dx = dxn,
+                                 .accumulate_dx = 1,
+                                 .dw = o.router->grad,
+                                 .accumulate = v->accumulate};
+  if (m->options.aux_coef > 0) r.aux_grad = m->acts.aux_grad;
+  MT_TRY(o.be->ops.router_bwd(o.be, &r));
+  mt_grad_ready(m, o.router);
+  return mt_norm_backward(m, dxn, mt_top(o.l->s2, t), o.norm, mt_top(o.l->rstd2, t), ds, 0,
+                          v->accumulate);
+}

@@ -1,0 +1,189 @@
+/* One micro-batch through the model and back. Shapes at each step are in acts.h. */
+#include <stdlib.h>
+#include <time.h>
+
+#include "model/layers.h"
+#include "quant/linear.h"
+
+void mt_grad_ready(struct mt_model *m, struct mt_param *param) {
+  if (m->grad_ready && param->learns) m->grad_ready(m->grad_ready_context, param);
+}
+
+static double now_s(void) {
+  struct timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+void mt_phase_mark(struct mt_model *m, enum mt_phase phase) {
+  double now = now_s();
+  m->phase_s[phase] += now - m->phase_begin_s;
+  m->phase_begin_s = now;
+}
+
+mt_err mt_stream_open(struct mt_model *m, const struct mt_view *v) {
+  struct mt_acts *a = &m->acts;
+  struct mt_backend *be = m->be;
+  int64_t t = v->tokens;
+  be->workspace = a->workspace;
+  be->workspace_size_bytes = a->workspace_size_bytes;
+  m->phase_begin_s = now_s();
+  MT_TRY(be->ops.rope_table(be, &(struct mt_rope_table_args){.positions = a->positions,
+                                                             .inv_freq = m->inv_freq,
+                                                             .cos = mt_top(a->cos, t),
+                                                             .sin = mt_top(a->sin, t)}));
+  MT_TRY(be->ops.embed_fwd(be, &(struct mt_embed_fwd_args){
+                                   .ids = a->ids,
+                                   .table = mt_params_find(&m->params, MT_PARAM_EMBED, -1)->compute,
+                                   .out = mt_top(a->layer[0].s1, t)}));
+  MT_TRY(be->zero(be, a->aux_prob.data, mt_bytes(&a->aux_prob)));
+  MT_TRY(be->zero(be, a->aux_count, (size_t)m->config.experts * sizeof(int32_t)));
+  mt_phase_mark(m, MT_PHASE_EMBED);
+  return MT_OK;
+}
+
+mt_err mt_stream_close(struct mt_model *m, const struct mt_view *v) {
+  struct mt_acts *a = &m->acts;
+  int64_t t = v->tokens;
+  return mt_norm_forward(m, mt_top(a->layer[m->config.layers - 1].s2, t), mt_top(a->branch, t),
+                         mt_params_find(&m->params, MT_PARAM_FINAL_NORM, -1), mt_top(a->sf, t),
+                         mt_top(a->xf, t), mt_top(a->rstdf, t));
+}
+
+static mt_err forward(struct mt_model *m, const struct mt_view *v, double aux_weight) {
+  struct mt_acts *a = &m->acts;
+  MT_TRY(mt_stream_open(m, v));
+  for (int l = 0; l < m->config.layers; l++) {
+    MT_TRY(mt_attention_forward(m, l, v));
+    mt_phase_mark(m, MT_PHASE_ATTENTION_FWD);
+    MT_TRY(mt_moe_forward(m, l, v));
+    mt_phase_mark(m, MT_PHASE_MOE_FWD);
+  }
+  MT_TRY(mt_stream_close(m, v));
+  return m->be->ops.aux_loss(
+      m->be, &(struct mt_aux_loss_args){.aux_prob = a->aux_prob,
+                                        .aux_count = a->aux_count,
+                                        .valid_count = a->valid_count,
+                                        .layer_count = m->config.layers,
+                                        .coef = (float)(m->options.aux_coef * aux_weight),
+                                        .loss = a->aux_loss,
+                                        .grad = a->aux_grad});
+}
+
+static mt_err head(struct mt_model *m, const struct mt_view *v, bool backward, double loss_scale) {
+  struct mt_param *w = mt_params_find(&m->params, MT_PARAM_HEAD, -1);
+  struct mt_head_loss_args h = {.x = mt_top(m->acts.xf, v->tokens),
+                                .w = w->compute,
+                                .labels = m->acts.labels,
+                                .loss_scale = (float)loss_scale,
+                                .loss = mt_top(m->acts.loss, v->tokens),
+                                .correct = m->acts.correct,
+                                .accumulate = v->accumulate};
+  if (backward) {
+    h.dx = mt_top(m->acts.branch, v->tokens);
+    h.dw = w->grad;
+  }
+  MT_TRY(m->be->ops.head_loss(m->be, &h));
+  if (backward && w->kind == MT_PARAM_HEAD) mt_grad_ready(m, w);
+  mt_phase_mark(m, MT_PHASE_HEAD);
+  return MT_OK;
+}
+
+static mt_err backward(struct mt_model *m, const struct mt_view *v) {
+  struct mt_acts *a = &m->acts;
+  int64_t t = v->tokens;
+  MT_TRY(mt_norm_backward(m, mt_top(a->branch, t), mt_top(a->sf, t),
+                          mt_params_find(&m->params, MT_PARAM_FINAL_NORM, -1), mt_top(a->rstdf, t),
+                          mt_top(a->ds, t), 1, v->accumulate));
+  for (int l = m->config.layers - 1; l >= 0 && l >= m->lowest_learning; l--) {
+    MT_TRY(mt_moe_backward(m, l, v));
+    mt_phase_mark(m, MT_PHASE_MOE_BWD);
+    MT_TRY(mt_attention_backward(m, l, v));
+    mt_phase_mark(m, MT_PHASE_ATTENTION_BWD);
+  }
+  struct mt_param *embed = mt_params_find(&m->params, MT_PARAM_EMBED, -1);
+  if (embed->learns) {
+    /* A tied head has written its share of this gradient already. */
+    int accumulate = v->accumulate || m->config.tied_head;
+    MT_TRY(m->be->ops.embed_bwd(m->be, &(struct mt_embed_bwd_args){.ids = a->ids,
+                                                                   .valid_count = a->valid_count,
+                                                                   .dout = mt_top(a->ds, t),
+                                                                   .dtable = embed->grad,
+                                                                   .accumulate = accumulate}));
+    mt_grad_ready(m, embed);
+    mt_phase_mark(m, MT_PHASE_EMBED);
+  }
+  return MT_OK;
+}
+
+static double stat_at(const void *data, enum mt_dtype dtype, int64_t i) {
+  return dtype == MT_F64 ? ((const double *)data)[i] : (double)((const float *)data)[i];
+}
+
+static mt_err read_loss(struct mt_model *m, const struct mt_batch *batch, struct mt_loss *out) {
+  struct mt_acts *a = &m->acts;
+  *out = (struct mt_loss){.target_count = batch->target_count};
+  size_t rows = (size_t)batch->token_count;
+  MT_TRY(m->be->download(m->be, m->host_rows, a->loss.data, rows * mt_dtype_bytes(a->loss.dtype)));
+  for (int64_t i = 0; i < batch->token_count; i++) {
+    out->cross_entropy_sum += stat_at(m->host_rows, a->loss.dtype, i);
+  }
+  const int32_t *correct = m->host_rows;
+  MT_TRY(m->be->download(m->be, m->host_rows, a->correct, rows * sizeof(int32_t)));
+  for (int64_t i = 0; i < batch->token_count; i++) out->correct_count += correct[i];
+  MT_TRY(m->be->download(m->be, m->host_rows, a->aux_loss.data, mt_bytes(&a->aux_loss)));
+  out->aux = stat_at(m->host_rows, a->aux_loss.dtype, 0);
+  return MT_OK;
+}
+
+static mt_err open_view(struct mt_model *m, const struct mt_batch *batch, struct mt_view *v) {
+  *v = (struct mt_view){.tokens = batch->token_count, .sequences = batch->sequence_count};
+  return mt_acts_load(&m->acts, m->be, batch);
+}
+
+mt_err mt_model_train_pass(struct mt_model *m, const struct mt_pass *pass, struct mt_loss *loss) {
+  struct mt_view v;
+  if (!m->options.training) return mt_fail(MT_EINVAL, "this model was built for inference");
+  MT_TRY(open_view(m, pass->batch, &v));
+  v.accumulate = pass->accumulate;
+  MT_TRY(forward(m, &v, pass->aux_weight));
+  MT_TRY(head(m, &v, true, pass->loss_scale));
+  MT_TRY(backward(m, &v));
+  return read_loss(m, pass->batch, loss);
+}
+
+mt_err mt_model_eval_pass(struct mt_model *m, const struct mt_batch *batch, struct mt_loss *loss) {
+  struct mt_view v;
+  MT_TRY(open_view(m, batch, &v));
+  MT_TRY(forward(m, &v, 1.0));
+  MT_TRY(head(m, &v, false, 0.0));
+  return read_loss(m, batch, loss);
+}
+
+mt_err mt_model_logits(struct mt_model *m, int64_t begin, int64_t count, float *out) {
+  struct mt_tensor w = mt_params_find(&m->params, MT_PARAM_HEAD, -1)->compute;
+  struct mt_tensor *rows = &m->acts.logit_rows;
+  int64_t vocab = m->config.vocab;
+  void *raw = malloc(mt_bytes(rows));
+  if (!raw) return mt_fail(MT_ENOMEM, "logits of %lld tokens", (long long)MT_LOGIT_ROWS);
+  mt_err err = MT_OK;
+  for (int64_t done = 0; done < count; done += MT_LOGIT_ROWS) {
+    int64_t n = count - done < MT_LOGIT_ROWS ? count - done : MT_LOGIT_ROWS;
+    struct mt_tensor y = mt_top(*rows, n);
+    MT_GO(mt_linear_forward(m->be, mt_rows(&m->acts.xf, begin + done, n), w, y, NULL));
+    MT_GO(m->be->download(m->be, raw, y.data, mt_bytes(&y)));
+    mt_dtype_convert(out + done * vocab, MT_F32, raw, y.dtype, (size_t)(n * vocab));
+  }
+done:
+  free(raw);
+  return err;
+}
+
+mt_err mt_model_expert_load(struct mt_model *m, int32_t *out) {
+  size_t bytes = (size_t)m->config.experts * sizeof(int32_t);
+  for (int l = 0; l < m->config.layers; l++) {
+    MT_TRY(
+        m->be->download(m->be, out + (int64_t)l * m->config.experts, m->acts.layer[l].load, bytes));
+  }
+  return MT_OK;
+}

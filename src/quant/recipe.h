@@ -1,0 +1,21 @@
+/* Precision recipes: rows of a table. What a recipe stores, how rows are padded, and how far a
+ * computation in it may lie from the float64 reference (one place for every tolerance). */
+#ifndef MT_QUANT_RECIPE_H
+#define MT_QUANT_RECIPE_H
+
+#include "base/dtype.h"
+
+struct mt_recipe {
+  const char *name;
+  enum mt_dtype act;  /* activations and the weights that operations read */
+  enum mt_dtype stat; /* norms' statistics, router, losses */
+  enum mt_dtype grad; /* parameter gradients, master weights, optimizer state */
+  int pad_multiple;   /* a packed row is padded to this */
+  /* One operation against ref on the same rounded inputs: max|d| / max|ref|. */
+  double op_tolerance;
+};
+
+/* NULL when there is none of this name. "fp64" runs on the reference alone. */
+const struct mt_recipe *mt_recipe_find(const char *name);
+
+#endif

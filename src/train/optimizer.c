@@ -1,0 +1,86 @@
+#include "train/optimizer.h"
+
+#include <math.h>
+#include <stdlib.h>
+
+double mt_schedule_lr(const struct mt_optimizer_options *o, int64_t step) {
+  if (step <= o->warmup_steps) return o->lr * (double)step / (double)(o->warmup_steps + 1);
+  if (o->schedule == MT_SCHEDULE_CONSTANT) return o->lr;
+  double span = (double)(o->total_steps - o->warmup_steps);
+  double x = span > 0 ? (double)(step - 1 - o->warmup_steps) / span : 0;
+  if (x > 1) x = 1;
+  return o->lr * (o->schedule == MT_SCHEDULE_LINEAR ? 1 - x : 0.5 * (1 + cos(M_PI * x)));
+}
+
+/* A parameter as one row of elements: the update does not care for its shape. */
+static struct mt_tensor flat(struct mt_tensor t) {
+  return t.data ? mt_vec(t.data, t.dtype, mt_count(&t)) : (struct mt_tensor){0};
+}
+
+mt_err mt_optimizer_create(struct mt_optimizer *o, struct mt_model *m,
+                           const struct mt_optimizer_options *options) {
+  *o = (struct mt_optimizer){.options = *options, .model = m};
+  mt_err err = MT_ENOMEM;
+  void *sumsq = NULL;
+  o->segments = calloc((size_t)m->params.count, sizeof *o->segments);
+  o->grads = calloc((size_t)m->params.count, sizeof *o->grads);
+  if (!o->segments || !o->grads) {
+    mt_fail(MT_ENOMEM, "optimizer table");
+    goto done;
+  }
+  for (int i = 0; i < m->params.count; i++) {
+    const struct mt_param *p = &m->params.row[i];
+    if (!p->learns) continue;
+    struct mt_adamw_segment *s = &o->segments[o->segment_count];
+    *s = (struct mt_adamw_segment){.master = flat(p->master),
+                                   .grad = flat(p->grad),
+                                   .m = flat(p->m),
+                                   .v = flat(p->v),
+                                   .decay = p->decay};
+    if (p->compute.data != p->master.data) s->compute = flat(p->compute);
+    o->grads[o->segment_count++] = s->grad;
+  }
+  if (o->segment_count == 0) {
+    err = mt_fail(MT_EINVAL, "every parameter is frozen: there is nothing to learn");
+    goto done;
+  }
+  MT_GO(m->be->mem_alloc(m->be, sizeof(double), &sumsq));
+  o->grad_sumsq = sumsq;
+done:
+  if (err) mt_optimizer_destroy(o);
+  return err;
+}
+
+void mt_optimizer_destroy(struct mt_optimizer *o) {
+  if (o->grad_sumsq) o->model->be->mem_free(o->model->be, o->grad_sumsq, sizeof(double));
+  free(o->segments);
+  free(o->grads);
+  *o = (struct mt_optimizer){0};
+}
+
+mt_err mt_optimizer_norm(struct mt_optimizer *o, double *norm) {
+  struct mt_backend *be = o->model->be;
+  MT_TRY(be->ops.sumsq(be, &(struct mt_sumsq_args){.tensors = o->grads,
+                                                   .tensor_count = o->segment_count,
+                                                   .out = o->grad_sumsq}));
+  MT_TRY(be->download(be, norm, o->grad_sumsq, sizeof *norm));
+  *norm = sqrt(*norm);
+  return MT_OK;
+}
+
+mt_err mt_optimizer_update(struct mt_optimizer *o, double *lr) {
+  struct mt_backend *be = o->model->be;
+  *lr = mt_schedule_lr(&o->options, o->step + 1);
+  MT_TRY(be->ops.adamw(be, &(struct mt_adamw_args){.segments = o->segments,
+                                                   .segment_count = o->segment_count,
+                                                   .lr = *lr,
+                                                   .beta1 = o->options.beta1,
+                                                   .beta2 = o->options.beta2,
+                                                   .eps = o->options.eps,
+                                                   .weight_decay = o->options.weight_decay,
+                                                   .step = o->step + 1,
+                                                   .clip = o->options.clip,
+                                                   .grad_sumsq = o->grad_sumsq}));
+  o->step++;
+  return MT_OK;
+}

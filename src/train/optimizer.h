@@ -1,0 +1,41 @@
+/* AdamW over the parameter table, with the gradient norm and the learning-rate schedule. */
+#ifndef MT_TRAIN_OPTIMIZER_H
+#define MT_TRAIN_OPTIMIZER_H
+
+#include "model/model.h"
+
+enum mt_schedule { MT_SCHEDULE_LINEAR, MT_SCHEDULE_COSINE, MT_SCHEDULE_CONSTANT };
+
+struct mt_optimizer_options {
+  double lr, beta1, beta2, eps, weight_decay;
+  double clip; /* global gradient norm; <= 0: none */
+  enum mt_schedule schedule;
+  int64_t warmup_steps, total_steps; /* total includes the warm-up */
+};
+
+struct mt_optimizer {
+  struct mt_optimizer_options options;
+  struct mt_model *model;
+  struct mt_adamw_segment *segments;
+  struct mt_tensor *grads;
+  int segment_count;
+  double *grad_sumsq; /* device [1] */
+  int64_t step;       /* updates done */
+};
+
+/* lr at update `step` (from 1): rises linearly over the warm-up (step/(warmup+1)... reaching lr at
+ * step warmup+1), then stays, falls linearly to 0, or along half a cosine to 0, at total+1. */
+double mt_schedule_lr(const struct mt_optimizer_options *o, int64_t step);
+
+/* Errors: MT_ENOMEM, MT_EINVAL when no parameter learns. */
+mt_err mt_optimizer_create(struct mt_optimizer *o, struct mt_model *m,
+                           const struct mt_optimizer_options *options);
+void mt_optimizer_destroy(struct mt_optimizer *o);
+
+/* Global L2 norm of all gradients: (=) *norm. */
+mt_err mt_optimizer_norm(struct mt_optimizer *o, double *norm);
+
+/* One update with the gradients as they are, clipped by the norm last computed. */
+mt_err mt_optimizer_update(struct mt_optimizer *o, double *lr);
+
+#endif
