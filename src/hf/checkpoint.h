@@ -1,0 +1,54 @@
+/* A Hugging Face checkpoint directory: opened, loaded into a model, written from one, converted. */
+#ifndef MT_HF_CHECKPOINT_H
+#define MT_HF_CHECKPOINT_H
+
+#include "backend/device.h"
+#include "hf/config.h"
+#include "hf/names.h"
+#include "io/safetensors.h"
+
+struct mt_hf_checkpoint {
+  char dir[MT_PATH_MAX];
+  struct mt_config config;
+  json_t *json; /* config.json */
+  enum mt_hf_layout layout;
+  struct mt_st_file *shard; /* all mapped */
+  char (*shard_name)[256];
+  int shard_count;
+};
+
+/* Opens config.json and model.safetensors or the shards of model.safetensors.index.json (a shard's
+ * name must be a plain file name), and checks every tensor that the config asks for: there, once,
+ * of the right shape, in F32, BF16 or F16. Reads no weight.
+ * Errors: MT_ENOENT, MT_EFORMAT, MT_ESHAPE, MT_EUNSUPPORTED naming file, tensor and shapes. */
+mt_err mt_hf_open(const char *dir, struct mt_hf_checkpoint *out);
+void mt_hf_close(struct mt_hf_checkpoint *h);
+
+/* Fills `compute`, and `master` where it is memory of its own, of every row of params. Each byte of
+ * the files is read once, through a staging buffer of at most 8 MiB, and its pages let go. */
+mt_err mt_hf_load(const struct mt_hf_checkpoint *h, const struct mt_params *params,
+                  struct mt_backend *be);
+
+enum { MT_HF_KEEP = -1 };
+
+struct mt_hf_export_options {
+  int layout;               /* enum mt_hf_layout, or MT_HF_KEEP */
+  int dtype;                /* MT_F32, MT_BF16, MT_F16, or MT_HF_KEEP: each tensor as its source */
+  uint64_t max_shard_bytes; /* 0: 5 GB */
+};
+
+/* Writes a checkpoint directory, which appears whole under its name: weights (learning rows of
+ * params from the backend, all others byte for byte from the source), tensors we do not know as
+ * they are, config, tokenizer and other small files. params NULL: all from the source (conversion).
+ * Errors: MT_EIO (disk full, not writable) naming the path; the source and an existing out_dir stay
+ * whole. */
+mt_err mt_hf_export(const struct mt_hf_checkpoint *h, const struct mt_params *params,
+                    struct mt_backend *be, const char *out_dir,
+                    const struct mt_hf_export_options *options);
+
+/* Makes a checkpoint of random weights from a config alone: matrices normal with the config's
+ * initializer_range (0.02), norms 1, deterministic in seed, per-expert names, files beside
+ * config.json copied along. dtype: MT_F32, MT_BF16, MT_F16 or MT_HF_KEEP (F32). */
+mt_err mt_hf_init(const char *config_dir, const char *out_dir, uint64_t seed, int dtype);
+
+#endif
