@@ -6,7 +6,7 @@
 #include <string.h>
 
 #include "base/log.h"
-#include "io/files.h"
+#include "base/files.h"
 
 enum { CONFIG_LIMIT = 4 << 20 };
 

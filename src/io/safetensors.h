@@ -4,7 +4,7 @@
 #define MT_IO_SAFETENSORS_H
 
 #include "base/dtype.h"
-#include "io/files.h"
+#include "base/files.h"
 
 enum { MT_ST_MAX_RANK = 8 };
 

@@ -1,7 +1,7 @@
 /* Files as a whole: mapped, read, copied, and written so that a reader sees the old one or the new
  * one, never a part. */
-#ifndef MT_IO_FILES_H
-#define MT_IO_FILES_H
+#ifndef MT_BASE_FILES_H
+#define MT_BASE_FILES_H
 
 #include <stdbool.h>
 #include <stddef.h>
