@@ -1,0 +1,92 @@
+/* A data file (JSON lines) as tokens in memory, and the batches made of it. */
+#ifndef MT_DATA_DATASET_H
+#define MT_DATA_DATASET_H
+
+#include "backend/batch.h"
+#include "data/template.h"
+
+struct mt_dataset_options {
+  const char *path;
+  const struct mt_template *chat;
+  int max_seq_length; /* tokens; a longer sample is cut */
+  int32_t eos_id;
+  bool train_on_prompt; /* every token is a target */
+  bool skip_bad_lines;
+};
+
+struct mt_dataset_stats {
+  int64_t samples, tokens, targets;
+  int64_t truncated; /* samples cut at max_seq_length */
+  int64_t dropped;   /* samples left without a target */
+  int64_t bad_lines, first_bad_line;
+  int64_t longest; /* tokens, before cutting */
+};
+
+struct mt_dataset; /* read-only once waited for */
+
+/* Starts reading and tokenising in a thread of its own. The tokenizer must outlive the dataset. */
+mt_err mt_dataset_open(const struct mt_tokenizer *tokenizer,
+                       const struct mt_dataset_options *options, struct mt_dataset **out);
+/* Waits for the thread. Errors: what went wrong there: MT_ENOENT, MT_EFORMAT naming FILE:LINE (a
+ * malformed line, unless skip_bad_lines), or no usable sample in the file. */
+mt_err mt_dataset_wait(struct mt_dataset *d);
+void mt_dataset_close(struct mt_dataset *d);
+struct mt_dataset_stats mt_dataset_stats(const struct mt_dataset *d);
+
+/* Sample i: its tokens, which of them are targets, the line it came from. */
+struct mt_sample {
+  const int32_t *ids;
+  const uint8_t *learn;
+  int count;
+  int64_t line;
+};
+struct mt_sample mt_dataset_sample(const struct mt_dataset *d, int64_t i);
+
+/* Room for a packed row. Errors: MT_ENOMEM. */
+mt_err mt_batch_create(struct mt_batch *b, int token_capacity, int sequence_capacity);
+void mt_batch_destroy(struct mt_batch *b);
+/* Empties b, then packs: labels shifted, positions from 0 in each sample, a sample's first token no
+ * target. Errors: MT_ESHAPE when there is no room. finish pads to the multiple. */
+void mt_batch_begin(struct mt_batch *b);
+mt_err mt_batch_add(struct mt_batch *b, const struct mt_sample *s);
+void mt_batch_finish(struct mt_batch *b, int pad_multiple);
+
+struct mt_loader_options {
+  int batch_size;    /* samples a micro-batch */
+  int micro_batches; /* a step (gradient accumulation) */
+  int max_seq_length, pad_multiple;
+  uint64_t seed;
+  int rank, world; /* data-parallel: this rank takes every world-th sample */
+  bool shuffle;    /* anew each epoch, by (seed, epoch) alone */
+};
+
+/* Where the next sample comes from: all the state a resumed run needs. */
+struct mt_position {
+  int64_t epoch, index;
+};
+
+struct mt_loader {
+  struct mt_loader_options options;
+  const struct mt_dataset *data;
+  struct mt_position next;
+  uint32_t *order; /* of the epoch `order_epoch` */
+  int64_t order_epoch;
+  struct mt_batch *batch; /* [micro_batches] */
+  struct mt_batch **list;
+};
+
+/* Errors: MT_ENOMEM; MT_EINVAL when there are fewer samples than ranks. */
+mt_err mt_loader_create(struct mt_loader *l, const struct mt_dataset *d,
+                        const struct mt_loader_options *options);
+void mt_loader_destroy(struct mt_loader *l);
+/* Fills the step's micro-batches: l->list[0..micro_batches). A step that an epoch's end cuts short
+ * goes on with the next epoch's beginning, so every step is full. Allocates nothing. */
+mt_err mt_loader_next(struct mt_loader *l);
+/* One batch in file order; MT_EEND behind the last (the last may be short). For evaluation. */
+mt_err mt_loader_next_once(struct mt_loader *l, struct mt_batch **out);
+/* Steps in one epoch, rounded up. */
+int64_t mt_loader_steps_per_epoch(const struct mt_loader *l);
+/* Tokens that a batch of these options can hold. */
+int mt_loader_token_capacity(const struct mt_loader_options *o);
+
+#endif
