@@ -1,5 +1,6 @@
-/* What the commands take; cli/ fills these from flags and the config file, one row of its option
- * table a field. Strings belong to the caller. 0, NULL or -1 mean "not given" where said. */
+/* What a run is asked to do: plain structs that cli/ fills from its option table and train/ reads.
+ * Every field is valid when a run function gets it (ranges and names are checked by the table);
+ * strings are borrowed and outlive the call. Optional paths and texts are NULL when absent. */
 #ifndef MT_TRAIN_OPTIONS_H
 #define MT_TRAIN_OPTIONS_H
 
@@ -9,66 +10,102 @@
 #include "model/model.h"
 #include "train/optimizer.h"
 
-enum { MT_MAX_FREEZE = 32, MT_MAX_STOP = 16 };
+struct mt_string_list {
+  const char *const *item;
+  int count;
+};
 
+/* `moetune train`. A run is warmup_steps + train_steps optimizer steps; the warm-up steps raise the
+ * learning rate and stay out of the median step time. */
 struct mt_train_options {
-  const char *model;         /* checkpoint directory */
-  const char *data;          /* JSON lines */
-  const char *eval_data;     /* NULL: no evaluation */
-  const char *out;           /* run directory */
-  const char *precision;     /* recipe: "fp32", "bf16" */
-  const char *backend;       /* "cpu", "ref" */
-  const char *chat_template; /* NULL: the checkpoint's */
-  enum mt_experts_strategy experts;
-  enum mt_blocks_strategy blocks;
-  const char *freeze[MT_MAX_FREEZE];
-  int freeze_count;
-  int batch_size;                    /* samples per data-parallel rank and micro-batch */
-  int grad_accum;                    /* micro-batches a step */
-  int max_seq_length;                /* tokens */
-  int64_t warmup_steps, train_steps; /* train_steps 0: from epochs */
-  int64_t epochs;
-  double lr, weight_decay, adam_beta1, adam_beta2, adam_eps, grad_clip;
-  enum mt_schedule lr_schedule;
-  double router_aux_coef; /* -1: config.json's where output_router_logits is true, else 0 */
-  uint64_t seed;
-  int threads;        /* 0: all cores */
-  int64_t eval_every; /* steps; 0: at the end only */
-  int64_t save_every; /* steps; 0: at the end only */
-  int64_t log_every;  /* steps */
-  bool resume;        /* continue from resume_from, or the newest checkpoint in out */
-  const char *resume_from;
-  bool train_on_prompt, skip_bad_lines;
-  uint64_t max_shard_bytes; /* 0: 5 GB */
+  const char *model; /* checkpoint directory to start from */
+  const char *data;  /* JSON lines */
+  const char *eval_data;
+  const char *out;      /* run directory; the final checkpoint lies in it */
+  const char *resume;   /* NULL: fresh; "": the newest checkpoint under out; else that directory */
+  int improvement;      /* 0..2, the rung that preset experts and blocks */
+  int ep_size;          /* expert-parallel ranks: 1 */
+  int batch_size;       /* samples a rank and micro-batch */
+  int max_seq_length;   /* tokens; longer samples are truncated */
+  int64_t warmup_steps; /* before train_steps */
+  int64_t train_steps;  /* 0: as many as `epochs` gives, less the warm-up */
+  double epochs;        /* passes over the data when train_steps is 0; may be a fraction */
+  int grad_accum;       /* micro-batches a step */
+  double lr;            /* peak */
+  int lr_schedule;      /* enum mt_schedule */
+  double weight_decay;  /* on matrices alone */
+  double adam_beta1, adam_beta2, adam_eps;
+  double grad_clip;             /* global norm; 0: none */
+  uint64_t seed;                /* order of samples */
+  const char *precision;        /* name of a recipe: "fp32", "bf16" */
+  int experts;                  /* enum mt_experts_strategy */
+  int blocks;                   /* enum mt_blocks_strategy */
+  struct mt_string_list freeze; /* shell patterns over parameter names: "layers.0.*", "*router" */
+  double router_aux_coef;       /* < 0: as the checkpoint's config says; 0: none */
+  int64_t eval_every;           /* steps; 0: before the first and after the last alone */
+  int64_t save_every;           /* steps; 0: after the last alone */
+  int64_t log_every;            /* steps between plain lines */
+  int threads;                  /* 0: all cores */
+  bool train_on_prompt;         /* loss on every token, not the answer's alone */
+  bool skip_bad_lines;          /* count malformed lines instead of stopping */
+  const char *chat_template;    /* name of a known template; NULL: the checkpoint's */
+  uint64_t max_shard_bytes;     /* of exported weights */
 };
 
+/* `moetune eval`: mean cross-entropy, perplexity and accuracy of a file's targets. */
 struct mt_eval_options {
-  const char *model, *data, *precision, *backend, *chat_template;
+  const char *model, *data;
   int batch_size, max_seq_length, threads;
-  bool train_on_prompt, skip_bad_lines, json;
-  const char *ids;         /* "1,2,3": logits of these instead of a data file */
-  const char *dump_logits; /* file for them (safetensors, "logits" F32 [T,V]) */
+  const char *precision;
+  bool train_on_prompt, skip_bad_lines;
+  const char *chat_template;
+  bool json; /* one JSON object on stdout instead of lines */
+  const char *ids;         /* "1,2,3": run these instead of a file's samples */
+  const char *dump_logits; /* with ids: write "logits" F32 [T,V] to this safetensors file */
 };
 
+/* `moetune generate`. */
 struct mt_generate_options {
-  const char *model, *prompt, *precision, *backend, *chat_template;
-  bool chat; /* the prompt is a user's message; without a prompt: a conversation */
+  const char *model;
+  const char *prompt;        /* NULL: standard input (chat: a conversation, line by line) */
+  bool chat;                 /* wrap in the chat template */
+  const char *system;        /* system message of a chat, or NULL */
+  const char *chat_template; /* NULL: the checkpoint's */
   int max_new_tokens;
   double temperature; /* 0: greedy */
-  double top_p;       /* 1: all */
+  double top_p;       /* (0, 1] */
   uint64_t seed;
-  const char *stop[MT_MAX_STOP];
-  int stop_count;
+  struct mt_string_list stop; /* texts that end the answer, not printed */
+  const char *precision;
+  int threads;
+  bool stream; /* print as tokens come */
+};
+
+/* `moetune inspect`. The memory plan is printed when `train` is set; the fields after it are the
+ * flags of `moetune train` that decide it. */
+struct mt_inspect_options {
+  const char *model;
+  bool tensors; /* list every tensor */
+  bool train;
+  int batch_size, max_seq_length;
+  const char *precision;
+  int experts, blocks;
+  struct mt_string_list freeze;
+  double router_aux_coef;
   int threads;
 };
 
+/* `moetune bench`: a training step of a model of these sizes, beside the bare matrix product. */
 struct mt_bench_options {
-  const char *backend, *precision;
-  enum mt_experts_strategy experts;
-  enum mt_blocks_strategy blocks;
-  int threads, steps, batch_size, seq_length;
-  int hidden, ffn, layers, heads, kv_heads, n_experts, top_k, vocab;
-  bool json;
+  bool cpu;
+  int hidden, ffn, layers, heads, kv_heads, expert_count, top_k, vocab;
+  int batch_size, max_seq_length;
+  int64_t warmup_steps, train_steps;
+  const char *precision;
+  int experts, blocks;
+  int threads;
+  uint64_t seed;
+  bool json; /* one JSON object on stdout instead of lines */
 };
 
 #endif
