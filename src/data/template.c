@@ -224,9 +224,10 @@ mt_err mt_render(const struct mt_template *t, struct mt_encoder *e, const json_t
   return end(r, eos_id);
 }
 
-mt_err mt_render_question(const struct mt_template *t, struct mt_encoder *e, const char *question,
-                          struct mt_rendered *r) {
-  MT_TRY(begin(e, r));
-  MT_TRY(wrapped(e, r, t->user_begin, NULL, question, t->user_end, false));
+mt_err mt_render_question(const struct mt_template *t, struct mt_encoder *e, const json_t *messages,
+                          bool with_bos, struct mt_rendered *r) {
+  r->ids.count = 0;
+  if (with_bos) MT_TRY(begin(e, r));
+  MT_TRY(render_messages(t, e, messages, -1, r));
   return piece(e, r, t->answer_begin, strlen(t->answer_begin), true, true, false);
 }

@@ -35,8 +35,8 @@ void mt_rendered_free(struct mt_rendered *r);
 mt_err mt_render(const struct mt_template *t, struct mt_encoder *e, const json_t *record,
                  int32_t eos_id, struct mt_rendered *r);
 
-/* A question as the model is to be asked: ids up to where the answer begins. */
-mt_err mt_render_question(const struct mt_template *t, struct mt_encoder *e, const char *question,
-                          struct mt_rendered *r);
+/* Messages up to where an answer begins: what a model is to be asked. begin: with the BOS token. */
+mt_err mt_render_question(const struct mt_template *t, struct mt_encoder *e, const json_t *messages,
+                          bool begin, struct mt_rendered *r);
 
 #endif

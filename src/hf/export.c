@@ -153,6 +153,7 @@ static mt_err write_index(const struct export *x, const char *dir) {
 static bool carried(const char *name) {
   static const char *const endings[] = {".json", ".jinja", ".model", ".txt"};
   if (strcmp(name, "model.safetensors.index.json") == 0) return false;
+  if (strncmp(name, "moetune-", 8) == 0) return false; /* the state of a run, not of a model */
   const char *dot = strrchr(name, '.');
   for (size_t i = 0; dot && i < sizeof endings / sizeof *endings; i++) {
     if (strcmp(dot, endings[i]) == 0) return true;

@@ -53,6 +53,7 @@ struct mt_model {
   double *inv_freq;    /* host [D/2] */
   int32_t *host_route; /* host [E+1]: counts read back by the loop over experts */
   void *host_rows;     /* host [T] of 8 bytes: read-backs per token */
+  int64_t *load;       /* host [layers,E] (+=): routed choices per expert; the caller zeroes it */
   int lowest_learning; /* layers below it hold no learning parameter; -1: the embedding learns */
   double phase_s[MT_PHASE_COUNT]; /* (+=) seconds; the caller zeroes it */
   double phase_begin_s;
@@ -99,9 +100,6 @@ mt_err mt_model_eval_pass(struct mt_model *m, const struct mt_batch *batch, stru
 /* Logits of rows [begin, begin+count) of the last forward's tokens: out (=) host [count, V] F32.
  * For inspection and tests; copies through the activation scratch, a few rows at a time. */
 mt_err mt_model_logits(struct mt_model *m, int64_t begin, int64_t count, float *out);
-
-/* Routed choices of each expert in each layer of the last forward: out (=) host [layers, E]. */
-mt_err mt_model_expert_load(struct mt_model *m, int32_t *out);
 
 /* Charges the seconds since the last mark (or the forward's begin) to a phase. */
 void mt_phase_mark(struct mt_model *m, enum mt_phase phase);

@@ -136,6 +136,16 @@ static mt_err read_loss(struct mt_model *m, const struct mt_batch *batch, struct
   return MT_OK;
 }
 
+static mt_err read_load(struct mt_model *m) {
+  int experts = m->config.experts;
+  for (int l = 0; l < m->config.layers; l++) {
+    MT_TRY(m->be->download(m->be, m->host_route, m->acts.layer[l].load,
+                           (size_t)experts * sizeof(int32_t)));
+    for (int e = 0; e < experts; e++) m->load[(size_t)l * experts + e] += m->host_route[e];
+  }
+  return MT_OK;
+}
+
 static mt_err open_view(struct mt_model *m, const struct mt_batch *batch, struct mt_view *v) {
   *v = (struct mt_view){.tokens = batch->token_count, .sequences = batch->sequence_count};
   return mt_acts_load(&m->acts, m->be, batch);
@@ -149,6 +159,7 @@ mt_err mt_model_train_pass(struct mt_model *m, const struct mt_pass *pass, struc
   MT_TRY(forward(m, &v, pass->aux_weight));
   MT_TRY(head(m, &v, true, pass->loss_scale));
   MT_TRY(backward(m, &v));
+  MT_TRY(read_load(m));
   return read_loss(m, pass->batch, loss);
 }
 
@@ -157,6 +168,7 @@ mt_err mt_model_eval_pass(struct mt_model *m, const struct mt_batch *batch, stru
   MT_TRY(open_view(m, batch, &v));
   MT_TRY(forward(m, &v, 1.0));
   MT_TRY(head(m, &v, false, 0.0));
+  MT_TRY(read_load(m));
   return read_loss(m, batch, loss);
 }
 
@@ -177,13 +189,4 @@ mt_err mt_model_logits(struct mt_model *m, int64_t begin, int64_t count, float *
 done:
   free(raw);
   return err;
-}
-
-mt_err mt_model_expert_load(struct mt_model *m, int32_t *out) {
-  size_t bytes = (size_t)m->config.experts * sizeof(int32_t);
-  for (int l = 0; l < m->config.layers; l++) {
-    MT_TRY(
-        m->be->download(m->be, out + (int64_t)l * m->config.experts, m->acts.layer[l].load, bytes));
-  }
-  return MT_OK;
 }

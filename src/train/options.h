@@ -59,7 +59,7 @@ struct mt_eval_options {
   const char *precision;
   bool train_on_prompt, skip_bad_lines;
   const char *chat_template;
-  bool json; /* one JSON object on stdout instead of lines */
+  bool json;               /* one JSON object on stdout instead of lines */
   const char *ids;         /* "1,2,3": run these instead of a file's samples */
   const char *dump_logits; /* with ids: write "logits" F32 [T,V] to this safetensors file */
 };

@@ -1,0 +1,99 @@
+#include "train/session.h"
+
+#include <math.h>
+#include <time.h>
+
+#include "base/log.h"
+#include "kernels/registry.h"
+
+double mt_now_s(void) {
+  struct timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+mt_err mt_session_open(struct mt_session *s, const char *model_dir, const char *precision,
+                       const char *chat_template, int threads) {
+  char path[MT_PATH_MAX];
+  mt_err err;
+  *s = (struct mt_session){0};
+  s->recipe = mt_recipe_find(precision);
+  if (!s->recipe) return mt_fail(MT_EUNSUPPORTED, "no precision '%s'", precision);
+  MT_GO(mt_hf_open(model_dir, &s->checkpoint));
+  MT_GO(mt_path_join(path, model_dir, "tokenizer.json"));
+  MT_GO(mt_tokenizer_load(path, &s->tokenizer));
+  if (mt_tokenizer_vocab(s->tokenizer) > s->checkpoint.config.vocab) {
+    err = mt_fail(MT_ESHAPE, "%s has ids up to %d, the model's vocab_size is %d", path,
+                  mt_tokenizer_vocab(s->tokenizer) - 1, s->checkpoint.config.vocab);
+    goto done;
+  }
+  if (chat_template)
+    MT_GO(mt_template_find(chat_template, &s->chat));
+  else
+    MT_GO(mt_template_detect(model_dir, &s->chat));
+  MT_GO(mt_backend_create(&s->be, s->recipe->act == MT_F64 ? "ref" : "cpu", threads));
+done:
+  if (err) mt_session_close(s);
+  return err;
+}
+
+mt_err mt_session_load(struct mt_session *s, const struct mt_model_options *options,
+                       const struct mt_string_list *freeze) {
+  struct mt_params params;
+  mt_err err;
+  MT_TRY(mt_params_build(&s->checkpoint.config, &params));
+  if (freeze) MT_GO(mt_hf_freeze(&s->checkpoint.config, &params, freeze->item, freeze->count));
+  MT_GO(mt_model_create(&s->model, &s->checkpoint.config, &params, s->recipe, &s->be, options));
+  MT_GO(mt_hf_load(&s->checkpoint, &s->model.params, &s->be));
+done:
+  mt_params_free(&params);
+  return err;
+}
+
+void mt_session_close(struct mt_session *s) {
+  if (s->model.be) mt_model_destroy(&s->model);
+  mt_backend_destroy(&s->be);
+  mt_tokenizer_free(s->tokenizer);
+  mt_hf_close(&s->checkpoint);
+  *s = (struct mt_session){0};
+}
+
+void mt_session_describe(const struct mt_session *s) {
+  const struct mt_config *c = &s->checkpoint.config;
+  int64_t total = 0, learning = 0, routed = 0;
+  for (int i = 0; i < s->model.params.count; i++) {
+    const struct mt_param *p = &s->model.params.row[i];
+    int64_t n = mt_param_count(p);
+    total += n;
+    if (p->learns) learning += n;
+    if (p->sync == MT_SYNC_EXPERT) routed += n;
+  }
+  int64_t active = total - routed + routed * c->top_k / c->experts;
+  mt_info("model    %s: %.1f M parameters (%.1f M a token, %.1f M learning), %d layers, hidden %d, "
+          "%d experts, top-%d",
+          s->checkpoint.dir, (double)total / 1e6, (double)active / 1e6, (double)learning / 1e6,
+          c->layers, c->hidden, c->experts, c->top_k);
+  mt_info("device   %s, %d threads, %s", s->be.name, s->be.thread_count, s->recipe->name);
+}
+
+mt_err mt_evaluate(struct mt_model *m, struct mt_loader *l, struct mt_evaluation *out) {
+  double sum = 0;
+  int64_t correct = 0;
+  struct mt_batch *b;
+  mt_err err;
+  *out = (struct mt_evaluation){0};
+  l->next = (struct mt_position){0};
+  while ((err = mt_loader_next_once(l, &b)) == MT_OK) {
+    struct mt_loss loss;
+    MT_TRY(mt_model_eval_pass(m, b, &loss));
+    sum += loss.cross_entropy_sum;
+    correct += loss.correct_count;
+    out->samples += b->sequence_count;
+    out->targets += b->target_count;
+  }
+  if (err != MT_EEND) return err;
+  out->cross_entropy = sum / (double)out->targets;
+  out->perplexity = exp(out->cross_entropy);
+  out->accuracy = (double)correct / (double)out->targets;
+  return MT_OK;
+}

@@ -1,0 +1,40 @@
+/* What every command opens: checkpoint, tokenizer, chat template, backend, model. */
+#ifndef MT_TRAIN_SESSION_H
+#define MT_TRAIN_SESSION_H
+
+#include "data/dataset.h"
+#include "hf/checkpoint.h"
+#include "train/options.h"
+
+struct mt_session {
+  struct mt_hf_checkpoint checkpoint;
+  struct mt_tokenizer *tokenizer;
+  const struct mt_template *chat;
+  const struct mt_recipe *recipe;
+  struct mt_backend be;
+  struct mt_model model;
+};
+
+/* Checkpoint (weights not yet read), tokenizer and chat template (NULL: the checkpoint's), recipe
+ * and backend. Errors: those of the rooms; a tokenizer with more ids than the model has rows. */
+mt_err mt_session_open(struct mt_session *s, const char *model_dir, const char *precision,
+                       const char *chat_template, int threads);
+/* Builds the model with the freeze patterns applied and loads the weights. */
+mt_err mt_session_load(struct mt_session *s, const struct mt_model_options *options,
+                       const struct mt_string_list *freeze);
+void mt_session_close(struct mt_session *s);
+
+/* "key: value" facts, one a line on standard error, of what was opened. */
+void mt_session_describe(const struct mt_session *s);
+
+/* Mean over the targets of a data set, in file order. */
+struct mt_evaluation {
+  double cross_entropy, perplexity, accuracy;
+  int64_t samples, targets;
+};
+mt_err mt_evaluate(struct mt_model *m, struct mt_loader *l, struct mt_evaluation *out);
+
+/* Seconds of a steady clock. */
+double mt_now_s(void);
+
+#endif

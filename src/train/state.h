@@ -1,0 +1,21 @@
+/* A run's state on disk: checkpoint-N/ holds the model as a Hugging Face checkpoint, and beside it
+ * what a resumed run needs to go on bit for bit. */
+#ifndef MT_TRAIN_STATE_H
+#define MT_TRAIN_STATE_H
+
+#include "train/session.h"
+
+/* Writes OUT/checkpoint-STEP, which appears whole. path (=) its name. */
+mt_err mt_state_save(struct mt_session *s, const struct mt_optimizer *o, const struct mt_loader *l,
+                     const struct mt_train_options *options, char path[MT_PATH_MAX]);
+
+/* The checkpoint to resume from: `resume` itself, or the newest under out when it is "".
+ * MT_ENOENT when there is none. */
+mt_err mt_state_find(const struct mt_train_options *options, char path[MT_PATH_MAX]);
+
+/* Step, data position, masters and moments from a checkpoint written by mt_state_save. Errors:
+ * MT_EFORMAT; MT_EINVAL naming an option that differs and would change the run. */
+mt_err mt_state_load(const char *path, struct mt_session *s, struct mt_optimizer *o,
+                     struct mt_loader *l, const struct mt_train_options *options);
+
+#endif
