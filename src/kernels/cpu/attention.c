@@ -93,7 +93,7 @@ static void small_product(struct cpu_broadcast a, struct cpu_vector b, float *c,
                           float *scratch) {
   struct cpu_product p = {.a = a,
                           .b = b,
-                          .c = {c, MT_F32, c_ld, 1, accumulate},
+                          .c = {c, MT_F32, c_ld, accumulate},
                           .i_count = m,
                           .j_count = n,
                           .k_count = k};

@@ -2,341 +2,368 @@
 
 #include <omp.h>
 #include <string.h>
-#ifdef __AVX__
-#include <immintrin.h>
-#endif
 
 #include "kernels/cpu/cpu.h"
+#include "kernels/cpu/pack.h"
+#include "kernels/cpu/tile.h"
 
-/* Register tile MR x (NV vectors): accumulators, NV loads and a broadcast fit the register file. */
-#ifdef __AVX512F__
-enum { VW = 16, MR = 8 };
-#else
-enum { VW = 8, MR = 4 };
-#endif
-enum { NV = 3, NR = NV * VW };
-/* Block sizes: a packed block KC x JC (590 KB) lies in L2 beside the IC x JC result. */
-enum { KC = 512, JC = 6 * NR, IC = 64 };
-
-typedef float vec __attribute__((vector_size(VW * 4), aligned(4), may_alias));
-
-static inline vec splat(float x) {
-#ifdef __AVX512F__
-  return (vec)_mm512_set1_ps(x);
-#else
-  return (vec){x, x, x, x, x, x, x, x};
-#endif
-}
-
-_Static_assert(IC *JC + IC * KC <= CPU_PRODUCT_FLOATS, "block buffers fit the thread's scratch");
-
-/* out[8 cols][8] (leading dimension out_ld) = in[8 rows][8] transposed. */
-static inline void transpose8(const float *in, int64_t in_ld, float *out, int64_t out_ld) {
-#ifdef __AVX__
-  __m256 r[8], t[8], u[8];
-  for (int i = 0; i < 8; i++) r[i] = _mm256_loadu_ps(in + i * in_ld);
-  for (int i = 0; i < 4; i++) {
-    t[2 * i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
-    t[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]);
-  }
-  for (int i = 0; i < 2; i++) {
-    u[4 * i] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0x44);
-    u[4 * i + 1] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0xee);
-    u[4 * i + 2] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0x44);
-    u[4 * i + 3] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0xee);
-  }
-  for (int i = 0; i < 4; i++) {
-    _mm256_storeu_ps(out + i * out_ld, _mm256_permute2f128_ps(u[i], u[4 + i], 0x20));
-    _mm256_storeu_ps(out + (4 + i) * out_ld, _mm256_permute2f128_ps(u[i], u[4 + i], 0x31));
-  }
-#else
-  for (int i = 0; i < 8; i++) {
-    for (int j = 0; j < 8; j++) out[j * out_ld + i] = in[i * in_ld + j];
-  }
-#endif
-}
+/* A thread works on blocks KC x JC of the vectorised operand, packed into its L2 cache (295 KB), and
+ * strips of IS rows of the broadcast operand. bf16 results are made in RESULT floats of scratch. */
+enum { KC = 512, JC = 3 * NR, IS = 64, IC = 1024 };
+enum {
+  STRIP_FLOATS = IS * KC,
+  RESULT_FLOATS = 160 * JC,
+  BLOCK_FLOATS = KC * JC,
+  LINE = 64,
+};
+_Static_assert((int)STRIP_FLOATS + (int)RESULT_FLOATS + (int)BLOCK_FLOATS <= (int)CPU_THREAD_FLOATS,
+               "scratch fits");
+_Static_assert((int)STRIP_FLOATS <= (int)CPU_PRODUCT_FLOATS, "a small product's scratch fits");
 
 static int64_t round_up(int64_t n, int64_t unit) {
   return (n + unit - 1) / unit * unit;
+}
+
+static int64_t least(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
+
+/* How a product is cut into tasks of ic x jc, and those into blocks of kc. Only kc decides the order
+ * of a sum, and it is a function of the shape alone: bits do not depend on the threads. */
+struct cut {
+  int64_t kc, jc, ic;
+  bool columns;  /* the broadcast operand is contiguous along i */
+  bool in_place; /* tiles read it where it lies: rows of F32 that do not all fall on the same sets of
+                    the cache */
+  bool direct;   /* tiles are written to the result itself */
+};
+
+static int64_t even_part(int64_t n, int64_t most, int64_t unit) {
+  int64_t parts = (n + most - 1) / most;
+  return parts > 1 ? round_up((n + parts - 1) / parts, unit) : n;
+}
+
+static struct cut cut_of(const struct cpu_product *p, int64_t ic_most) {
+  struct cut c = {.columns = p->a.stride_i == 1 && p->a.stride_k != 1,
+                  .direct = p->c.dtype == MT_F32};
+  c.in_place = !c.columns && p->a.dtype == MT_F32 && p->a.stride_i % 1024 != 0;
+  c.kc = even_part(p->k_count, KC, 16);
+  c.jc = even_part(p->j_count, JC, VW);
+  if (!c.direct) ic_most = least(ic_most, RESULT_FLOATS / JC);
+  c.ic = even_part(p->i_count, ic_most, MR);
+  if (c.kc == 0) c.kc = 1;
+  return c;
+}
+
+/* Memory that will be needed soon, as runs of lines for struct runs: along the rows of the region
+ * or down its lines, whichever fits the length of a run better. */
+struct region {
+  const char *base;
+  int64_t rows, row_bytes, lines;
+  int64_t pos, count;
+  bool along;
+};
+
+static struct region region_of(const void *base, int64_t rows, int64_t row_bytes, int64_t bytes,
+                               int64_t run) {
+  struct region r = {.base = base, .rows = rows, .row_bytes = row_bytes};
+  r.lines = (bytes + LINE - 1) / LINE;
+  int64_t along = rows * ((r.lines + run - 1) / run), down = r.lines * ((rows + run - 1) / run);
+  r.along = along <= down;
+  r.count = r.along ? along : down;
+  return r;
+}
+
+enum { REGIONS = 3 };
+struct ahead {
+  struct region region[REGIONS];
+  int64_t run; /* lines of a run */
+  const void *idle;
+};
+
+static void next_runs(struct ahead *a, struct runs *out) {
+  struct region *r = a->region;
+  while (r < a->region + REGIONS && r->pos >= r->count) r++;
+  if (r == a->region + REGIONS) {
+    for (int n = 0; n < 4; n++) out->start[n] = a->idle;
+    out->step = 0;
+    return;
+  }
+  out->step = r->along ? LINE : r->row_bytes;
+  for (int n = 0; n < 4; n++) {
+    int64_t pos = least(r->pos, r->count - 1), row, line;
+    if (r->along) {
+      int64_t parts = (r->lines + a->run - 1) / a->run;
+      row = pos / parts;
+      line = pos % parts * a->run;
+    } else {
+      row = pos / r->lines * a->run;
+      line = pos % r->lines;
+    }
+    out->start[n] = r->base + row * r->row_bytes + line * LINE;
+    r->pos++;
+  }
+}
+
+/* One tile of mr x nv; the layouts of a are compile-time constants of the inner loop. */
+struct tile_args {
+  int64_t kc;
+  const float *a;
+  int64_t lda; /* rows: between rows; columns: unused, panels of MR */
+  const float *b;
+  float *c;
+  int64_t ldc;
+  bool add;
+};
+
+#define ONE_TILE(mr, nv)                                                                           \
+  (columns ? tile(mr, nv, t->kc, t->a, 1, MR, t->b, t->c, t->ldc, t->add, ahead)                   \
+           : tile(mr, nv, t->kc, t->a, t->lda, 1, t->b, t->c, t->ldc, t->add, ahead))
+
+static void run_tile(bool columns, bool half, int64_t vectors, const struct tile_args *t,
+                     const struct runs *ahead) {
+  switch ((half ? 3 : 0) + vectors) {
+    case 1: ONE_TILE(MR, 1); break;
+    case 2: ONE_TILE(MR, 2); break;
+    case 3: ONE_TILE(MR, 3); break;
+    case 4: ONE_TILE(MR / 2, 1); break;
+    case 5: ONE_TILE(MR / 2, 2); break;
+    default: ONE_TILE(MR / 2, 3); break;
+  }
+}
+
+/* Where the result of a strip goes. */
+struct target {
+  float *c; /* element (first row of the strip, first column of the block) */
+  int64_t ldc;
+  bool add;
+  bool exact; /* nothing may be written past the last row and column */
+};
+
+/* a: the strip's rows (lda) or panels; b: packed block [panels][kc][NR]. */
+static void run_strip(bool columns, const float *a, int64_t lda, const float *b, int64_t kc,
+                      int64_t in, int64_t jn, const struct target *to, struct ahead *ahead) {
+  for (int64_t i = 0; i < in; i += MR) {
+    int64_t rows = least(in - i, MR);
+    for (int64_t j = 0; j < jn; j += NR) {
+      int64_t lanes = least(jn - j, NR), vectors = (lanes + VW - 1) / VW;
+      bool half = rows <= MR / 2;
+      bool whole = !to->exact || (lanes % VW == 0 && (rows == MR || rows == MR / 2));
+      float edge[MR * NR], *c = to->c + i * to->ldc + j;
+      struct runs soon;
+      next_runs(ahead, &soon);
+      struct tile_args t = {kc,
+                            columns ? a + i * kc : a + i * lda,
+                            lda,
+                            b + j * kc,
+                            whole ? c : edge,
+                            whole ? to->ldc : NR,
+                            whole && to->add};
+      run_tile(columns, half, vectors, &t, &soon);
+      if (whole) continue;
+      for (int64_t r = 0; r < rows; r++) {
+        float *dst = c + r * to->ldc;
+        const float *src = edge + r * NR;
+        if (to->add) {
+          for (int64_t n = 0; n < lanes; n++) dst[n] += src[n];
+        } else {
+          for (int64_t n = 0; n < lanes; n++) dst[n] = src[n];
+        }
+      }
+    }
+  }
+}
+
+/* Strip [i, i+n) of a at k0, as it lies in memory. */
+static struct region strip_region(const struct cpu_product *p, const struct cut *cut, int64_t i,
+                                  int64_t k0, int64_t run) {
+  int64_t n = least(p->i_count - i, IS), kc = least(p->k_count - k0, cut->kc);
+  int64_t item = (int64_t)mt_dtype_bytes(p->a.dtype);
+  const char *base = (const char *)p->a.data + (i * p->a.stride_i + k0 * p->a.stride_k) * item;
+  return cut->columns ? region_of(base, kc, p->a.stride_k * item, n * item, run)
+                      : region_of(base, n, p->a.stride_i * item, kc * item, run);
+}
+
+/* Rows [i0, i0+in) of a times the packed block, strip by strip. */
+static void run_rows(const struct cpu_product *p, const struct cut *cut, const float *block,
+                     int64_t k0, int64_t kc, int64_t i0, int64_t in, int64_t jn,
+                     const struct target *to, struct ahead *ahead, float *strip) {
+  for (int64_t i = 0; i < in; i += IS) {
+    int64_t n = least(in - i, IS), whole = cut->in_place ? n / MR * MR : 0;
+    int64_t k_next = i + IS < in || k0 + kc >= p->k_count ? k0 : k0 + kc;
+    int64_t i_next = i + IS < in ? i0 + i + IS : k_next > k0 ? i0 : i0 + in;
+    if (i_next >= p->i_count) i_next = k_next = 0;
+    ahead->region[0] = strip_region(p, cut, i_next, k_next, ahead->run);
+    struct target here = *to;
+    here.c += i * to->ldc;
+    if (cut->columns) {
+      mt_cpu_pack_columns(&p->a, i0 + i, n, k0, kc, strip);
+      run_strip(true, strip, 0, block, kc, n, jn, &here, ahead);
+      continue;
+    }
+    const float *a = (const float *)p->a.data + (i0 + i) * p->a.stride_i + k0;
+    if (whole) run_strip(false, a, p->a.stride_i, block, kc, whole, jn, &here, ahead);
+    if (whole < n) {
+      mt_cpu_copy_rows(&p->a, i0 + i + whole, n - whole, k0, kc, strip);
+      here.c += whole * to->ldc;
+      run_strip(false, strip, kc, block, kc, n - whole, jn, &here, ahead);
+    }
+  }
+}
+
+/* Float32 scratch [in][ld] rounded into the result. */
+static void store_scratch(const struct cpu_result *c, int64_t i0, int64_t in, int64_t j0,
+                          int64_t jn, const float *result, int64_t ld) {
+  for (int64_t i = 0; i < in; i++) {
+    uint16_t *dst = (uint16_t *)c->data + (i0 + i) * c->stride_i + j0;
+    const float *src = result + i * ld;
+    if (c->accumulate) {
+      for (int64_t j = 0; j < jn; j++) dst[j] = mt_f32_to_bf16(src[j] + mt_bf16_to_f32(dst[j]));
+    } else {
+      for (int64_t j = 0; j < jn; j++) dst[j] = mt_f32_to_bf16(src[j]);
+    }
+  }
+}
+
+static void store_zeros(const struct cpu_product *p, int64_t i0, int64_t in, int64_t j0,
+                        int64_t jn) {
+  size_t item = mt_dtype_bytes(p->c.dtype);
+  if (p->c.accumulate) return;
+  for (int64_t i = i0; i < i0 + in; i++) {
+    memset((char *)p->c.data + (size_t)(i * p->c.stride_i + j0) * item, 0, (size_t)jn * item);
+  }
+}
+
+/* One thread's place: what its packed block holds. */
+struct worker {
+  float *strip, *result, *block;
+  const struct cpu_product *held;
+  int64_t held_k, held_j;
+};
+
+static void hold_block(struct worker *w, const struct cpu_product *p, int64_t k0, int64_t kc,
+                       int64_t j0, int64_t jn) {
+  if (w->held == p && w->held_k == k0 && w->held_j == j0) return;
+  mt_cpu_pack_vector(&p->b, k0, kc, j0, jn, w->block);
+  w->held = p;
+  w->held_k = k0;
+  w->held_j = j0;
+}
+
+struct task {
+  int64_t i0, in, j0, jn;
+};
+
+/* The block that will be packed after (k0, task), if it lies in the same product. */
+static struct region block_after(const struct cpu_product *p, const struct cut *cut,
+                                 const struct task *t, int64_t k0, int64_t run) {
+  int64_t j0 = t->j0, item = (int64_t)mt_dtype_bytes(p->b.dtype);
+  k0 += cut->kc;
+  if (k0 >= p->k_count) {
+    if (cut->kc < p->k_count || t->i0 + t->in >= p->i_count) j0 += cut->jc;
+    if (j0 == t->j0 || j0 >= p->j_count) return (struct region){0};
+    k0 = 0;
+  }
+  int64_t kc = least(p->k_count - k0, cut->kc), jn = least(p->j_count - j0, cut->jc);
+  const char *base = (const char *)p->b.data + (k0 * p->b.stride_k + j0 * p->b.stride_j) * item;
+  return p->b.stride_j == 1 ? region_of(base, kc, p->b.stride_k * item, jn * item, run)
+                            : region_of(base, jn, p->b.stride_j * item, kc * item, run);
+}
+
+static void run_task(struct worker *w, const struct cpu_product *p, const struct cut *cut,
+                     const struct task *t) {
+  int64_t ld = cut->direct ? p->c.stride_i : round_up(t->jn, NR);
+  for (int64_t k0 = 0; k0 < p->k_count; k0 += cut->kc) {
+    int64_t kc = least(p->k_count - k0, cut->kc);
+    struct ahead ahead = {.run = kc / 16 + 1, .idle = w->block};
+    struct target to = {w->result, ld, k0 > 0, false};
+    hold_block(w, p, k0, kc, t->j0, t->jn);
+    ahead.region[1] = block_after(p, cut, t, k0, ahead.run);
+    if (cut->direct) {
+      to = (struct target){(float *)p->c.data + t->i0 * ld + t->j0, ld,
+                           p->c.accumulate || k0 > 0, true};
+      if (k0 == 0) ahead.region[2] = region_of(to.c, t->in, ld * 4, t->jn * 4, ahead.run);
+    }
+    run_rows(p, cut, w->block, k0, kc, t->i0, t->in, t->jn, &to, &ahead, w->strip);
+  }
+  if (p->k_count == 0)
+    store_zeros(p, t->i0, t->in, t->j0, t->jn);
+  else if (!cut->direct)
+    store_scratch(&p->c, t->i0, t->in, t->j0, t->jn, w->result, ld);
+}
+
+static int64_t task_count(const struct cpu_product *p, const struct cut *c) {
+  return ((p->i_count + c->ic - 1) / c->ic) * ((p->j_count + c->jc - 1) / c->jc);
+}
+
+/* i varies fastest: neighbouring tasks share the packed block. */
+static struct task task_at(const struct cpu_product *p, const struct cut *c, int64_t n) {
+  int64_t rows = (p->i_count + c->ic - 1) / c->ic;
+  struct task t = {.i0 = n % rows * c->ic, .j0 = n / rows * c->jc};
+  t.in = least(p->i_count - t.i0, c->ic);
+  t.jn = least(p->j_count - t.j0, c->jc);
+  return t;
+}
+
+/* Takes the next stretch of tasks: long ones first, so that a thread keeps its packed blocks, then
+ * ever shorter ones, so that all threads end together. */
+static int64_t take_tasks(int64_t *next, int64_t total, int threads, int64_t *begin) {
+  int64_t left = total - __atomic_load_n(next, __ATOMIC_RELAXED);
+  int64_t n = left / (4 * threads);
+  if (n < 1) n = 1;
+  *begin = __atomic_fetch_add(next, n, __ATOMIC_RELAXED);
+  return least(*begin + n, total);
+}
+
+/* Tasks so small that all threads have some, as far as rows allow. */
+static int64_t choose_rows(const struct cpu_product *products, int count, int threads,
+                           int64_t *total) {
+  for (int64_t ic = IC;; ic /= 2) {
+    *total = 0;
+    for (int g = 0; g < count; g++) {
+      struct cut cut = cut_of(&products[g], ic);
+      *total += task_count(&products[g], &cut);
+    }
+    if (*total >= 8 * (int64_t)threads || ic <= IS || threads == 1) return ic;
+  }
+}
+
+void mt_cpu_products(const struct mt_backend *be, const struct cpu_product *products, int count) {
+  int64_t total, next = 0, ic = choose_rows(products, count, be->thread_count, &total);
+  if (total == 0) return;
+#pragma omp parallel num_threads(be->thread_count)
+  {
+    float *scratch = mt_cpu_thread_scratch(be, omp_get_thread_num());
+    struct worker w = {.strip = scratch,
+                       .result = scratch + STRIP_FLOATS,
+                       .block = scratch + STRIP_FLOATS + RESULT_FLOATS};
+    int64_t begin, end, first = 0;
+    int g = 0;
+    struct cut cut = cut_of(&products[0], ic);
+    while ((end = take_tasks(&next, total, omp_get_num_threads(), &begin)) > begin) {
+      for (int64_t n = begin; n < end; n++) {
+        while (n - first >= task_count(&products[g], &cut)) {
+          first += task_count(&products[g], &cut);
+          cut = cut_of(&products[++g], ic);
+        }
+        struct task t = task_at(&products[g], &cut, n - first);
+        run_task(&w, &products[g], &cut, &t);
+      }
+    }
+  }
 }
 
 size_t mt_cpu_packed_floats(int64_t j_count, int64_t k_count) {
   return (size_t)round_up(j_count, NR) * (size_t)k_count;
 }
 
-static inline float load(const void *data, enum mt_dtype dtype, int64_t offset) {
-  return dtype == MT_F32 ? ((const float *)data)[offset]
-                         : mt_bf16_to_f32(((const uint16_t *)data)[offset]);
-}
-
-static void load_run(const void *data, enum mt_dtype dtype, int64_t offset, int64_t n, float *out) {
-  if (dtype == MT_F32) {
-    memcpy(out, (const float *)data + offset, (size_t)n * sizeof *out);
-  } else {
-    const uint16_t *h = (const uint16_t *)data + offset;
-    for (int64_t i = 0; i < n; i++) out[i] = mt_bf16_to_f32(h[i]);
-  }
-}
-
-/* Packs rows [k0, k0+kc) of one panel of `lanes` <= NR columns: out[kc][NR], spare lanes zero. */
-static void pack_panel(const struct cpu_vector *b, int64_t k0, int64_t kc, int64_t j0,
-                       int64_t lanes, float *out) {
-  if (b->stride_j == 1) {
-    for (int64_t k = 0; k < kc; k++) {
-      load_run(b->data, b->dtype, (k0 + k) * b->stride_k + j0, lanes, out + k * NR);
-      for (int64_t j = lanes; j < NR; j++) out[k * NR + j] = 0;
-    }
-    return;
-  }
-  for (int64_t j = 0; j < NR; j += 8) {
-    for (int64_t k = 0; k < kc; k += 8) {
-      float in[8][8];
-      bool whole = b->dtype == MT_F32 && j + 8 <= lanes && k + 8 <= kc;
-      if (whole) {
-        transpose8((const float *)b->data + (j0 + j) * b->stride_j + k0 + k, b->stride_j,
-                   out + k * NR + j, NR);
-        continue;
-      }
-      memset(in, 0, sizeof in);
-      int64_t nk = kc - k < 8 ? kc - k : 8;
-      for (int64_t r = 0; r < 8 && j + r < lanes; r++) {
-        load_run(b->data, b->dtype, (j0 + j + r) * b->stride_j + k0 + k, nk, in[r]);
-      }
-      for (int64_t n = 0; n < nk; n++) {
-        for (int64_t r = 0; r < 8; r++) out[(k + n) * NR + j + r] = in[r][n];
-      }
-    }
-  }
-}
-
-/* c[MR][NR] (ld JC) (= when first, else +=) a * b over kc; element (i, k) of a at i*rs + k*cs. */
-static inline __attribute__((always_inline)) void tile(const int nv, int64_t kc, const float *a,
-                                                       int64_t rs, int64_t cs, const float *b,
-                                                       float *c, bool first) {
-  vec acc[MR][NV];
-#pragma GCC unroll 8
-  for (int i = 0; i < MR; i++) {
-#pragma GCC unroll 3
-    for (int v = 0; v < nv; v++) acc[i][v] = splat(0);
-  }
-  for (int64_t k = 0; k < kc; k++) {
-    vec x[NV];
-#pragma GCC unroll 3
-    for (int v = 0; v < nv; v++) x[v] = *(const vec *)(b + k * NR + v * VW);
-#pragma GCC unroll 8
-    for (int i = 0; i < MR; i++) {
-      vec s = splat(a[i * rs + k * cs]);
-#pragma GCC unroll 3
-      for (int v = 0; v < nv; v++) acc[i][v] += s * x[v];
-    }
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < MR; i++) {
-#pragma GCC unroll 3
-    for (int v = 0; v < nv; v++) {
-      vec *p = (vec *)(c + i * JC + v * VW);
-      if (!first) acc[i][v] += *p;
-      *p = acc[i][v];
-    }
-  }
-}
-
-/* The two layouts of a, and panels of fewer vectors at the ragged end. */
-static void tile_rows(int nv, int64_t kc, const float *a, int64_t rs, const float *b, float *c,
-                      bool first) {
-  if (nv == 3)
-    tile(3, kc, a, rs, 1, b, c, first);
-  else if (nv == 2)
-    tile(2, kc, a, rs, 1, b, c, first);
-  else
-    tile(1, kc, a, rs, 1, b, c, first);
-}
-
-static void tile_panel(int nv, int64_t kc, const float *a, const float *b, float *c, bool first) {
-  if (nv == 3)
-    tile(3, kc, a, 1, MR, b, c, first);
-  else if (nv == 2)
-    tile(2, kc, a, 1, MR, b, c, first);
-  else
-    tile(1, kc, a, 1, MR, b, c, first);
-}
-
-/* Columns of a (contiguous along i): out[IC/MR panels][kc][MR], spare rows zero. */
-static void pack_columns(const struct cpu_broadcast *a, int64_t i0, int64_t in, int64_t k0,
-                         int64_t kc, float *out) {
-  for (int64_t k = 0; k < kc; k++) {
-    int64_t offset = (k0 + k) * a->stride_k + i0;
-    for (int64_t i = 0; i < in; i += MR) {
-      float *dst = out + i * kc + k * MR;
-      int64_t n = in - i < MR ? in - i : MR;
-      if (n == MR && a->dtype == MT_F32) {
-        memcpy(dst, (const float *)a->data + offset + i, MR * sizeof *dst);
-        continue;
-      }
-      for (int64_t r = 0; r < MR; r++) dst[r] = r < n ? load(a->data, a->dtype, offset + i + r) : 0;
-    }
-  }
-}
-
-/* Rows of a (contiguous along k) that cannot be read in place: out[in rounded up][kc]. */
-static void copy_rows(const struct cpu_broadcast *a, int64_t i0, int64_t in, int64_t k0, int64_t kc,
-                      float *out) {
-  for (int64_t i = 0; i < round_up(in, MR); i++) {
-    if (i < in)
-      load_run(a->data, a->dtype, (i0 + i) * a->stride_i + k0, kc, out + i * kc);
-    else
-      memset(out + i * kc, 0, (size_t)kc * sizeof *out);
-  }
-}
-
-static void store_transposed(const struct cpu_product *p, int64_t i0, int64_t in, int64_t j0,
-                             int64_t jn, const float *tiles) {
-  const struct cpu_result *c = &p->c;
-  for (int64_t j = 0; j < jn; j += 8) {
-    for (int64_t i = 0; i < in; i += 8) {
-      float out[8][8];
-      transpose8(tiles + i * JC + j, JC, out[0], 8);
-      int64_t nj = jn - j < 8 ? jn - j : 8, ni = in - i < 8 ? in - i : 8;
-      for (int64_t r = 0; r < nj; r++) {
-        int64_t offset = (j0 + j + r) * c->stride_j + i0 + i;
-        if (c->dtype == MT_F32) {
-          float *dst = (float *)c->data + offset;
-          if (c->accumulate) {
-            for (int64_t n = 0; n < ni; n++) dst[n] += out[r][n];
-          } else if (ni == 8) {
-            memcpy(dst, out[r], sizeof out[r]);
-          } else {
-            for (int64_t n = 0; n < ni; n++) dst[n] = out[r][n];
-          }
-        } else {
-          uint16_t *dst = (uint16_t *)c->data + offset;
-          for (int64_t n = 0; n < ni; n++) {
-            float x = out[r][n] + (c->accumulate ? mt_bf16_to_f32(dst[n]) : 0);
-            dst[n] = mt_f32_to_bf16(x);
-          }
-        }
-      }
-    }
-  }
-}
-
-static void store_natural(const struct cpu_product *p, int64_t i0, int64_t in, int64_t j0,
-                          int64_t jn, const float *tiles) {
-  const struct cpu_result *c = &p->c;
-  for (int64_t i = 0; i < in; i++) {
-    float *dst = (float *)c->data + (i0 + i) * c->stride_i + j0;
-    const float *src = tiles + i * JC;
-    if (c->accumulate) {
-      for (int64_t j = 0; j < jn; j++) dst[j] += src[j];
-    } else {
-      memcpy(dst, src, (size_t)jn * sizeof *dst);
-    }
-  }
-}
-
-/* Rows [i0, i0+in) x columns [j0, j0+jn) of one product; j0 is a multiple of NR. */
-static void run_block(const struct cpu_product *p, const float *packed, int64_t i0, int64_t in,
-                      int64_t j0, int64_t jn, float *scratch) {
-  float *tiles = scratch, *buffer = scratch + IC * JC;
-  int64_t width = round_up(p->j_count, NR);
-  bool columns = p->a.stride_i == 1 && p->a.stride_k != 1;
-  bool in_place = !columns && p->a.dtype == MT_F32 && in % MR == 0;
-  for (int64_t k0 = 0; k0 < p->k_count; k0 += KC) {
-    int64_t kc = p->k_count - k0 < KC ? p->k_count - k0 : KC;
-    if (columns)
-      pack_columns(&p->a, i0, in, k0, kc, buffer);
-    else if (!in_place)
-      copy_rows(&p->a, i0, in, k0, kc, buffer);
-    for (int64_t i = 0; i < in; i += MR) {
-      for (int64_t j = 0; j < jn; j += NR) {
-        const float *b = packed + k0 * width + (j0 + j) * kc;
-        float *c = tiles + i * JC + j;
-        int nv = (int)((jn - j < NR ? jn - j : NR) + VW - 1) / VW;
-        if (columns) {
-          tile_panel(nv, kc, buffer + i * kc, b, c, k0 == 0);
-        } else if (in_place) {
-          const float *a = (const float *)p->a.data + (i0 + i) * p->a.stride_i + k0;
-          tile_rows(nv, kc, a, p->a.stride_i, b, c, k0 == 0);
-        } else {
-          tile_rows(nv, kc, buffer + i * kc, kc, b, c, k0 == 0);
-        }
-      }
-    }
-  }
-  if (p->k_count == 0) memset(tiles, 0, sizeof(float) * IC * JC);
-  if (p->c.stride_i == 1)
-    store_transposed(p, i0, in, j0, jn, tiles);
-  else
-    store_natural(p, i0, in, j0, jn, tiles);
-}
-
-/* Panels x k-blocks of a product, as one list of packing tasks. */
-static int64_t pack_tasks(const struct cpu_product *p) {
-  return round_up(p->j_count, NR) / NR * ((p->k_count + KC - 1) / KC);
-}
-
-static void pack_task(const struct cpu_product *p, int64_t task, float *packed) {
-  int64_t panels = round_up(p->j_count, NR) / NR;
-  int64_t k0 = task / panels * KC, j0 = task % panels * NR;
-  int64_t kc = p->k_count - k0 < KC ? p->k_count - k0 : KC;
-  int64_t lanes = p->j_count - j0 < NR ? p->j_count - j0 : NR;
-  pack_panel(&p->b, k0, kc, j0, lanes, packed + k0 * panels * NR + j0 * kc);
-}
-
 void mt_cpu_pack_here(const struct cpu_product *p, float *packed) {
-  for (int64_t n = 0; n < pack_tasks(p); n++) pack_task(p, n, packed);
-}
-
-static int64_t block_tasks(const struct cpu_product *p) {
-  return ((p->i_count + IC - 1) / IC) * ((p->j_count + JC - 1) / JC);
-}
-
-static void block_task(const struct cpu_product *p, int64_t task, const float *packed,
-                       float *scratch) {
-  /* i varies fastest: neighbouring tasks share the packed columns. */
-  int64_t blocks = (p->i_count + IC - 1) / IC;
-  int64_t i0 = task % blocks * IC, j0 = task / blocks * JC;
-  int64_t in = p->i_count - i0 < IC ? p->i_count - i0 : IC;
-  int64_t jn = p->j_count - j0 < JC ? p->j_count - j0 : JC;
-  run_block(p, packed, i0, in, j0, jn, scratch);
+  mt_cpu_pack_vector(&p->b, 0, p->k_count, 0, p->j_count, packed);
 }
 
 void mt_cpu_product_here(const struct cpu_product *p, const float *packed, float *scratch) {
-  for (int64_t n = 0; n < block_tasks(p); n++) block_task(p, n, packed, scratch);
-}
-
-void mt_cpu_products(const struct mt_backend *be, struct cpu_product *products, int count,
-                     float *packed) {
-  int64_t packs = 0, blocks = 0;
-  for (int g = 0; g < count; g++) {
-    packs += pack_tasks(&products[g]);
-    blocks += block_tasks(&products[g]);
-  }
-  if (blocks == 0) return;
-#pragma omp parallel num_threads(be->thread_count)
-  {
-    float *scratch = mt_cpu_thread_scratch(be, omp_get_thread_num());
-#pragma omp for schedule(dynamic, 4)
-    for (int64_t n = 0; n < packs; n++) {
-      float *base = packed;
-      int64_t task = n;
-      int g = 0;
-      for (; task >= pack_tasks(&products[g]); g++) {
-        task -= pack_tasks(&products[g]);
-        base += mt_cpu_packed_floats(products[g].j_count, products[g].k_count);
-      }
-      pack_task(&products[g], task, base);
-    }
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t n = 0; n < blocks; n++) {
-      const float *base = packed;
-      int64_t task = n;
-      int g = 0;
-      for (; task >= block_tasks(&products[g]); g++) {
-        task -= block_tasks(&products[g]);
-        base += mt_cpu_packed_floats(products[g].j_count, products[g].k_count);
-      }
-      block_task(&products[g], task, base, scratch);
-    }
-  }
+  struct cut cut = cut_of(p, IC);
+  struct ahead ahead = {.run = 1, .idle = packed};
+  struct target to = {p->c.data, p->c.stride_i, p->c.accumulate, true};
+  run_rows(p, &cut, packed, 0, p->k_count, 0, p->i_count, p->j_count, &to, &ahead, scratch);
 }

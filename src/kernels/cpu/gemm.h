@@ -1,9 +1,9 @@
 /* Products in float32 for every layout that linear layers need, grouped over experts.
  *
- * The roles are chosen so that weights are streamed once and never packed: activations (tokens) are
- * the packed, vectorised operand; weights are broadcast element by element from where they lie.
- *   forward  y[j,i]  = sum_k w[i,k]  x[j,k]    i out feature, j token
- *   dgrad    dx[j,i] = sum_k w[k,i]  dy[j,k]   i in feature,  j token
+ * One operand is broadcast element by element, where possible from where it lies; the other is
+ * vectorised and packed block by block into the running thread's own cache:
+ *   forward  y[i,j]  = sum_k x[i,k]  w[j,k]    i token,       j out feature
+ *   dgrad    dx[i,j] = sum_k dy[i,k] w[k,j]    i token,       j in feature
  *   wgrad    dw[i,j] = sum_k dy[k,i] x[k,j]    i out feature, j in feature, k token
  * Blocking after Goto & van de Geijn, "Anatomy of high-performance matrix multiplication" (2008).
  */
@@ -19,18 +19,18 @@ struct cpu_broadcast {
   int64_t stride_i, stride_k;
 };
 
-/* The vectorised operand before packing: element (k, j) likewise. */
+/* The vectorised operand: element (k, j) likewise. */
 struct cpu_vector {
   const void *data;
   enum mt_dtype dtype;
   int64_t stride_k, stride_j;
 };
 
-/* The result: element (i, j) likewise; (acc). */
+/* The result: element (i, j) at c[i * stride_i + j]; (acc). */
 struct cpu_result {
   void *data;
   enum mt_dtype dtype;
-  int64_t stride_i, stride_j;
+  int64_t stride_i;
   int accumulate;
 };
 
@@ -41,16 +41,15 @@ struct cpu_product {
   int64_t i_count, j_count, k_count;
 };
 
-/* Floats of shared workspace that a product (or the sum over a group's products) takes packed. */
-size_t mt_cpu_packed_floats(int64_t j_count, int64_t k_count);
-
 /* Runs `count` independent products on be's threads. Bits do not depend on the thread count.
- * `packed` holds the sum of their mt_cpu_packed_floats. A product with k_count 0 writes zeros. */
-void mt_cpu_products(const struct mt_backend *be, struct cpu_product *products, int count,
-                     float *packed);
+ * A product with k_count 0 writes zeros (or adds nothing). Uses the threads' scratch. */
+void mt_cpu_products(const struct mt_backend *be, const struct cpu_product *products, int count);
 
 /* The same on the calling thread, in two parts, so that one packed operand serves several products
- * (attention's tiles): pack p->b; run p with it. scratch: CPU_PRODUCT_FLOATS floats. */
+ * (attention's tiles): pack p->b whole; run p with it. k_count 1 to CPU_SMALL_K; c is F32.
+ * packed: mt_cpu_packed_floats; scratch: CPU_PRODUCT_FLOATS floats. */
+enum { CPU_SMALL_K = 512 };
+size_t mt_cpu_packed_floats(int64_t j_count, int64_t k_count);
 void mt_cpu_pack_here(const struct cpu_product *p, float *packed);
 void mt_cpu_product_here(const struct cpu_product *p, const float *packed, float *scratch);
 

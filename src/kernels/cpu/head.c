@@ -58,23 +58,23 @@ static void row_loss(const struct mt_head_loss_args *a, const struct chunk *c, i
 static void chunk_run(const struct mt_backend *be, const struct mt_head_loss_args *a,
                       const struct chunk *c, int accumulate) {
   int64_t h = a->x.dim[1], v = a->w.dim[0], n = c->count;
-  struct cpu_product logits = {.a = {a->w.data, a->w.dtype, a->w.ld, 1},
-                               .b = {c->x, MT_F32, 1, h},
-                               .c = {c->logits, MT_F32, 1, v, 0},
-                               .i_count = v,
-                               .j_count = n,
+  struct cpu_product logits = {.a = {c->x, MT_F32, h, 1},
+                               .b = {a->w.data, a->w.dtype, 1, a->w.ld},
+                               .c = {c->logits, MT_F32, v, 0},
+                               .i_count = n,
+                               .j_count = v,
                                .k_count = h};
-  mt_cpu_products(be, &logits, 1, c->packed);
+  mt_cpu_products(be, &logits, 1);
 #pragma omp parallel for num_threads(be->thread_count) schedule(static)
   for (int64_t r = 0; r < n; r++) row_loss(a, c, r);
   if (a->dx.data) {
-    struct cpu_product dx = {.a = {a->w.data, a->w.dtype, 1, a->w.ld},
-                             .b = {c->logits, MT_F32, 1, v},
-                             .c = {c->dx, MT_F32, 1, h, 0},
-                             .i_count = h,
-                             .j_count = n,
+    struct cpu_product dx = {.a = {c->logits, MT_F32, v, 1},
+                             .b = {a->w.data, a->w.dtype, a->w.ld, 1},
+                             .c = {c->dx, MT_F32, h, 0},
+                             .i_count = n,
+                             .j_count = h,
                              .k_count = v};
-    mt_cpu_products(be, &dx, 1, c->packed);
+    mt_cpu_products(be, &dx, 1);
 #pragma omp parallel for num_threads(be->thread_count) schedule(static)
     for (int64_t r = 0; r < n; r++) {
       float *dst = cpu_target(&a->dx, c->row[r], c->dx + r * h);
@@ -85,11 +85,11 @@ static void chunk_run(const struct mt_backend *be, const struct mt_head_loss_arg
   if (a->dw.data) {
     struct cpu_product dw = {.a = {c->logits, MT_F32, 1, v},
                              .b = {c->x, MT_F32, h, 1},
-                             .c = {a->dw.data, MT_F32, a->dw.ld, 1, accumulate},
+                             .c = {a->dw.data, MT_F32, a->dw.ld, accumulate},
                              .i_count = v,
                              .j_count = h,
                              .k_count = n};
-    mt_cpu_products(be, &dw, 1, c->packed);
+    mt_cpu_products(be, &dw, 1);
   }
 }
 

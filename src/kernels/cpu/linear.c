@@ -30,18 +30,6 @@ static mt_err ready(const struct mt_backend *be, const char *op, const struct mt
   return MT_OK;
 }
 
-/* Runs the products if their packed operands fit the workspace that was planned. */
-static mt_err run(const struct mt_backend *be, const char *op, struct cpu_product *p, int count) {
-  size_t need = 0, room;
-  float *packed = mt_cpu_shared_scratch(be, &room);
-  for (int g = 0; g < count; g++) need += mt_cpu_packed_floats(p[g].j_count, p[g].k_count);
-  if (need > room) {
-    return mt_fail(MT_ESHAPE, "%s: needs %zu floats of workspace, has %zu", op, need, room);
-  }
-  mt_cpu_products(be, p, count, packed);
-  return MT_OK;
-}
-
 /* Few rows (decoding): each output is one dot product; the weights are streamed once. */
 static void few_rows(const struct mt_backend *be, const struct mt_linear_fwd_args *a, int g,
                      int64_t begin, int64_t n) {
@@ -88,15 +76,16 @@ mt_err mt_cpu_linear_fwd(struct mt_backend *be, const struct mt_linear_fwd_args 
       few_rows(be, a, g, begin, n);
       continue;
     }
-    p[count++] =
-        (struct cpu_product){.a = {group_weight(&a->w, g), a->w.dtype, a->w.ld, 1},
-                             .b = {at(&a->x, begin), a->x.dtype, 1, a->x.ld},
-                             .c = {(void *)(uintptr_t)at(&a->y, begin), a->y.dtype, 1, a->y.ld, 0},
-                             .i_count = a->y.dim[1],
-                             .j_count = n,
-                             .k_count = a->x.dim[1]};
+    p[count++] = (struct cpu_product){
+        .a = {at(&a->x, begin), a->x.dtype, a->x.ld, 1},
+        .b = {group_weight(&a->w, g), a->w.dtype, 1, a->w.ld},
+        .c = {(void *)(uintptr_t)at(&a->y, begin), a->y.dtype, a->y.ld, 0},
+        .i_count = n,
+        .j_count = a->y.dim[1],
+        .k_count = a->x.dim[1]};
   }
-  return run(be, "linear_fwd", p, count);
+  mt_cpu_products(be, p, count);
+  return MT_OK;
 }
 
 mt_err mt_cpu_linear_dgrad(struct mt_backend *be, const struct mt_linear_dgrad_args *a) {
@@ -109,14 +98,15 @@ mt_err mt_cpu_linear_dgrad(struct mt_backend *be, const struct mt_linear_dgrad_a
     group_rows(a->offsets, a->dy.dim[0], g, &begin, &n);
     if (n == 0) continue;
     p[count++] = (struct cpu_product){
-        .a = {group_weight(&a->w, g), a->w.dtype, 1, a->w.ld},
-        .b = {at(&a->dy, begin), a->dy.dtype, 1, a->dy.ld},
-        .c = {(void *)(uintptr_t)at(&a->dx, begin), a->dx.dtype, 1, a->dx.ld, a->accumulate},
-        .i_count = a->dx.dim[1],
-        .j_count = n,
+        .a = {at(&a->dy, begin), a->dy.dtype, a->dy.ld, 1},
+        .b = {group_weight(&a->w, g), a->w.dtype, a->w.ld, 1},
+        .c = {(void *)(uintptr_t)at(&a->dx, begin), a->dx.dtype, a->dx.ld, a->accumulate},
+        .i_count = n,
+        .j_count = a->dx.dim[1],
         .k_count = a->dy.dim[1]};
   }
-  return run(be, "linear_dgrad", p, count);
+  mt_cpu_products(be, p, count);
+  return MT_OK;
 }
 
 mt_err mt_cpu_linear_wgrad(struct mt_backend *be, const struct mt_linear_wgrad_args *a) {
@@ -131,10 +121,11 @@ mt_err mt_cpu_linear_wgrad(struct mt_backend *be, const struct mt_linear_wgrad_a
     p[count++] = (struct cpu_product){
         .a = {at(&a->dy, begin), a->dy.dtype, 1, a->dy.ld},
         .b = {at(&a->x, begin), a->x.dtype, a->x.ld, 1},
-        .c = {(void *)(uintptr_t)group_weight(&a->dw, g), a->dw.dtype, a->dw.ld, 1, a->accumulate},
+        .c = {(void *)(uintptr_t)group_weight(&a->dw, g), a->dw.dtype, a->dw.ld, a->accumulate},
         .i_count = a->dy.dim[1],
         .j_count = a->x.dim[1],
         .k_count = n};
   }
-  return run(be, "linear_wgrad", p, count);
+  mt_cpu_products(be, p, count);
+  return MT_OK;
 }
