@@ -56,7 +56,8 @@ mt_err mt_template_detect(const char *dir, const struct mt_template **out) {
   MT_TRY(mt_path_join(path, dir, "tokenizer_config.json"));
   if (!mt_path_exists(path)) return MT_OK;
   MT_TRY(mt_file_read(path, CONFIG_LIMIT, &text, &size));
-  json_t *root = json_loadb(text, size, JSON_REJECT_DUPLICATES, &why);
+  /* model_max_length is often 10^30, which no 64-bit integer holds. */
+  json_t *root = json_loadb(text, size, JSON_REJECT_DUPLICATES | JSON_DECODE_INT_AS_REAL, &why);
   free(text);
   if (!root) return mt_fail(MT_EFORMAT, "%s: line %d: %s", path, why.line, why.text);
   const char *jinja = json_string_value(json_object_get(root, "chat_template"));
