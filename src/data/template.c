@@ -113,18 +113,27 @@ static mt_err end(struct mt_rendered *r, int32_t eos_id) {
   return mark(r, from, true);
 }
 
-/* Text of the template around text of the user: only the former may hold special tokens. */
+/* The template's text around the user's, encoded as one, since a word may span their seam. Special
+ * tokens are read as such only when the user's text holds none: it must not speak for the template.
+ * Otherwise the parts are encoded one by one. */
 static mt_err wrapped(struct mt_encoder *e, struct mt_rendered *r, const char *before,
                       const char *system, const char *text, const char *after, bool joined) {
-  MT_TRY(piece(e, r, before, strlen(before), joined, true, false));
-  joined |= *before != '\0';
-  if (system) {
-    MT_TRY(piece(e, r, system, strlen(system), joined, false, false));
-    MT_TRY(piece(e, r, "\n\n", 2, true, false, false));
-    joined = true;
+  const char *parts[] = {before, system ? system : "", system ? "\n\n" : "", text, after};
+  bool ours[] = {true, false, true, false, true};
+  bool apart = mt_has_special(e, parts[1]) || mt_has_special(e, parts[3]);
+  struct mt_text whole = {0};
+  mt_err err = MT_OK;
+  for (int i = 0; i < 5 && !err; i++) {
+    size_t size = strlen(parts[i]);
+    if (!apart)
+      err = mt_text_append(&whole, parts[i], size);
+    else
+      err = piece(e, r, parts[i], size, joined, ours[i], false);
+    joined |= apart && size > 0;
   }
-  MT_TRY(piece(e, r, text, strlen(text), joined, false, false));
-  return piece(e, r, after, strlen(after), true, true, false);
+  if (!apart && !err) err = piece(e, r, whole.text, whole.size, joined, true, false);
+  free(whole.text);
+  return err;
 }
 
 static mt_err answer(const struct mt_template *t, struct mt_encoder *e, struct mt_rendered *r,

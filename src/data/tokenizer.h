@@ -51,6 +51,9 @@ enum {
 mt_err mt_encode(struct mt_encoder *e, const char *text, size_t size_bytes, int flags,
                  struct mt_ids *out);
 
+/* Does the text spell a special token anywhere? */
+bool mt_has_special(const struct mt_encoder *e, const char *text);
+
 /* Appends the text of ids to out; bytes that are no UTF-8 become U+FFFD as the official library
  * does. skip_special leaves special tokens out. Unknown ids are left out. */
 mt_err mt_decode(const struct mt_tokenizer *t, const int32_t *ids, size_t count, bool skip_special,

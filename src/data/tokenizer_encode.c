@@ -59,6 +59,13 @@ bool mt_tokenizer_is_special(const struct mt_tokenizer *t, int32_t id) {
   return id >= 0 && id < t->vocab && t->token[id].special;
 }
 
+bool mt_has_special(const struct mt_encoder *e, const char *text) {
+  for (int i = 0; i < e->t->added_count; i++) {
+    if (e->t->added[i].special && strstr(text, e->t->added[i].text)) return true;
+  }
+  return false;
+}
+
 /* GPT-2's bytes_to_unicode: printable Latin-1 stands for itself, the others for 256, 257, ... */
 static bool stands_for_itself(int b) {
   return (b >= 33 && b <= 126) || (b >= 161 && b <= 172) || b >= 174;

@@ -1,0 +1,381 @@
+/* The run around the model: steps, accumulation, resuming, stopping, memory, and that nothing is
+ * allocated once it runs. */
+#include "model/small.h"
+#include "temp_dir.h"
+#include "train/commands.h"
+#include "train/metrics.h"
+#include "train/progress.h"
+#include "train/sampler.h"
+
+#if defined(__SANITIZE_ADDRESS__)
+#define COUNTS_ALLOCATIONS 0
+#else
+#define COUNTS_ALLOCATIONS 1
+/* The program's own allocator, counted. */
+extern void *__libc_malloc(size_t size);
+extern void *__libc_calloc(size_t n, size_t size);
+extern void *__libc_realloc(void *p, size_t size);
+static _Atomic long allocations;
+void *malloc(size_t size) {
+  allocations++;
+  return __libc_malloc(size);
+}
+void *calloc(size_t n, size_t size) {
+  allocations++;
+  return __libc_calloc(n, size);
+}
+void *realloc(void *p, size_t size) {
+  allocations++;
+  return __libc_realloc(p, size);
+}
+#endif
+
+static struct mt_optimizer_options adam(double lr) {
+  return (struct mt_optimizer_options){.lr = lr,
+                                       .beta1 = 0.9,
+                                       .beta2 = 0.95,
+                                       .eps = 1e-8,
+                                       .weight_decay = 0.1,
+                                       .clip = 1,
+                                       .schedule = MT_SCHEDULE_CONSTANT};
+}
+
+static const struct mt_model_options grouped = {
+    .experts = MT_EXPERTS_GROUPED, .blocks = MT_BLOCKS_FUSED, .aux_coef = 0.01, .training = true};
+
+static void nothing_allocates_after_the_first_step(void **state) {
+  (void)state;
+#if COUNTS_ALLOCATIONS
+  char dir[MT_PATH_MAX];
+  struct mt_metrics metrics;
+  temp_dir(dir);
+  OK(mt_metrics_open(&metrics, dir, 0, false, 8));
+  for (int way = 0; way < 4; way++) {
+    struct small_model s;
+    struct mt_optimizer o;
+    struct small_batch b;
+    struct mt_optimizer_options oo = adam(1e-3);
+    struct mt_config c = small_config();
+    struct mt_model_options mo = grouped;
+    struct mt_step_result r;
+    mo.experts = (enum mt_experts_strategy)(way & 1);
+    mo.blocks = (enum mt_blocks_strategy)(way >> 1);
+    small_open(&s, "cpu", way & 1 ? "fp32" : "bf16", &c, mo);
+    OK(mt_optimizer_create(&o, &s.m, &oo));
+    struct mt_batch *micro[] = {&b.b};
+    long before = 0;
+    for (int step = 0; step < 4; step++) {
+      small_batch(&b, c.vocab, (uint64_t)step);
+      if (step == 1) before = allocations;
+      OK(mt_step_run(&s.m, &o, micro, 1, &r));
+      OK(mt_metrics_step(&metrics, step + 1, &r, &s.m, 1.0, true));
+    }
+    assert_int_equal(allocations, before);
+    mt_optimizer_destroy(&o);
+    small_close(&s);
+  }
+  mt_metrics_close(&metrics);
+  OK(mt_dir_remove(dir));
+#else
+  print_message("not counted under a sanitizer's allocator\n");
+#endif
+}
+
+static void memory_equals_the_plan(void **state) {
+  (void)state;
+  struct small_model s;
+  struct mt_params params;
+  struct mt_config c = small_config();
+  for (int way = 0; way < 4; way++) {
+    const char *recipe = way & 1 ? "bf16" : "fp32";
+    struct mt_model_options mo = grouped;
+    struct mt_memory planned, taken;
+    mo.training = way < 2;
+    small_open(&s, "cpu", recipe, &c, mo);
+    OK(mt_params_build(&c, &params));
+    OK(mt_model_plan(&c, &params, s.m.recipe, &s.be, &s.m.options, &planned));
+    taken = mt_model_memory(&s.m);
+    assert_memory_equal(&planned, &taken, sizeof planned);
+    assert_true(s.m.parameters.used_bytes == s.m.parameters.capacity_bytes);
+    assert_true(s.m.activations.used_bytes == s.m.activations.capacity_bytes);
+    assert_true((planned.gradients > 0) == mo.training);
+    mt_params_free(&params);
+    small_close(&s);
+  }
+}
+
+/* Two micro-batches of different target counts give the gradient of one batch of both: the loss is
+ * divided once, by the count of both. */
+static void accumulation_counts_tokens(void **state) {
+  (void)state;
+  struct mt_config c = small_config();
+  struct mt_model_options mo = grouped;
+  struct small_model both, apart;
+  struct small_batch b;
+  struct mt_step_result r1, r2;
+  mo.aux_coef = 0;
+  small_open(&both, "ref", "fp64", &c, mo);
+  small_open(&apart, "ref", "fp64", &c, mo);
+  small_batch(&b, c.vocab, 1);
+  struct mt_batch *whole[] = {&b.b};
+  OK(mt_step_gradients(&both.m, whole, 1, &r1));
+  /* The first sequence, then the other two. */
+  struct mt_batch first = b.b, rest = b.b;
+  int cut = b.cu[1];
+  int32_t cu[3] = {0, b.cu[2] - cut, b.cu[3] - cut};
+  first.token_count = first.valid_count = cut;
+  first.sequence_count = 1;
+  rest.ids += cut, rest.positions += cut, rest.labels += cut;
+  rest.cu_seqlens = cu;
+  rest.sequence_count = 2;
+  rest.valid_count = rest.token_count = b.cu[3] - cut;
+  first.target_count = 0;
+  for (int i = 0; i < cut; i++) first.target_count += b.labels[i] >= 0;
+  rest.target_count = b.b.target_count - first.target_count;
+  assert_int_not_equal(first.target_count, rest.target_count);
+  struct mt_batch *micro[] = {&first, &rest};
+  OK(mt_step_gradients(&apart.m, micro, 2, &r2));
+  assert_true(fabs(r1.loss - r2.loss) < 1e-12);
+  for (int i = 0; i < both.m.params.count; i++) {
+    const double *x = both.m.params.row[i].grad.data, *y = apart.m.params.row[i].grad.data;
+    for (int64_t k = 0; k < mt_param_count(&both.m.params.row[i]); k++)
+      assert_true(fabs(x[k] - y[k]) < 1e-7);
+  }
+  rest.target_count = first.target_count = 0;
+  FAILS(mt_step_gradients(&apart.m, micro, 2, &r2), MT_EFORMAT, "no token");
+  small_close(&both);
+  small_close(&apart);
+}
+
+static void not_a_number_stops_before_the_update(void **state) {
+  (void)state;
+  struct small_model s;
+  struct mt_optimizer o;
+  struct small_batch b;
+  struct mt_optimizer_options oo = adam(1e-3);
+  struct mt_config c = small_config();
+  struct mt_step_result r;
+  small_open(&s, "cpu", "fp32", &c, grouped);
+  OK(mt_optimizer_create(&o, &s.m, &oo));
+  small_batch(&b, c.vocab, 1);
+  struct mt_batch *micro[] = {&b.b};
+  float *w = mt_params_find(&s.m.params, MT_PARAM_DOWN, 1)->master.data;
+  float *other = mt_params_find(&s.m.params, MT_PARAM_QKV, 0)->master.data, kept = other[3];
+  for (int i = 0; i < 5 * 12 * 10; i++) w[i] = i % 3 ? w[i] : NAN;
+  FAILS(mt_step_run(&s.m, &o, micro, 1, &r), MT_ENUMERIC, "nan");
+  assert_true(other[3] == kept);
+  assert_int_equal(o.step, 0);
+  mt_optimizer_destroy(&o);
+  small_close(&s);
+}
+
+static void schedules(void **state) {
+  (void)state;
+  struct mt_optimizer_options o = {.lr = 1, .warmup_steps = 4, .total_steps = 14};
+  o.schedule = MT_SCHEDULE_LINEAR;
+  assert_true(fabs(mt_schedule_lr(&o, 1) - 0.2) < 1e-12);
+  assert_true(mt_schedule_lr(&o, 5) == 1);
+  assert_true(fabs(mt_schedule_lr(&o, 10) - 0.5) < 1e-12);
+  assert_true(mt_schedule_lr(&o, 15) == 0 && mt_schedule_lr(&o, 99) == 0);
+  o.schedule = MT_SCHEDULE_COSINE;
+  assert_true(fabs(mt_schedule_lr(&o, 10) - 0.5) < 1e-12);
+  assert_true(mt_schedule_lr(&o, 7) > 0.8);
+  o.schedule = MT_SCHEDULE_CONSTANT;
+  assert_true(mt_schedule_lr(&o, 14) == 1);
+}
+
+static void sampling(void **state) {
+  (void)state;
+  struct mt_sampler s;
+  struct mt_rng rng = mt_rng_make(1, 1);
+  OK(mt_sampler_create(&s, 5));
+  const float logits[5] = {0, 2, 1, 2, NAN};
+  memcpy(s.logits, logits, sizeof logits);
+  assert_int_equal(mt_sampler_pick(&s, 0, 1, &rng), 1); /* tie: the lower id */
+  int count[5] = {0};
+  for (int i = 0; i < 4000; i++) count[mt_sampler_pick(&s, 1, 1, &rng)]++;
+  double total = 1 + 2 * exp(2) + exp(1);
+  assert_true(fabs(count[2] / 4000.0 - exp(1) / total) < 0.03);
+  assert_int_equal(count[4], 0);
+  memset(count, 0, sizeof count);
+  for (int i = 0; i < 500; i++) count[mt_sampler_pick(&s, 1, 0.6, &rng)]++;
+  assert_int_equal(count[1] + count[3], 500); /* the nucleus holds the two likeliest */
+  for (int i = 0; i < 5; i++) s.logits[i] = NAN;
+  assert_int_equal(mt_sampler_pick(&s, 1, 1, &rng), -1);
+  mt_sampler_destroy(&s);
+}
+
+static void progress_line(void **state) {
+  (void)state;
+  struct mt_progress p = {.total = 100, .log_every = 1, .terminal = true, .width = 120};
+  struct mt_progress_step s = {.step = 50,
+                               .loss = 1.5,
+                               .grad_norm = 0.25,
+                               .lr = 1e-4,
+                               .tokens_per_s = 12345,
+                               .elapsed_s = 75};
+  char line[256];
+  mt_progress_line(line, sizeof line, &p, &s);
+  assert_non_null(
+      strstr(line, "step 50/100  loss 1.5000  grad 0.25  lr 1.00e-04  12345 tokens/s  1:15 left"));
+  assert_non_null(strstr(line, "###..."));
+  assert_true(strlen(line) < 120);
+  p.width = 40;
+  mt_progress_line(line, sizeof line, &p, &s);
+  assert_int_equal(strlen(line), 39);
+  p.terminal = false;
+  mt_progress_line(line, sizeof line, &p, &s);
+  assert_true(strncmp(line, "step 50/100", 11) == 0);
+}
+
+/* A checkpoint of random weights with Mixtral's tokenizer, and a data file. */
+static void make_run(const char *dir, char model[MT_PATH_MAX], char data[MT_PATH_MAX]) {
+  char base[MT_PATH_MAX], text[8192] = "";
+  OK(mt_path_join(base, dir, "base"));
+  OK(mt_path_join(model, dir, "model"));
+  OK(mt_path_join(data, dir, "data.jsonl"));
+  OK(mt_dir_create(base));
+  temp_copy(MT_SOURCE_DIR "/tests/golden/tokenizer-mixtral", "tokenizer.json", base);
+  temp_text(base, "config.json",
+            "{\"model_type\":\"mixtral\",\"hidden_size\":16,\"intermediate_size\":24,"
+            "\"num_hidden_layers\":2,\"num_attention_heads\":2,\"num_key_value_heads\":1,"
+            "\"num_local_experts\":4,\"num_experts_per_tok\":2,\"vocab_size\":32000,"
+            "\"bos_token_id\":1,\"eos_token_id\":2,\"tie_word_embeddings\":true,"
+            "\"output_router_logits\":true,\"router_aux_loss_coef\":0.02}");
+  OK(mt_hf_init(base, model, 1, MT_BF16));
+  for (int i = 0; i < 24; i++) {
+    char line[128];
+    snprintf(line, sizeof line, "{\"prompt\":\"Item %d is\",\"completion\":\" number %d of %d\"}\n",
+             i, i * 7 % 11, i % 3);
+    memcpy(text + strlen(text), line, strlen(line) + 1);
+  }
+  temp_text(dir, "data.jsonl", text);
+}
+
+static struct mt_train_options train_options(const char *model, const char *data, const char *out) {
+  return (struct mt_train_options){.model = model,
+                                   .data = data,
+                                   .out = out,
+                                   .ep_size = 1,
+                                   .batch_size = 3,
+                                   .grad_accum = 2,
+                                   .max_seq_length = 24,
+                                   .warmup_steps = 2,
+                                   .train_steps = 8,
+                                   .epochs = 1,
+                                   .lr = 1e-3,
+                                   .weight_decay = 0.1,
+                                   .adam_beta1 = 0.9,
+                                   .adam_beta2 = 0.95,
+                                   .adam_eps = 1e-8,
+                                   .grad_clip = 1,
+                                   .seed = 7,
+                                   .precision = "bf16",
+                                   .experts = MT_EXPERTS_GROUPED,
+                                   .blocks = MT_BLOCKS_FUSED,
+                                   .router_aux_coef = -1,
+                                   .log_every = 100,
+                                   .threads = 2};
+}
+
+static void same_file(const char *a_dir, const char *b_dir, const char *name, bool same) {
+  char a[MT_PATH_MAX], b[MT_PATH_MAX];
+  struct mt_map x, y;
+  OK(mt_path_join(a, a_dir, name));
+  OK(mt_path_join(b, b_dir, name));
+  OK(mt_map_open(a, &x));
+  OK(mt_map_open(b, &y));
+  assert_int_equal(x.size_bytes, y.size_bytes);
+  assert_int_equal(memcmp(x.data, y.data, x.size_bytes) == 0, same);
+  mt_map_close(&x);
+  mt_map_close(&y);
+}
+
+static int count_lines(const char *dir, const char *name) {
+  char path[MT_PATH_MAX], *text;
+  size_t size;
+  int n = 0;
+  OK(mt_path_join(path, dir, name));
+  OK(mt_file_read(path, 1 << 20, &text, &size));
+  for (size_t i = 0; i < size; i++) n += text[i] == '\n';
+  free(text);
+  return n;
+}
+
+static void a_run_repeats_and_resumes_bit_for_bit(void **state) {
+  (void)state;
+  char dir[MT_PATH_MAX], model[MT_PATH_MAX], data[MT_PATH_MAX], a[MT_PATH_MAX], b[MT_PATH_MAX],
+      x[MT_PATH_MAX], y[MT_PATH_MAX];
+  temp_dir(dir);
+  make_run(dir, model, data);
+  OK(mt_path_join(a, dir, "a"));
+  OK(mt_path_join(b, dir, "b"));
+  struct mt_train_options o = train_options(model, data, a);
+  o.save_every = 5;
+  OK(mt_train_run(&o));
+  OK(mt_path_join(x, a, "checkpoint-10"));
+  assert_int_equal(count_lines(a, "metrics.jsonl"), 10);
+  OK(mt_path_join(y, a, "checkpoint-5"));
+  same_file(x, y, "moetune-state.safetensors", false); /* it does learn */
+  /* The same again. */
+  o.out = b;
+  OK(mt_train_run(&o));
+  OK(mt_path_join(y, b, "checkpoint-10"));
+  same_file(x, y, "moetune-state.safetensors", true);
+  /* From the middle, in the place of what followed. */
+  char middle[MT_PATH_MAX];
+  OK(mt_path_join(middle, a, "checkpoint-5"));
+  o.resume = middle;
+  OK(mt_dir_remove(y));
+  OK(mt_train_run(&o));
+  same_file(x, y, "moetune-state.safetensors", true);
+  same_file(x, y, "model.safetensors", true);
+  assert_int_equal(count_lines(b, "metrics.jsonl"), 10);
+  /* Another seed is another run: refused by name. */
+  o.seed = 8;
+  FAILS(mt_train_run(&o), MT_EINVAL, "--seed");
+  o.seed = 7;
+  o.resume = "";
+  o.out = model;
+  FAILS(mt_train_run(&o), MT_ENOENT, "no checkpoint to resume");
+  OK(mt_dir_remove(dir));
+}
+
+static void refusals(void **state) {
+  (void)state;
+  char dir[MT_PATH_MAX], model[MT_PATH_MAX], data[MT_PATH_MAX];
+  temp_dir(dir);
+  make_run(dir, model, data);
+  struct mt_train_options o = train_options(model, data, "/proc/no/out");
+  FAILS(mt_train_run(&o), MT_ENOENT, "/proc/no");
+  o = train_options(model, "/no/data.jsonl", dir);
+  FAILS(mt_train_run(&o), MT_ENOENT, "/no/data.jsonl");
+  o = train_options("/no/model", data, dir);
+  FAILS(mt_train_run(&o), MT_ENOENT, "/no/model");
+  o = train_options(model, data, dir);
+  o.ep_size = 2;
+  FAILS(mt_train_run(&o), MT_EUNSUPPORTED, "--ep-size 2");
+  o = train_options(model, data, dir);
+  const char *all[] = {"*"};
+  o.freeze = (struct mt_string_list){all, 1};
+  FAILS(mt_train_run(&o), MT_EINVAL, "frozen");
+  o = train_options(model, data, dir);
+  o.lr = 1e30; /* the second step sees infinities */
+  FAILS(mt_train_run(&o), MT_ENUMERIC, "data.jsonl");
+  OK(mt_dir_remove(dir));
+}
+
+int main(void) {
+  const struct CMUnitTest tests[] = {
+      cmocka_unit_test(nothing_allocates_after_the_first_step),
+      cmocka_unit_test(memory_equals_the_plan),
+      cmocka_unit_test(accumulation_counts_tokens),
+      cmocka_unit_test(not_a_number_stops_before_the_update),
+      cmocka_unit_test(schedules),
+      cmocka_unit_test(sampling),
+      cmocka_unit_test(progress_line),
+      cmocka_unit_test(a_run_repeats_and_resumes_bit_for_bit),
+      cmocka_unit_test(refusals),
+  };
+  return cmocka_run_group_tests(tests, NULL, NULL);
+}
