@@ -1,0 +1,30 @@
+# tests/LABEL/test_*.c: one executable and one CTest test each, labelled by its folder.
+file(GLOB test_sources CONFIGURE_DEPENDS tests/*/test_*.c)
+foreach(source ${test_sources})
+  get_filename_component(name ${source} NAME_WE)
+  get_filename_component(dir ${source} DIRECTORY)
+  get_filename_component(label ${dir} NAME)
+  add_executable(${name} ${source})
+  target_link_libraries(${name} PRIVATE moetune PkgConfig::CMOCKA)
+  target_include_directories(${name} PRIVATE ${CMAKE_SOURCE_DIR}/tests)
+  target_compile_definitions(${name} PRIVATE MT_SOURCE_DIR="${CMAKE_SOURCE_DIR}")
+  add_test(NAME ${label}/${name} COMMAND ${name} WORKING_DIRECTORY ${CMAKE_BINARY_DIR})
+  set_tests_properties(${label}/${name} PROPERTIES LABELS ${label} TIMEOUT 600)
+  if(label STREQUAL "cli") # these start the program
+    add_dependencies(${name} moetune_cli)
+    target_compile_definitions(${name} PRIVATE MT_CLI_PATH="$<TARGET_FILE:moetune_cli>")
+  endif()
+endforeach()
+
+# tests/LABEL/test_*.sh: the same for shell scripts.
+file(GLOB test_scripts CONFIGURE_DEPENDS tests/*/test_*.sh)
+foreach(source ${test_scripts})
+  get_filename_component(name ${source} NAME_WE)
+  get_filename_component(dir ${source} DIRECTORY)
+  get_filename_component(label ${dir} NAME)
+  add_test(NAME ${label}/${name} COMMAND sh ${source} WORKING_DIRECTORY ${CMAKE_BINARY_DIR})
+  set_tests_properties(${label}/${name} PROPERTIES LABELS ${label} TIMEOUT 600)
+endforeach()
+
+# A runner that cannot fail proves nothing: this program fails, and the test is that it is noticed.
+set_tests_properties(unit/test_runner_fails PROPERTIES WILL_FAIL TRUE)

@@ -1,0 +1,107 @@
+/* The commands' rows; one file each. */
+#ifndef MT_CLI_COMMANDS_H
+#define MT_CLI_COMMANDS_H
+
+#include <float.h>
+
+#include "cli/options.h"
+
+extern const struct mt_command mt_command_train, mt_command_eval, mt_command_generate,
+    mt_command_convert, mt_command_inspect, mt_command_bench;
+
+/* Rows that several commands share; S is the command's struct. */
+#define MT_ROW_MODEL(S, text)                                                                      \
+  .flag = "model", .type = MT_OPT_TEXT, .offset = offsetof(S, model), .unit = "DIR", .help = text
+#define MT_ROW_PRECISION(S)                                                                        \
+  {                                                                                                \
+    .flag = "precision", .type = MT_OPT_NAME, .offset = offsetof(S, precision), .unit = "RECIPE",  \
+    .choices = "fp32|bf16", .initial = "fp32",                                                     \
+    .help =                                                                                        \
+        "Format of weights and activations. In both, sums, master weights and the optimizer's "    \
+        "state are float32.",                                                                      \
+  }
+#define MT_ROW_THREADS(S)                                                                          \
+  {                                                                                                \
+    .flag = "threads", .type = MT_OPT_INT, .offset = offsetof(S, threads), .unit = "THREADS",      \
+    .initial = "0", .initial_note = "0 (one a core)", .min = 0, .max = 1024,                       \
+    .help = "Threads of the CPU backend.",                                                         \
+  }
+#define MT_ROW_BATCH_SIZE(S, value)                                                                \
+  {                                                                                                \
+    .flag = "batch-size", .type = MT_OPT_INT, .offset = offsetof(S, batch_size),                   \
+    .unit = "SAMPLES", .initial = value, .min = 1, .max = 65536,                                   \
+    .help = "Samples packed into one micro-batch of a rank.",                                      \
+  }
+#define MT_ROW_MAX_SEQ_LENGTH(S, value)                                                            \
+  {                                                                                                \
+    .flag = "max-seq-length", .type = MT_OPT_INT, .offset = offsetof(S, max_seq_length),           \
+    .unit = "TOKENS", .initial = value, .min = 2, .max = 1048576,                                  \
+    .help = "A longer sample is truncated to this.",                                               \
+  }
+#define MT_ROW_EXPERTS(S, ...)                                                                     \
+  {                                                                                                \
+    .flag = "experts", .type = MT_OPT_CHOICE, .offset = offsetof(S, experts), .unit = "STRATEGY",  \
+    .choices = "loop|grouped", __VA_ARGS__,                                                        \
+    .help = "How the experts are computed: one after another, or all of a layer in one grouped "   \
+            "matrix product.",                                                                     \
+  }
+#define MT_ROW_BLOCKS(S, ...)                                                                      \
+  {                                                                                                \
+    .flag = "blocks", .type = MT_OPT_CHOICE, .offset = offsetof(S, blocks), .unit = "STRATEGY",    \
+    .choices = "unfused|fused", __VA_ARGS__,                                                       \
+    .help = "Whether a block's small operations run fused with their neighbours.",                 \
+  }
+#define MT_ROW_FREEZE(S)                                                                           \
+  {                                                                                                \
+    .flag = "freeze", .type = MT_OPT_LIST, .offset = offsetof(S, freeze), .unit = "PATTERN",       \
+    .help = "Parameters that do not learn, as a shell pattern over their names in the checkpoint " \
+            "or in `moetune inspect`, such as 'model.layers.0.*' or '*gate.weight'. They get no "  \
+            "gradient and no optimizer state, and are exported byte for byte.",                    \
+  }
+#define MT_ROW_ROUTER_AUX_COEF(S)                                                                  \
+  {                                                                                                \
+    .flag = "router-aux-coef", .type = MT_OPT_REAL, .offset = offsetof(S, router_aux_coef),        \
+    .unit = "FACTOR", .initial = "-1", .initial_note = "-1 (as the model's config says)",          \
+    .min = -1, .max = 1e6,                                                                         \
+    .help = "Weight of the load-balancing loss in the training loss; 0 leaves it out.",            \
+  }
+#define MT_ROW_TRAIN_ON_PROMPT(S)                                                                  \
+  {                                                                                                \
+    .flag = "train-on-prompt", .type = MT_OPT_FLAG, .offset = offsetof(S, train_on_prompt),        \
+    .help = "Count every token in the loss, not the answers' alone.",                              \
+  }
+#define MT_ROW_SKIP_BAD_LINES(S)                                                                   \
+  {                                                                                                \
+    .flag = "skip-bad-lines", .type = MT_OPT_FLAG, .offset = offsetof(S, skip_bad_lines),          \
+    .help = "Count malformed lines of the data instead of stopping at the first.",                 \
+  }
+#define MT_ROW_CHAT_TEMPLATE(S)                                                                    \
+  {                                                                                                \
+    .flag = "chat-template", .type = MT_OPT_TEXT, .offset = offsetof(S, chat_template),            \
+    .unit = "NAME", .initial_note = "the model's own",                                             \
+    .help = "Template that turns messages into text, such as mistral or chatml.",                  \
+  }
+#define MT_ROW_SEED(S, text)                                                                       \
+  {                                                                                                \
+    .flag = "seed", .type = MT_OPT_UINT64, .offset = offsetof(S, seed), .unit = "NUMBER",          \
+    .initial = "1", .help = text,                                                                  \
+  }
+#define MT_ROW_JSON(S)                                                                             \
+  {                                                                                                \
+    .flag = "json", .type = MT_OPT_FLAG, .offset = offsetof(S, json),                              \
+    .help = "Print one JSON object instead of lines.",                                             \
+  }
+#define MT_ROW_MAX_SHARD_SIZE(S, field)                                                            \
+  {                                                                                                \
+    .flag = "max-shard-size", .type = MT_OPT_BYTES, .offset = offsetof(S, field), .unit = "SIZE",  \
+    .initial = "5GB", .min = 1, .max = DBL_MAX,                                                    \
+    .help = "Largest file of exported weights: 500MB, 5GB (powers of 1000), 4GiB (of 1024). A "    \
+            "larger tensor gets a file of its own.",                                               \
+  }
+
+#define MT_ROW_COUNT(rows) (int)(sizeof(rows) / sizeof *(rows))
+
+/* A micro-batch's tokens are counted in an int. */
+mt_err mt_check_micro_batch(int batch_size, int max_seq_length);
+
+#endif

@@ -1,0 +1,243 @@
+#include "cli/commands.h"
+#include "train/commands.h"
+
+#define S        struct mt_train_options
+#define AT(name) offsetof(S, name)
+
+static const struct mt_option rows[] = {
+    {.group = "Input and output",
+     MT_ROW_MODEL(S, "Checkpoint directory to start from: "
+                     "config.json, *.safetensors, tokenizer."),
+     .required = true},
+    {.flag = "data",
+     .type = MT_OPT_TEXT,
+     .offset = AT(data),
+     .unit = "FILE",
+     .required = true,
+     .help = "Training samples as JSON lines: {\"text\"}, {\"prompt\", \"completion\"}, "
+             "{\"instruction\", \"input\", \"output\"} or {\"messages\": [{\"role\", "
+             "\"content\"}]}."},
+    {.flag = "eval-data",
+     .type = MT_OPT_TEXT,
+     .offset = AT(eval_data),
+     .unit = "FILE",
+     .initial_note = "none",
+     .help = "Held-out samples, in the same forms."},
+    {.flag = "out",
+     .type = MT_OPT_TEXT,
+     .offset = AT(out),
+     .unit = "DIR",
+     .required = true,
+     .help = "Run directory to make: metrics.jsonl, checkpoints and the final model."},
+    {.flag = "resume",
+     .type = MT_OPT_OPTIONAL,
+     .offset = AT(resume),
+     .unit = "DIR",
+     .initial_note = "a fresh run",
+     .help = "Go on from a checkpoint of an earlier run, bit for bit as if it had not stopped; "
+             "without DIR from the newest under --out."},
+    MT_ROW_MAX_SHARD_SIZE(S, max_shard_bytes),
+    MT_ROW_CHAT_TEMPLATE(S),
+    MT_ROW_TRAIN_ON_PROMPT(S),
+    MT_ROW_SKIP_BAD_LINES(S),
+
+    {.group = "Length of the run",
+     .flag = "warmup-steps",
+     .type = MT_OPT_INT64,
+     .offset = AT(warmup_steps),
+     .unit = "STEPS",
+     .initial = "5",
+     .min = 0,
+     .max = 1e12,
+     .help = "First steps, over which the learning rate rises. They come before --train-steps and "
+             "stay out of the median step time."},
+    {.flag = "train-steps",
+     .type = MT_OPT_INT64,
+     .offset = AT(train_steps),
+     .unit = "STEPS",
+     .initial = "0",
+     .initial_note = "0 (as many as --epochs gives)",
+     .min = 0,
+     .max = 1e12,
+     .help = "Steps after the warm-up."},
+    {.flag = "epochs",
+     .type = MT_OPT_REAL,
+     .offset = AT(epochs),
+     .unit = "PASSES",
+     .initial = "1",
+     .min = 0,
+     .max = 1e6,
+     .above_min = true,
+     .help = "Passes over the data, warm-up included, where --train-steps is 0. A fraction will "
+             "do."},
+    MT_ROW_BATCH_SIZE(S, "8"),
+    {.flag = "grad-accum",
+     .type = MT_OPT_INT,
+     .offset = AT(grad_accum),
+     .unit = "MICRO-BATCHES",
+     .initial = "1",
+     .min = 1,
+     .max = 65536,
+     .help = "Micro-batches whose gradients make one step, weighted by their target tokens."},
+    MT_ROW_MAX_SEQ_LENGTH(S, "512"),
+    MT_ROW_SEED(S, "Decides the order of samples. The same seed gives the same run."),
+
+    {.group = "Optimizer (AdamW)",
+     .flag = "lr",
+     .type = MT_OPT_REAL,
+     .offset = AT(lr),
+     .unit = "RATE",
+     .initial = "2e-5",
+     .min = 0,
+     .max = 1e3,
+     .above_min = true,
+     .help = "Peak learning rate."},
+    {.flag = "lr-schedule",
+     .type = MT_OPT_CHOICE,
+     .offset = AT(lr_schedule),
+     .unit = "SHAPE",
+     .choices = "linear|cosine|constant",
+     .initial = "cosine",
+     .help = "Course of the learning rate after the warm-up; the first two end at 0."},
+    {.flag = "weight-decay",
+     .type = MT_OPT_REAL,
+     .offset = AT(weight_decay),
+     .unit = "FACTOR",
+     .initial = "0",
+     .min = 0,
+     .max = 1e3,
+     .help = "Decoupled decay of matrices, times the learning rate; norms never decay."},
+    {.flag = "adam-beta1",
+     .type = MT_OPT_REAL,
+     .offset = AT(adam_beta1),
+     .unit = "FACTOR",
+     .initial = "0.9",
+     .min = 0,
+     .max = 0.9999999,
+     .help = "Decay of the first moment."},
+    {.flag = "adam-beta2",
+     .type = MT_OPT_REAL,
+     .offset = AT(adam_beta2),
+     .unit = "FACTOR",
+     .initial = "0.999",
+     .min = 0,
+     .max = 0.9999999,
+     .help = "Decay of the second moment."},
+    {.flag = "adam-eps",
+     .type = MT_OPT_REAL,
+     .offset = AT(adam_eps),
+     .unit = "NUMBER",
+     .initial = "1e-8",
+     .min = 0,
+     .max = 1,
+     .above_min = true,
+     .help = "Added to the root of the second moment."},
+    {.flag = "grad-clip",
+     .type = MT_OPT_REAL,
+     .offset = AT(grad_clip),
+     .unit = "NORM",
+     .initial = "1",
+     .min = 0,
+     .max = 1e30,
+     .help = "Gradients are scaled down to this global L2 norm; 0 leaves them as they are."},
+    MT_ROW_ROUTER_AUX_COEF(S),
+    MT_ROW_FREEZE(S),
+
+    {.group = "How it is computed",
+     .flag = "improvement",
+     .type = MT_OPT_INT,
+     .offset = AT(improvement),
+     .unit = "RUNG",
+     .initial = "2",
+     .min = 0,
+     .max = 2,
+     .help = "Preset of --experts and --blocks. 0: loop, unfused; 1: loop, fused; 2: grouped, "
+             "fused. A flag given beside it wins."},
+    MT_ROW_EXPERTS(S, .initial_note = "by --improvement"),
+    MT_ROW_BLOCKS(S, .initial_note = "by --improvement"),
+    MT_ROW_PRECISION(S),
+    {.flag = "ep-size",
+     .type = MT_OPT_INT,
+     .offset = AT(ep_size),
+     .unit = "RANKS",
+     .initial = "1",
+     .min = 1,
+     .max = 65536,
+     .help = "Ranks over which the experts are spread. This version runs on one rank: 1 alone is "
+             "accepted."},
+    MT_ROW_THREADS(S),
+
+    {.group = "Reports and checkpoints",
+     .flag = "log-every",
+     .type = MT_OPT_INT64,
+     .offset = AT(log_every),
+     .unit = "STEPS",
+     .initial = "10",
+     .min = 1,
+     .max = 1e12,
+     .help = "Steps between lines where standard error is no terminal; a terminal shows a "
+             "progress bar."},
+    {.flag = "eval-every",
+     .type = MT_OPT_INT64,
+     .offset = AT(eval_every),
+     .unit = "STEPS",
+     .initial = "0",
+     .initial_note = "0 (before the first step and after the last)",
+     .min = 0,
+     .max = 1e12,
+     .help = "Steps between evaluations of --eval-data."},
+    {.flag = "save-every",
+     .type = MT_OPT_INT64,
+     .offset = AT(save_every),
+     .unit = "STEPS",
+     .initial = "0",
+     .initial_note = "0 (after the last step alone)",
+     .min = 0,
+     .max = 1e12,
+     .help = "Steps between checkpoints that --resume can go on from."},
+};
+
+static mt_err finish(void *options, const struct mt_parsed *parsed) {
+  S *o = options;
+  if (o->ep_size != 1) {
+    return mt_fail(MT_EINVAL,
+                   "--ep-size %d: this version runs on one rank, which holds all experts; the size "
+                   "can be 1 alone",
+                   o->ep_size);
+  }
+  if (!mt_parsed_given(parsed, "experts")) {
+    o->experts = o->improvement >= 2 ? MT_EXPERTS_GROUPED : MT_EXPERTS_LOOP;
+  }
+  if (!mt_parsed_given(parsed, "blocks")) {
+    o->blocks = o->improvement >= 1 ? MT_BLOCKS_FUSED : MT_BLOCKS_UNFUSED;
+  }
+  if (o->train_steps > 0 && mt_parsed_given(parsed, "epochs")) {
+    return mt_fail(MT_EINVAL, "--epochs and --train-steps exclude each other");
+  }
+  return mt_check_micro_batch(o->batch_size, o->max_seq_length);
+}
+
+static mt_err run(const void *options) {
+  return mt_train_run(options);
+}
+
+const struct mt_command mt_command_train = {
+    .name = "train",
+    .summary = "fine-tunes a checkpoint on JSON lines",
+    .usage = "--model DIR --data FILE --out DIR [options]",
+    .description =
+        "Fine-tunes a Mixtral checkpoint and writes one in the same format. Samples are packed "
+        "into rows without seeing each other; the loss is the mean cross-entropy of the answers' "
+        "tokens.\n\n"
+        "A run is --warmup-steps plus --train-steps optimizer steps. It ends with the number of "
+        "steps and their median time. An interrupted run goes on with --resume.",
+    .examples = "  moetune train --model mixtral --data train.jsonl --out runs/first\n"
+                "  moetune train --config run.yaml --lr 1e-5 --resume\n"
+                "  moetune train --model mixtral --data train.jsonl --out runs/head \\\n"
+                "    --freeze 'model.layers.*' --train-steps 100\n",
+    .options = rows,
+    .option_count = MT_ROW_COUNT(rows),
+    .options_bytes = sizeof(S),
+    .finish = finish,
+    .run = run,
+};
