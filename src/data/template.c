@@ -87,7 +87,7 @@ static mt_err mark(struct mt_rendered *r, size_t from, bool learn) {
     r->learn = grown;
     r->learn_capacity = r->ids.capacity;
   }
-  memset(r->learn + from, learn, r->ids.count - from);
+  if (r->ids.count > from) memset(r->learn + from, learn, r->ids.count - from);
   return MT_OK;
 }
 

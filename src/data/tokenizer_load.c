@@ -424,9 +424,9 @@ static mt_err one_decoder(const struct loader *l, const json_t *o, const char *t
 }
 
 static mt_err append_id(const struct loader *l, int32_t **list, int *count, json_int_t id) {
+  if (id < 0 || id >= l->t->vocab) return malformed(l, "post_processor.special_tokens");
   int32_t *grown = realloc(*list, (size_t)(*count + 1) * sizeof *grown);
   if (!grown) return mt_fail(MT_ENOMEM, "%s", l->name);
-  if (id < 0 || id >= l->t->vocab) return malformed(l, "post_processor.special_tokens");
   grown[(*count)++] = (int32_t)id;
   *list = grown;
   return MT_OK;

@@ -1,0 +1,54 @@
+/* Any bytes as a data file: refused with a line, or every sample can be packed. */
+#include <stdio.h>
+#include <stdlib.h>
+#include <unistd.h>
+
+#include "data/dataset.h"
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
+
+/* A byte-level alphabet and nothing else: every text encodes. */
+static struct mt_tokenizer *small_tokenizer(void) {
+  static struct mt_tokenizer *t;
+  char json[16384];
+  size_t used = (size_t)snprintf(json, sizeof json,
+                                 "{\"model\":{\"type\":\"BPE\",\"byte_fallback\":true,"
+                                 "\"merges\":[],\"vocab\":{\"<s>\":0");
+  if (t) return t;
+  for (int b = 0; b < 256; b++) {
+    used +=
+        (size_t)snprintf(json + used, sizeof json - used, ",\"<0x%02X>\":%d", (unsigned)b, b + 1);
+  }
+  used += (size_t)snprintf(json + used, sizeof json - used, "}}}");
+  if (mt_tokenizer_parse(json, used, "fuzz", &t)) abort();
+  return t;
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
+  char path[] = "/tmp/moetune-fuzz-XXXXXX";
+  const struct mt_template *chat;
+  struct mt_dataset *d = NULL;
+  struct mt_batch b;
+  int fd = mkstemp(path);
+  if (fd < 0 || write(fd, data, size) != (ssize_t)size) abort();
+  close(fd);
+  if (mt_template_find(size % 2 ? "mistral" : "chatml", &chat)) abort();
+  struct mt_dataset_options o = {.path = path,
+                                 .chat = chat,
+                                 .max_seq_length = 32,
+                                 .eos_id = 0,
+                                 .skip_bad_lines = size % 3 == 0};
+  if (mt_dataset_open(small_tokenizer(), &o, &d) == MT_OK && mt_dataset_wait(d) == MT_OK) {
+    if (mt_batch_create(&b, 32, 1)) abort();
+    for (int64_t i = 0; i < mt_dataset_stats(d).samples; i++) {
+      struct mt_sample s = mt_dataset_sample(d, i);
+      mt_batch_begin(&b);
+      if (mt_batch_add(&b, &s) || b.target_count < 1) __builtin_trap();
+      mt_batch_finish(&b, 8);
+    }
+    mt_batch_destroy(&b);
+  }
+  mt_dataset_close(d);
+  unlink(path);
+  return 0;
+}
