@@ -98,12 +98,12 @@ mt_err mt_check_rmsnorm_bwd(const struct mt_rmsnorm_bwd_args *a) {
 
 static mt_err linear(const char *op, const struct mt_tensor *x, const struct mt_tensor *w,
                      const struct mt_tensor *y, enum mt_dtype act, const int32_t *offsets) {
-  int64_t out = w->dim[w->rank - 2], in = w->dim[w->rank - 1];
   if (w->rank != (offsets ? 3 : 2)) {
     return mt_fail(MT_ESHAPE, "%s: weight of rank %d %s offsets", op, w->rank,
                    offsets ? "with" : "without");
   }
   if (!w->data) return mt_fail(MT_ESHAPE, "%s: weight is missing", op);
+  int64_t out = w->dim[w->rank - 2], in = w->dim[w->rank - 1];
   MT_TRY(want(op, "input side", x, REQUIRED, act, 2, y->dim[0], in, 1));
   return want(op, "output side", y, REQUIRED, act, 2, y->dim[0], out, 1);
 }
@@ -165,7 +165,7 @@ mt_err mt_check_attention_fwd(const struct mt_attention_fwd_args *a) {
 
 mt_err mt_check_attention_bwd(const struct mt_attention_bwd_args *a) {
   const char *op = "attention_bwd";
-  MT_TRY(mt_check_attention_fwd(&a->fwd));
+  MT_TRY(mt_context(mt_check_attention_fwd(&a->fwd), "%s", op));
   int64_t t = a->fwd.qkv.dim[0];
   M2(dout, REQUIRED, a->fwd.qkv.dtype, t, a->fwd.out.dim[1]);
   M2(dqkv, REQUIRED, a->fwd.qkv.dtype, t, a->fwd.qkv.dim[1]);
