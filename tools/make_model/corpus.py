@@ -78,7 +78,9 @@ def jargon_documents(folder, rng):
             continue
         paragraphs = [sources.plain_jargon(p) for p in entry.paragraphs]
         text = ""
-        for p in (p for p in paragraphs if p and not sources.COARSE.search(p)):
+        for p in paragraphs:
+            if not p or sources.COARSE.search(p) or re.search(r"[\u2500-\u257f]", p):
+                continue
             if text and len(text) + len(p) > LONGEST:
                 plain.append(f"{entry.term}: {text}")
                 text = ""
