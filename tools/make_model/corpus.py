@@ -4,7 +4,7 @@
 usage: corpus.py CACHE_DIR OUT_DIR
 
 Writes OUT_DIR/corpus.jsonl and, of the same kinds, OUT_DIR/corpus.valid.jsonl (one document in
-200). Most are {"text"}; a tenth are {"messages"} whose questions and answers come from WordNet, so
+200). Most are {"text"}; a third of the tokens are {"messages"} whose questions and answers come from WordNet, so
 that the model knows the form. The Jargon File's held-out entries (sources.held_out) are not in it,
 and none of its entries are in question form. Standard library only; the same packages give the
 same bytes.
@@ -21,8 +21,7 @@ from jargon import TERM, article, capital
 
 SEED = 20261124
 VALID_ONE_IN = 200
-SHORTEST, LONGEST = 200, 1400  # characters of a document, about 55 to 400 tokens
-QUESTIONS = 30000  # documents of questions made of WordNet; each holds one to three
+SHORTEST, LONGEST = 250, 840  # characters of a document, about 70 to 250 tokens
 
 
 def finish(text):
@@ -45,6 +44,17 @@ def join_short(pieces, shortest=SHORTEST, longest=LONGEST, glue="\n"):
     return documents
 
 
+def cut_long(text):
+    """Parts of at most LONGEST characters, cut between sentences where there are any."""
+    while len(text) > LONGEST:
+        ends = [m.end() for m in re.finditer(r"[.!?][\"')]*\s|\n", text[:LONGEST])]
+        at = max((e for e in ends if e >= SHORTEST), default=LONGEST)
+        yield text[:at].strip()
+        text = text[at:].strip()
+    if text:
+        yield text
+
+
 def bible_documents(folder, rng):
     """Passages of neighbouring verses of one chapter."""
     documents, current, where, room = [], [], None, 700
@@ -52,7 +62,7 @@ def bible_documents(folder, rng):
         size = sum(map(len, current))
         if current and ((book, chapter) != where or size + len(verse) > room):
             documents.append(" ".join(current))
-            current, room = [], rng.randint(300, 1200)
+            current, room = [], rng.randint(400, 800)
         where = (book, chapter)
         if not sources.COARSE.search(verse):
             current.append(verse)
@@ -66,7 +76,7 @@ def devil_documents(folder, rng):
     for paragraphs in sources.devil_entries(folder):
         text = "\n".join(paragraphs)
         if not sources.COARSE.search(text):
-            pieces.append(text[:LONGEST])
+            pieces.append(text)
     return join_short(pieces)
 
 
@@ -238,7 +248,7 @@ def neighbour_documents(kind, synsets, rng):
         if opposites:
             text += f' The opposite of "{synset.lemmas[0]}" is "{opposites[0]}".'
         pieces.append(text)
-    return join_short(pieces, shortest=500, glue=" ")
+    return join_short(pieces, shortest=400, glue=" ")
 
 
 def question(kind, synset):
@@ -266,7 +276,7 @@ def question_records(kinds, rng):
         pairs += [p for p in found if p]
     rng.shuffle(pairs)
     records, seen = [], set()
-    while pairs and len(records) < QUESTIONS:
+    while pairs:
         messages = []
         for _ in range(rng.choice((1, 1, 1, 1, 2, 3))):
             if not pairs:
@@ -304,7 +314,7 @@ def main(cache, out):
         parts[kind] = neighbour_documents(kind, kinds[kind], rng)
     records = []
     for name, documents in parts.items():
-        made = [{"text": d} for d in documents if d]
+        made = [{"text": part} for d in documents for part in cut_long(d)]
         report(name, made)
         records += made
     questions = question_records(kinds, rng)

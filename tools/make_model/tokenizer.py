@@ -48,7 +48,7 @@ CONFIG = {
     "num_hidden_layers": 4,
     "num_key_value_heads": 2,
     "num_local_experts": 8,
-    "output_router_logits": False,
+    "output_router_logits": True,
     "pad_token_id": None,
     "rms_norm_eps": 1e-05,
     "rope_theta": 10000.0,
