@@ -37,7 +37,7 @@ rm -rf "$cache/init" "$cache/run" "$cache/bf16"
   --batch-size 64 --max-seq-length 256 --warmup-steps 100 --train-steps "$steps" \
   --lr 2e-3 --lr-schedule cosine --weight-decay 0.1 --adam-beta2 0.95 --grad-clip 1 \
   --router-aux-coef 0.02 --seed 1 --eval-every 500 --save-every 500
-"$moetune" convert --model "$cache/run/checkpoint" --out "$cache/bf16" --dtype bf16
+"$moetune" convert --model "$cache/run/model" --out "$cache/bf16" --dtype bf16
 for file in "$cache"/bf16/*.safetensors "$cache/bf16/config.json"; do
   cp "$file" "$out/"
 done
