@@ -42,9 +42,11 @@ struct cut {
   bool direct;   /* tiles are written to the result itself */
 };
 
+/* n in equal parts of at most `most`, rounded up to units; 1 at least. */
 static int64_t even_part(int64_t n, int64_t most, int64_t unit) {
   int64_t parts = (n + most - 1) / most;
-  return parts > 1 ? round_up((n + parts - 1) / parts, unit) : n;
+  if (parts > 1) return round_up((n + parts - 1) / parts, unit);
+  return n > 0 ? n : 1;
 }
 
 static struct cut cut_of(const struct cpu_product *p, int64_t ic_most) {
@@ -55,7 +57,6 @@ static struct cut cut_of(const struct cpu_product *p, int64_t ic_most) {
   c.jc = even_part(p->j_count, c.columns ? JC_COLUMNS : JC, VW);
   if (!c.direct) ic_most = least(ic_most, RESULT_FLOATS / round_up(c.jc, NR) / MR * MR);
   c.ic = even_part(p->i_count, ic_most, MR);
-  if (c.kc == 0) c.kc = 1;
   return c;
 }
 
