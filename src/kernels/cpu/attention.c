@@ -91,12 +91,8 @@ static void gather_stack(const struct mt_tensor *x, int64_t row0, int64_t col0, 
 static void small_product(struct cpu_broadcast a, struct cpu_vector b, float *c, int64_t c_ld,
                           int accumulate, int64_t m, int64_t n, int64_t k, bool pack, float *packed,
                           float *scratch) {
-  struct cpu_product p = {.a = a,
-                          .b = b,
-                          .c = {c, MT_F32, c_ld, accumulate},
-                          .i_count = m,
-                          .j_count = n,
-                          .k_count = k};
+  struct cpu_product p = {
+      .a = a, .b = b, .c = {c, MT_F32, c_ld, accumulate}, .i_count = m, .j_count = n, .k_count = k};
   if (pack) mt_cpu_pack_here(&p, packed);
   mt_cpu_product_here(&p, packed, scratch);
 }

@@ -1,7 +1,6 @@
 #include <omp.h>
 
 #include "kernels/cpu/cpu.h"
-#include "kernels/cpu/gemm.h"
 #include "kernels/registry.h"
 
 float *mt_cpu_thread_scratch(const struct mt_backend *be, int thread) {
@@ -29,18 +28,13 @@ static size_t larger(size_t a, size_t b) {
   return a > b ? a : b;
 }
 
-/* Shared part: the largest packed operand of any product, or the head's chunk with its own, or
- * attention's float32 gradient. */
+/* Shared part: the head's chunk, attention's float32 gradient, the router's weight in float32, or
+ * sumsq's partial sums. Products live in the threads' scratch alone. */
 static size_t workspace_bytes(const struct mt_backend *be, const struct mt_limits *l) {
-  int64_t q = l->heads * l->head_dim, qkv = q + 2 * l->kv_heads * l->head_dim;
-  int64_t wide = l->hidden > 2 * l->ffn ? l->hidden : 2 * l->ffn;
-  int64_t dense = qkv > l->hidden ? qkv : l->hidden;
-  /* Packing rounds a group's rows up to a panel: 48 more at most. */
-  size_t grouped = (size_t)(l->rows + 48 * l->experts) * (size_t)(wide + 48);
-  size_t whole = (size_t)(l->tokens + 48) * (size_t)(dense + 48);
-  size_t chunk = (size_t)mt_cpu_head_floats(l);
-  size_t attention = (size_t)l->tokens * (size_t)qkv;
-  size_t shared = larger(larger(grouped, whole), larger(chunk, attention));
+  size_t qkv = (size_t)(l->heads + 2 * l->kv_heads) * (size_t)l->head_dim, shared = 1 << 16;
+  shared = larger(shared, mt_cpu_head_floats(l));
+  shared = larger(shared, (size_t)l->tokens * qkv);
+  shared = larger(shared, (size_t)l->experts * (size_t)l->hidden);
   return (shared + (size_t)be->thread_count * CPU_THREAD_FLOATS) * sizeof(float);
 }
 

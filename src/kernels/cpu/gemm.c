@@ -7,9 +7,12 @@
 #include "kernels/cpu/pack.h"
 #include "kernels/cpu/tile.h"
 
-/* A thread works on blocks KC x JC of the vectorised operand, packed into its L2 cache (295 KB), and
- * strips of IS rows of the broadcast operand. bf16 results are made in RESULT floats of scratch. */
+/* A thread works on blocks KC x JC of the vectorised operand, packed into its L2 cache (295 KB),
+ * and strips of IS rows of the broadcast operand. bf16 results are made in RESULT floats of
+ * scratch. */
 enum { KC = 512, JC = 3 * NR, IS = 64, IC = 1024 };
+/* Strips that must be packed are worth more columns, and so shorter sums. */
+enum { KC_COLUMNS = 256, JC_COLUMNS = 6 * NR };
 enum {
   STRIP_FLOATS = IS * KC,
   RESULT_FLOATS = 160 * JC,
@@ -18,6 +21,7 @@ enum {
 };
 _Static_assert((int)STRIP_FLOATS + (int)RESULT_FLOATS + (int)BLOCK_FLOATS <= (int)CPU_THREAD_FLOATS,
                "scratch fits");
+_Static_assert(KC_COLUMNS *JC_COLUMNS <= KC * JC, "block fits");
 _Static_assert((int)STRIP_FLOATS <= (int)CPU_PRODUCT_FLOATS, "a small product's scratch fits");
 
 static int64_t round_up(int64_t n, int64_t unit) {
@@ -28,30 +32,31 @@ static int64_t least(int64_t a, int64_t b) {
   return a < b ? a : b;
 }
 
-/* How a product is cut into tasks of ic x jc, and those into blocks of kc. Only kc decides the order
- * of a sum, and it is a function of the shape alone: bits do not depend on the threads. */
+/* How a product is cut into tasks of ic x jc, and those into blocks of kc. Only kc decides the
+ * order of a sum, and it is a function of the shape alone: bits do not depend on the threads. */
 struct cut {
   int64_t kc, jc, ic;
   bool columns;  /* the broadcast operand is contiguous along i */
-  bool in_place; /* tiles read it where it lies: rows of F32 that do not all fall on the same sets of
-                    the cache */
+  bool in_place; /* tiles read it where it lies: rows of F32 that do not all fall on the same sets
+                    of the cache */
   bool direct;   /* tiles are written to the result itself */
 };
 
+/* n in equal parts of at most `most`, rounded up to units; 1 at least. */
 static int64_t even_part(int64_t n, int64_t most, int64_t unit) {
   int64_t parts = (n + most - 1) / most;
-  return parts > 1 ? round_up((n + parts - 1) / parts, unit) : n;
+  if (parts > 1) return round_up((n + parts - 1) / parts, unit);
+  return n > 0 ? n : 1;
 }
 
 static struct cut cut_of(const struct cpu_product *p, int64_t ic_most) {
   struct cut c = {.columns = p->a.stride_i == 1 && p->a.stride_k != 1,
                   .direct = p->c.dtype == MT_F32};
   c.in_place = !c.columns && p->a.dtype == MT_F32 && p->a.stride_i % 1024 != 0;
-  c.kc = even_part(p->k_count, KC, 16);
-  c.jc = even_part(p->j_count, JC, VW);
-  if (!c.direct) ic_most = least(ic_most, RESULT_FLOATS / JC);
+  c.kc = even_part(p->k_count, c.columns ? KC_COLUMNS : KC, 16);
+  c.jc = even_part(p->j_count, c.columns ? JC_COLUMNS : JC, VW);
+  if (!c.direct) ic_most = least(ic_most, RESULT_FLOATS / round_up(c.jc, NR) / MR * MR);
   c.ic = even_part(p->i_count, ic_most, MR);
-  if (c.kc == 0) c.kc = 1;
   return c;
 }
 
@@ -123,12 +128,24 @@ struct tile_args {
 static void run_tile(bool columns, bool half, int64_t vectors, const struct tile_args *t,
                      const struct runs *ahead) {
   switch ((half ? 3 : 0) + vectors) {
-    case 1: ONE_TILE(MR, 1); break;
-    case 2: ONE_TILE(MR, 2); break;
-    case 3: ONE_TILE(MR, 3); break;
-    case 4: ONE_TILE(MR / 2, 1); break;
-    case 5: ONE_TILE(MR / 2, 2); break;
-    default: ONE_TILE(MR / 2, 3); break;
+  case 1:
+    ONE_TILE(MR, 1);
+    break;
+  case 2:
+    ONE_TILE(MR, 2);
+    break;
+  case 3:
+    ONE_TILE(MR, 3);
+    break;
+  case 4:
+    ONE_TILE(MR / 2, 1);
+    break;
+  case 5:
+    ONE_TILE(MR / 2, 2);
+    break;
+  default:
+    ONE_TILE(MR / 2, 3);
+    break;
   }
 }
 
@@ -280,8 +297,8 @@ static void run_task(struct worker *w, const struct cpu_product *p, const struct
     hold_block(w, p, k0, kc, t->j0, t->jn);
     ahead.region[1] = block_after(p, cut, t, k0, ahead.run);
     if (cut->direct) {
-      to = (struct target){(float *)p->c.data + t->i0 * ld + t->j0, ld,
-                           p->c.accumulate || k0 > 0, true};
+      to = (struct target){(float *)p->c.data + t->i0 * ld + t->j0, ld, p->c.accumulate || k0 > 0,
+                           true};
       if (k0 == 0) ahead.region[2] = region_of(to.c, t->in, ld * 4, t->jn * 4, ahead.run);
     }
     run_rows(p, cut, w->block, k0, kc, t->i0, t->in, t->jn, &to, &ahead, w->strip);
@@ -315,7 +332,8 @@ static int64_t take_tasks(int64_t *next, int64_t total, int threads, int64_t *be
   return least(*begin + n, total);
 }
 
-/* Tasks so small that all threads have some, as far as rows allow. */
+/* Rows of a task: as many as leave every thread the same share, since each task packs its block
+ * anew. Tasks of one product are alike; those of several need to be more to even out. */
 static int64_t choose_rows(const struct cpu_product *products, int count, int threads,
                            int64_t *total) {
   for (int64_t ic = IC;; ic /= 2) {
@@ -324,7 +342,8 @@ static int64_t choose_rows(const struct cpu_product *products, int count, int th
       struct cut cut = cut_of(&products[g], ic);
       *total += task_count(&products[g], &cut);
     }
-    if (*total >= 8 * (int64_t)threads || ic <= IS || threads == 1) return ic;
+    if (*total >= 8 * (int64_t)threads || ic <= IS) return ic;
+    if (count == 1 && *total % threads == 0) return ic;
   }
 }
 

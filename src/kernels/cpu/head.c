@@ -5,51 +5,90 @@
 
 #include "kernels/cpu/cpu.h"
 #include "kernels/cpu/gemm.h"
+#include "kernels/cpu/vexp.h"
 
-enum { CHUNK = 256 };
-
-/* Shared scratch: gathered x [CHUNK,H], logits [CHUNK,V], dx [CHUNK,H], row numbers, and the
- * packed operand of whichever product runs. */
-static size_t packed_floats(int64_t hidden, int64_t vocab) {
-  return (size_t)(CHUNK + 48) * (size_t)((hidden > vocab ? hidden : vocab) + 48);
+/* Rows of a chunk: the more, the better the products; at most 32 MiB of logits where the vocabulary
+ * allows. */
+static int64_t chunk_rows(int64_t vocab) {
+  int64_t rows = (8 << 20) / (vocab > 0 ? vocab : 1) / 8 * 8;
+  return rows < 128 ? 128 : rows > 512 ? 512 : rows;
 }
 
+/* Floats between rows of logits: not a multiple of a page, or rows would share cache sets. */
+static int64_t logits_ld(int64_t vocab) {
+  int64_t ld = (vocab + 15) / 16 * 16;
+  return ld % 1024 == 0 ? ld + 16 : ld;
+}
+
+/* Shared scratch: row numbers, gathered x [rows,H], dx [rows,H], logits [rows,ld]. */
 size_t mt_cpu_head_floats(const struct mt_limits *l) {
-  return (size_t)CHUNK * (size_t)(2 * l->hidden + l->vocab) + CHUNK +
-         packed_floats(l->hidden, l->vocab);
+  return (size_t)chunk_rows(l->vocab) * (size_t)(1 + 2 * l->hidden + logits_ld(l->vocab));
 }
 
 struct chunk {
-  int64_t count;
-  int32_t *row; /* [CHUNK] token of each gathered row */
-  float *x, *logits, *dx, *packed;
+  int64_t capacity, count, ld;
+  int32_t *row; /* token of each gathered row */
+  float *x, *logits, *dx;
 };
 
 static struct chunk chunk_open(const struct mt_backend *be, const struct mt_head_loss_args *a) {
   int64_t h = a->x.dim[1], v = a->w.dim[0];
   float *p = mt_cpu_shared_scratch(be, NULL);
-  struct chunk c = {.row = (int32_t *)p};
-  c.x = p + CHUNK;
-  c.logits = c.x + CHUNK * h;
-  c.dx = c.logits + CHUNK * v;
-  c.packed = c.dx + CHUNK * h;
+  struct chunk c = {.capacity = chunk_rows(v), .ld = logits_ld(v), .row = (int32_t *)p};
+  c.x = p + c.capacity;
+  c.dx = c.x + c.capacity * h;
+  c.logits = c.dx + c.capacity * h;
   return c;
+}
+
+static float row_max(const float *z, int64_t n) {
+  enum { LANES = 32 };
+  float lane[LANES], top = z[0];
+  for (int l = 0; l < LANES; l++) lane[l] = top;
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) {
+#pragma omp simd
+    for (int l = 0; l < LANES; l++) lane[l] = z[i + l] > lane[l] ? z[i + l] : lane[l];
+  }
+  for (; i < n; i++) top = z[i] > top ? z[i] : top;
+  for (int l = 0; l < LANES; l++) top = lane[l] > top ? lane[l] : top;
+  return top;
+}
+
+/* z = e^(z - top); returns its sum: float32 over short pieces, those in double. */
+static double row_exp(float *z, int64_t n, float top) {
+  double total = 0;
+  for (int64_t i = 0; i < n; i += 256) {
+    int64_t end = i + 256 < n ? i + 256 : n;
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = i; j < end; j++) {
+      z[j] = cpu_exp_one(z[j] - top);
+      sum += z[j];
+    }
+    total += (double)sum;
+  }
+  return total;
+}
+
+/* Whether the label is the first of the largest logits. */
+static int is_first(const float *z, int64_t label, float top) {
+  if (!(z[label] == top)) return 0;
+  for (int64_t i = 0; i < label; i++) {
+    if (z[i] == top) return 0;
+  }
+  return 1;
 }
 
 /* Softmax and cross entropy of one gathered row; its logits become dlogits. */
 static void row_loss(const struct mt_head_loss_args *a, const struct chunk *c, int64_t r) {
-  int64_t v = a->w.dim[0], t = c->row[r], best = 0;
+  int64_t v = a->w.dim[0], t = c->row[r];
   int32_t label = a->labels[t];
-  float *z = c->logits + r * v;
-  for (int64_t i = 1; i < v; i++) best = z[i] > z[best] ? i : best;
-  float top = z[best], target = z[label] - top;
-  double sum = 0;
-  for (int64_t i = 0; i < v; i++) z[i] -= top;
-  mt_cpu_exp(z, z, v);
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < v; i++) sum += (double)z[i];
+  float *z = c->logits + r * c->ld, top = row_max(z, v), target = z[label] - top;
+  if (a->correct) a->correct[t] = is_first(z, label, top);
+  double sum = row_exp(z, v, top);
   ((float *)a->loss.data)[t] = (float)(log(sum) - (double)target);
-  if (a->correct) a->correct[t] = best == label;
+  if (!a->dx.data && !a->dw.data) return;
   float scale = (float)((double)a->loss_scale / sum);
   for (int64_t i = 0; i < v; i++) z[i] *= scale;
   z[label] -= a->loss_scale;
@@ -60,7 +99,7 @@ static void chunk_run(const struct mt_backend *be, const struct mt_head_loss_arg
   int64_t h = a->x.dim[1], v = a->w.dim[0], n = c->count;
   struct cpu_product logits = {.a = {c->x, MT_F32, h, 1},
                                .b = {a->w.data, a->w.dtype, 1, a->w.ld},
-                               .c = {c->logits, MT_F32, v, 0},
+                               .c = {c->logits, MT_F32, c->ld, 0},
                                .i_count = n,
                                .j_count = v,
                                .k_count = h};
@@ -68,7 +107,7 @@ static void chunk_run(const struct mt_backend *be, const struct mt_head_loss_arg
 #pragma omp parallel for num_threads(be->thread_count) schedule(static)
   for (int64_t r = 0; r < n; r++) row_loss(a, c, r);
   if (a->dx.data) {
-    struct cpu_product dx = {.a = {c->logits, MT_F32, v, 1},
+    struct cpu_product dx = {.a = {c->logits, MT_F32, c->ld, 1},
                              .b = {a->w.data, a->w.dtype, a->w.ld, 1},
                              .c = {c->dx, MT_F32, h, 0},
                              .i_count = n,
@@ -83,7 +122,7 @@ static void chunk_run(const struct mt_backend *be, const struct mt_head_loss_arg
     }
   }
   if (a->dw.data) {
-    struct cpu_product dw = {.a = {c->logits, MT_F32, 1, v},
+    struct cpu_product dw = {.a = {c->logits, MT_F32, 1, c->ld},
                              .b = {c->x, MT_F32, h, 1},
                              .c = {a->dw.data, MT_F32, a->dw.ld, accumulate},
                              .i_count = v,
@@ -108,7 +147,7 @@ mt_err mt_cpu_head_loss(struct mt_backend *be, const struct mt_head_loss_args *a
   int accumulate = a->accumulate;
   bool wrote = false;
   for (int64_t t = 0; t < rows || c.count > 0;) {
-    for (; t < rows && c.count < CHUNK; t++) {
+    for (; t < rows && c.count < c.capacity; t++) {
       if (a->labels[t] >= 0) {
         const float *x = cpu_read(&a->x, t, h, c.x + c.count * h);
         if (x != c.x + c.count * h) memcpy(c.x + c.count * h, x, (size_t)h * sizeof *x);

@@ -76,13 +76,13 @@ mt_err mt_cpu_linear_fwd(struct mt_backend *be, const struct mt_linear_fwd_args 
       few_rows(be, a, g, begin, n);
       continue;
     }
-    p[count++] = (struct cpu_product){
-        .a = {at(&a->x, begin), a->x.dtype, a->x.ld, 1},
-        .b = {group_weight(&a->w, g), a->w.dtype, 1, a->w.ld},
-        .c = {(void *)(uintptr_t)at(&a->y, begin), a->y.dtype, a->y.ld, 0},
-        .i_count = n,
-        .j_count = a->y.dim[1],
-        .k_count = a->x.dim[1]};
+    p[count++] =
+        (struct cpu_product){.a = {at(&a->x, begin), a->x.dtype, a->x.ld, 1},
+                             .b = {group_weight(&a->w, g), a->w.dtype, 1, a->w.ld},
+                             .c = {(void *)(uintptr_t)at(&a->y, begin), a->y.dtype, a->y.ld, 0},
+                             .i_count = n,
+                             .j_count = a->y.dim[1],
+                             .k_count = a->x.dim[1]};
   }
   mt_cpu_products(be, p, count);
   return MT_OK;

@@ -3,6 +3,7 @@
 #include <string.h>
 
 #include "kernels/cpu/cpu.h"
+#include "kernels/cpu/vexp.h"
 
 mt_err mt_cpu_dispatch_fwd(struct mt_backend *be, const struct mt_dispatch_fwd_args *a) {
   MT_TRY(mt_check_dispatch_fwd(a));
@@ -128,15 +129,14 @@ enum { PIECE = 256 };
 
 static void swiglu_piece(const struct mt_swiglu_fwd_args *a, int64_t r, int64_t i0, int64_t n,
                          float p) {
-  float gbuf[PIECE], ubuf[PIECE], hbuf[PIECE], e[PIECE];
+  float gbuf[PIECE], ubuf[PIECE], hbuf[PIECE];
   int64_t f = a->h.dim[1];
   struct mt_tensor gate = mt_cols(&a->gate_up, i0, n), up = mt_cols(&a->gate_up, f + i0, n);
   struct mt_tensor out = mt_cols(&a->h, i0, n);
   const float *g = cpu_read(&gate, r, n, gbuf), *u = cpu_read(&up, r, n, ubuf);
   float *h = cpu_target(&out, r, hbuf);
-  for (int64_t i = 0; i < n; i++) e[i] = -g[i];
-  mt_cpu_exp(e, e, n);
-  for (int64_t i = 0; i < n; i++) h[i] = g[i] / (1.0f + e[i]) * u[i] * p;
+#pragma omp simd
+  for (int64_t i = 0; i < n; i++) h[i] = g[i] / (1.0f + cpu_exp_one(-g[i])) * u[i] * p;
   cpu_write(&out, r, n, h);
 }
 
@@ -156,17 +156,15 @@ mt_err mt_cpu_swiglu_fwd(struct mt_backend *be, const struct mt_swiglu_fwd_args 
  * may be the inputs. */
 static float swiglu_piece_bwd(const struct mt_swiglu_bwd_args *a, int64_t r, int64_t i0, int64_t n,
                               float p) {
-  float dbuf[PIECE], gbuf[PIECE], ubuf[PIECE], e[PIECE], dg[PIECE], du[PIECE], h[PIECE], dp = 0;
+  float dbuf[PIECE], gbuf[PIECE], ubuf[PIECE], dg[PIECE], du[PIECE], h[PIECE], dp = 0;
   int64_t f = a->dh.dim[1];
   struct mt_tensor gate = mt_cols(&a->gate_up, i0, n), up = mt_cols(&a->gate_up, f + i0, n);
   struct mt_tensor in = mt_cols(&a->dh, i0, n);
   const float *d = cpu_read(&in, r, n, dbuf), *g = cpu_read(&gate, r, n, gbuf),
               *u = cpu_read(&up, r, n, ubuf);
-  for (int64_t i = 0; i < n; i++) e[i] = -g[i];
-  mt_cpu_exp(e, e, n);
 #pragma omp simd reduction(+ : dp)
   for (int64_t i = 0; i < n; i++) {
-    float sig = 1.0f / (1.0f + e[i]), silu = g[i] * sig, value = silu * u[i];
+    float sig = 1.0f / (1.0f + cpu_exp_one(-g[i])), silu = g[i] * sig, value = silu * u[i];
     dp += d[i] * value;
     dg[i] = d[i] * p * u[i] * sig * (1.0f + g[i] * (1.0f - sig));
     du[i] = d[i] * p * silu;

@@ -10,7 +10,7 @@ static inline __attribute__((always_inline)) void transpose(const float *in, int
   __m512 r[16], t[16];
 #pragma GCC unroll 16
   for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_ps(in + i * in_ld);
-  /* Pairs, then quads within 128-bit lanes; then the lanes themselves in two steps. */
+    /* Pairs, then quads within 128-bit lanes; then the lanes themselves in two steps. */
 #pragma GCC unroll 8
   for (int i = 0; i < 16; i += 2) {
     t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);

@@ -48,11 +48,11 @@ struct runs {
   do {                                                                                             \
     vec x[NV];                                                                                     \
     _Pragma("GCC unroll 3") for (int v = 0; v < nv; v++) {                                         \
-      x[v] = *(const vec *)(bk + (k) * NR + v * VW);                                               \
+      x[v] = *(const vec *)(bk + (k)*NR + v * VW);                                                 \
     }                                                                                              \
     _Pragma("GCC unroll 8") for (int i = 0; i < mr; i++) {                                         \
-      vec s = splat(ak[i * rs + (k) * cs]);                                                        \
-      _Pragma("GCC unroll 3") for (int v = 0; v < nv; v++) {                                   \
+      vec s = splat(ak[i * rs + (k)*cs]);                                                          \
+      _Pragma("GCC unroll 3") for (int v = 0; v < nv; v++) {                                       \
         acc[i][v] = multiply_add(acc[i][v], s, x[v]);                                              \
       }                                                                                            \
     }                                                                                              \
