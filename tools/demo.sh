@@ -12,9 +12,9 @@ while [ $# -gt 0 ]; do
   *) moetune=$1; shift ;;
   esac
 done
-model=data/model
-train=data/jargon/train.jsonl
-heldout=data/jargon/heldout.jsonl
+model=models/tiny
+train=data/jargon.train.jsonl
+heldout=data/jargon.eval.jsonl
 out=runs/demo
 question='What is a kluge?'
 
@@ -39,7 +39,7 @@ echo "== fine-tuning on $train"
 rm -rf "$out"
 "$moetune" train --model "$model" --data "$train" --eval-data "$heldout" --out "$out" \
   --batch-size 8 --max-seq-length 256 --warmup-steps 5 --train-steps 60 --lr 3e-4
-checkpoint=$out/checkpoint
+checkpoint=$out/model
 loss_after=$(heldout_loss "$checkpoint")
 sample_after=$(answer "$checkpoint")
 
