@@ -35,8 +35,9 @@ void mt_rendered_free(struct mt_rendered *r);
 mt_err mt_render(const struct mt_template *t, struct mt_encoder *e, const json_t *record,
                  int32_t eos_id, struct mt_rendered *r);
 
-/* Messages up to where an answer begins: what a model is to be asked. begin: with the BOS token. */
+/* Messages up to where an answer begins: what a model is to be asked. with_bos: with the BOS token.
+ */
 mt_err mt_render_question(const struct mt_template *t, struct mt_encoder *e, const json_t *messages,
-                          bool begin, struct mt_rendered *r);
+                          bool with_bos, struct mt_rendered *r);
 
 #endif
