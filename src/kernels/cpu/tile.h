@@ -9,20 +9,24 @@
 #include <immintrin.h>
 #endif
 
-#ifdef __AVX512F__
+#if defined __AVX512F__
 enum { VW = 16, MR = 8 };
-#else
+#elif defined __AVX__
 enum { VW = 8, MR = 4 };
+#else
+enum { VW = 4, MR = 4 };
 #endif
 enum { NV = 3, NR = NV * VW };
 
 typedef float vec __attribute__((vector_size(VW * 4), aligned(4), may_alias));
 
 static inline vec splat(float x) {
-#ifdef __AVX512F__
+#if defined __AVX512F__
   return (vec)_mm512_set1_ps(x);
+#elif defined __AVX__
+  return (vec)_mm256_set1_ps(x);
 #else
-  return (vec){x, x, x, x, x, x, x, x};
+  return (vec){x, x, x, x};
 #endif
 }
 
