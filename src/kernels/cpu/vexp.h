@@ -22,8 +22,9 @@ static inline float cpu_exp_one(float x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  /* 2^n in two factors, so that n = 128 does not overflow before the product. */
-  int32_t e = (int32_t)n, half = e >> 1;
+  /* 2^n in two factors, so that n = 128 does not overflow before the product. A NaN has no integer:
+   * any exponent will do, p is NaN. */
+  int32_t e = (int32_t)(n > -127.0f ? n : -127.0f), half = e >> 1;
   int32_t b0 = (half + 127) << 23, b1 = (e - half + 127) << 23;
   float f0, f1;
   memcpy(&f0, &b0, 4);
