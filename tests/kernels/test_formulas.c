@@ -19,6 +19,43 @@ static double *product(struct bed *b, const double *x, const double *w, int64_t 
   return y;
 }
 
+static double *transposed(struct bed *b, const double *x, int64_t rows, int64_t cols) {
+  double *y = host_mem(b, (size_t)(rows * cols) * sizeof *y);
+  for (int64_t i = 0; i < rows * cols; i++) y[i % cols * rows + i / cols] = x[i];
+  return y;
+}
+
+static void linear_is_a_product(struct bed *b) {
+  enum { M = 33, IN = 40, OUT = 65 };
+  double *x = normals(b, M * IN, 1), *w = normals(b, OUT * IN, 1), *d = normals(b, M * OUT, 1);
+  struct mt_tensor tx = act(b, x, M, IN), tw = act(b, w, OUT, IN), td = act(b, d, M, OUT);
+  struct mt_tensor y = act(b, NULL, M, OUT), dx = act(b, NULL, M, IN), dw = grad(b, NULL, OUT, IN);
+  DO(b, linear_fwd, .x = tx, .w = tw, .y = y);
+  DO(b, linear_dgrad, .dy = td, .w = tw, .dx = dx);
+  DO(b, linear_wgrad, .dy = td, .x = tx, .dw = dw);
+  double *wt = transposed(b, w, OUT, IN), *dt = transposed(b, d, M, OUT);
+  double *xt = transposed(b, x, M, IN);
+  expect_close(b, "y", values(b, &y), product(b, x, w, M, OUT, IN), M * OUT, 1);
+  expect_close(b, "dx", values(b, &dx), product(b, d, wt, M, IN, OUT), M * IN, 1);
+  expect_close(b, "dw", values(b, &dw), product(b, dt, xt, OUT, IN, M), OUT * IN, 1);
+}
+
+static void combine_weighs_the_rows(struct bed *b) {
+  enum { T = 4, K = 2, R = 5, H = 33 };
+  static const int32_t token_row[T * K] = {3, 0, -1, 1, 4, 2, -1, -1};
+  double *ys = normals(b, R * H, 1), *prob = normals(b, T * K, 1);
+  double *want = host_mem(b, sizeof(double) * T * H);
+  struct mt_tensor rows = act(b, ys, R, H), p = stat(b, prob, T, K), y = act(b, NULL, T, H);
+  for (int i = 0; i < T * K * H; i++) {
+    int choice = i / H;
+    if (token_row[choice] < 0) continue;
+    want[choice / K * H + i % H] += prob[choice] * ys[token_row[choice] * H + i % H];
+  }
+  DO(b, combine_fwd, .ys = rows, .token_row = ints(b, token_row, T * K), .prob = p, .top_k = K,
+     .y = y);
+  expect_close(b, "y", values(b, &y), want, T * H, 1);
+}
+
 static void rmsnorm_gives_rows_of_size_one(struct bed *b) {
   enum { T = 33, H = 130 };
   double ones[H], *x = normals(b, T * H, 1), *r = normals(b, T * H, 1), *want;
@@ -42,6 +79,13 @@ static void rmsnorm_gives_rows_of_size_one(struct bed *b) {
     for (int i = 0; i < H; i++) want[t * H + i] = s[t * H + i] / sqrt(square);
   }
   expect_close(b, "y", stored, want, T * H, 1);
+  /* eps joins the mean square, not the root. */
+  struct mt_tensor y2 = act(b, NULL, T, H);
+  DO(b, rmsnorm_fwd, .x = tr, .weight = w, .eps = 0.5f, .y = y2, .rstd = rstd);
+  for (int t = 0; t < T; t++) {
+    for (int i = 0; i < H; i++) want[t * H + i] = s[t * H + i] / sqrt(1 / (rs[t] * rs[t]) + 0.5);
+  }
+  expect_close(b, "y with eps", values(b, &y2), want, T * H, 1);
   for (int t = 0; t < T; t++) {
     assert_true(fabs(size[t] - 1) < 2 * b->recipe->op_tolerance);
     assert_true(fabs(same[t] - 1) < (b->recipe->stat == MT_F64 ? 1e-12 : 1e-6));
@@ -352,6 +396,8 @@ static void sumsq_adds_everything_up(struct bed *b) {
   }
 }
 
+ON_EVERY_BACKEND(linear_is_a_product)
+ON_EVERY_BACKEND(combine_weighs_the_rows)
 ON_EVERY_BACKEND(rmsnorm_gives_rows_of_size_one)
 ON_EVERY_BACKEND(attention_is_a_masked_softmax)
 ON_EVERY_BACKEND(the_router_takes_the_largest)
@@ -363,6 +409,8 @@ ON_EVERY_BACKEND(sumsq_adds_everything_up)
 
 int main(void) {
   const struct CMUnitTest tests[] = {
+      cmocka_unit_test(test_linear_is_a_product),
+      cmocka_unit_test(test_combine_weighs_the_rows),
       cmocka_unit_test(test_rmsnorm_gives_rows_of_size_one),
       cmocka_unit_test(test_attention_is_a_masked_softmax),
       cmocka_unit_test(test_the_router_takes_the_largest),
