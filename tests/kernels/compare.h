@@ -39,7 +39,8 @@ struct bench_case {
   int owned_count, owned_dev_count;
   double worst; /* largest error seen over tolerance 1 */
   const char *worst_name;
-  double plant; /* a planted bug: an output's largest element is off by this share */
+  uint64_t bits; /* of everything that was compared, as stored */
+  double plant;  /* a planted bug: an output's largest element is off by this share */
 };
 
 #define OK(call)                                                                                   \
@@ -102,6 +103,12 @@ static inline struct dual_ints ints(struct bench_case *c, int64_t count, const i
   return x;
 }
 
+/* FNV-1a. */
+static inline void mix_bits(struct bench_case *c, const void *data, size_t size_bytes) {
+  const unsigned char *p = data;
+  for (size_t i = 0; i < size_bytes; i++) c->bits = (c->bits ^ p[i]) * 0x100000001b3u;
+}
+
 /* Compares what the backend wrote with what ref wrote: max|d| / max|ref|, NaN anywhere it should
  * not be is infinite. Keeps the worst of the case. */
 static inline void expect_scaled(struct bench_case *c, const struct dual *x, double slack) {
@@ -110,6 +117,7 @@ static inline void expect_scaled(struct bench_case *c, const struct dual *x, dou
   void *raw = own(c, mt_bytes(&x->dev));
   const double *want = x->ref.data;
   OK(c->be->download(c->be, raw, x->dev.data, mt_bytes(&x->dev)));
+  mix_bits(c, raw, mt_bytes(&x->dev));
   mt_dtype_convert(got, MT_F64, raw, x->dev.dtype, (size_t)n);
   int64_t largest = 0;
   for (int64_t i = 0; i < n; i++) {
@@ -137,6 +145,7 @@ static inline void expect(struct bench_case *c, const struct dual *x) {
 static inline void expect_ints(struct bench_case *c, const char *name, const struct dual_ints *x) {
   int32_t *got = own(c, (size_t)x->count * sizeof *got);
   OK(c->be->download(c->be, got, x->dev, (size_t)x->count * sizeof *got));
+  mix_bits(c, got, (size_t)x->count * sizeof *got);
   if (c->plant != 0 && x->count > 0) got[x->count / 2] ^= 1;
   for (int64_t i = 0; i < x->count; i++) {
     if (got[i] == x->ref[i]) continue;
