@@ -52,7 +52,7 @@ const struct mt_command mt_command_eval = {
     .description = "Prints the mean cross-entropy in nats a token, the perplexity and the share of "
                    "tokens guessed right, over the tokens that training would learn.",
     .examples = "  moetune eval --model mixtral --data heldout.jsonl\n"
-                "  moetune eval --model runs/first/final --data heldout.jsonl --json\n",
+                "  moetune eval --model runs/first/model --data heldout.jsonl --json\n",
     .options = rows,
     .option_count = MT_ROW_COUNT(rows),
     .options_bytes = sizeof(S),

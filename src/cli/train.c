@@ -28,7 +28,8 @@ static const struct mt_option rows[] = {
      .offset = AT(out),
      .unit = "DIR",
      .required = true,
-     .help = "Run directory to make: metrics.jsonl, checkpoints and the final model."},
+     .help = "Run directory to make: model/ (the fine-tuned checkpoint), metrics.jsonl and the "
+             "checkpoints of --save-every."},
     {.flag = "resume",
      .type = MT_OPT_OPTIONAL,
      .offset = AT(resume),
@@ -191,10 +192,11 @@ static const struct mt_option rows[] = {
      .offset = AT(save_every),
      .unit = "STEPS",
      .initial = "0",
-     .initial_note = "0 (after the last step alone)",
+     .initial_note = "0 (none)",
      .min = 0,
      .max = 1e12,
-     .help = "Steps between checkpoints that --resume can go on from."},
+     .help =
+         "Steps between checkpoints that --resume can go on from; the last step makes one too."},
 };
 
 static mt_err finish(void *options, const struct mt_parsed *parsed) {

@@ -274,6 +274,7 @@ static void once_through(void **state) {
   struct mt_sample long_one = {.ids = (int32_t[300]){0}, .learn = (uint8_t[300]){0}, .count = 300};
   mt_batch_begin(b);
   FAILS(mt_batch_add(b, &long_one), MT_ESHAPE, "300 tokens");
+  mt_loader_destroy(&l);
   o.world = 11;
   struct mt_loader none;
   FAILS(mt_loader_create(&none, d, &o), MT_EINVAL, "11 data-parallel ranks");
