@@ -10,6 +10,21 @@ static int64_t blocks_of(int64_t n) {
   return (n + BLOCK - 1) / BLOCK;
 }
 
+/* Squares in double: a float32 one is infinite from 1.9e19 on, where the gradient is not. Several
+ * independent sums, since one alone waits for each addition. */
+static double block_sumsq(const float *x, int64_t n) {
+  enum { LANES = 32 };
+  double lane[LANES] = {0}, sum = 0;
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) {
+#pragma omp simd
+    for (int l = 0; l < LANES; l++) lane[l] += (double)x[i + l] * (double)x[i + l];
+  }
+  for (; i < n; i++) sum += (double)x[i] * (double)x[i];
+  for (int l = 0; l < LANES; l++) sum += lane[l];
+  return sum;
+}
+
 mt_err mt_cpu_sumsq(struct mt_backend *be, const struct mt_sumsq_args *a) {
   MT_TRY(mt_check_sumsq(a));
   size_t room;
@@ -26,12 +41,7 @@ mt_err mt_cpu_sumsq(struct mt_backend *be, const struct mt_sumsq_args *a) {
 #pragma omp parallel for num_threads(be->thread_count) schedule(static)
       for (int64_t b = 0; b < count; b++) {
         int64_t begin = (first + b) * BLOCK, end = begin + BLOCK < n ? begin + BLOCK : n;
-        double sum = 0;
-        /* Squares in double: a float32 one is infinite from 1.9e19 on, where the gradient is not.
-         */
-#pragma omp simd reduction(+ : sum)
-        for (int64_t k = begin; k < end; k++) sum += (double)x[k] * (double)x[k];
-        partial[b] = sum;
+        partial[b] = block_sumsq(x + begin, end - begin);
       }
       for (int64_t b = 0; b < count; b++) total += partial[b];
       first += count;
