@@ -52,6 +52,12 @@ def sentences(text):
     return parts
 
 
+def close_quotes(text):
+    """No space behind an opening quotation mark."""
+    pieces = text.split('"')
+    return '"'.join(p.lstrip() if i % 2 else p for i, p in enumerate(pieces))
+
+
 def first_sense(entry):
     """The prose of the entry's first sense, references and bracketed notes removed."""
     numbered = [p for p in entry.paragraphs if re.match(r"(?:\[[^\]]*\] )?(?:1|1a)[.)] ", p)]
@@ -61,7 +67,9 @@ def first_sense(entry):
         text = sources.plain_jargon(paragraph)
         text = re.sub(r"^(?:1|1a|a)[.)] ", "", LEADING_SPEECH.sub("", text))
         text = re.sub(r"^\([^()]*\)[,:;.]? ?", "", LEADING_SPEECH.sub("", text))
-        text = sources.tidy(REFERENCE.sub("", LEADING_SPEECH.sub("", text)))
+        text = LEADING_SPEECH.sub("", re.sub(r"^/[^/ ]+/[,;]? ?", "", LEADING_SPEECH.sub("", text)))
+        text = re.sub(r"(?<=[a-z]),(?=[a-z]{3})", ", ", text)
+        text = close_quotes(sources.tidy(REFERENCE.sub("", text)).lstrip(".,;: "))
         if text:
             return text
     return ""
@@ -131,6 +139,7 @@ def question_and_answer(entry):
         second = parts[1]
         if (
             not NOT_A_DEFINITION.match(second)
+            and not re.search(r"pron(?:ounc|unc)", second)
             and re.search(r"[.!?][\"')]*$", second)
             and len(answer) + 1 + len(second) <= LONGEST
         ):
