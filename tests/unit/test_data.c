@@ -117,6 +117,8 @@ static void bad_lines(void **state) {
       {"{\"other\":\"a\"}\n", "none of 'text'"},
       {"{\"prompt\":\"a\"}\n", "'prompt' and 'completion'"},
       {"{\"instruction\":\"a\"}\n", "'instruction' and 'output'"},
+      {"{\"instruction\":\"a\",\"output\":\"b\",\"input\":7}\n", "'input'"},
+      {"{\"messages\":[{\"role\":\"system\",\"content\":\"a\"}]}\n", "nothing follows the system"},
       {"{\"messages\":[]}\n", "'messages' is empty"},
       {"{\"messages\":[{\"role\":\"user\"}]}\n", "message 1 needs"},
       {"{\"messages\":[{\"role\":\"robot\",\"content\":\"a\"}]}\n", "role 'robot'"},
@@ -282,7 +284,7 @@ static void once_through(void **state) {
 static void templates(void **state) {
   struct fixture *f = *state;
   const struct mt_template *t;
-  FAILS(mt_template_find("none", &t), MT_EUNSUPPORTED, "chatml, mistral");
+  FAILS(mt_template_find("none", &t), MT_EUNSUPPORTED, "mistral, ");
   temp_text(f->dir, "tokenizer_config.json", "{\"chat_template\":\"{{ '<|im_start|>' }}\"}");
   OK(mt_template_detect(f->dir, &t));
   assert_string_equal(mt_template_name(t), "chatml");
