@@ -142,6 +142,29 @@ static void bad_lines(void **state) {
   FAILS(load(f, 64, false, &d), MT_ENOENT, "data.jsonl");
 }
 
+static void line_ends_and_lengths(void **state) {
+  struct fixture *f = *state;
+  struct mt_dataset *d;
+  temp_text(f->dir, "data.jsonl",
+            "\xef\xbb\xbf{\"text\":\"a b\"}\r\n\r\n \t\n{\"text\":\"c d\"}\r\n{\"text\":\"e f\"}");
+  OK(load(f, 64, false, &d));
+  assert_int_equal(mt_dataset_stats(d).samples, 3);
+  for (int i = 0; i < 3; i++) assert_int_equal(mt_dataset_sample(d, i).line, (int[]){1, 4, 5}[i]);
+  mt_dataset_close(d);
+  /* A hole of the file system's: a line longer than the limit that takes no room on the disk. */
+  FILE *file = fopen(f->path, "w");
+  assert_non_null(file);
+  assert_true(fputs("{\"text\":\"a b\"}\n", file) >= 0);
+  assert_int_equal(fseek(file, (64 << 20) + 100, SEEK_SET), 0);
+  assert_true(fputs("\n{\"text\":\"c d\"}\n", file) >= 0);
+  assert_int_equal(fclose(file), 0);
+  FAILS(load(f, 64, false, &d), MT_EFORMAT, "data.jsonl:2: longer than");
+  OK(load(f, 64, true, &d));
+  assert_int_equal(mt_dataset_stats(d).bad_lines, 1);
+  assert_int_equal(mt_dataset_sample(d, 1).line, 3);
+  mt_dataset_close(d);
+}
+
 static void long_samples_are_cut(void **state) {
   struct fixture *f = *state;
   struct mt_dataset *d;
@@ -276,8 +299,13 @@ static void once_through(void **state) {
   struct mt_sample long_one = {.ids = (int32_t[300]){0}, .learn = (uint8_t[300]){0}, .count = 300};
   mt_batch_begin(b);
   FAILS(mt_batch_add(b, &long_one), MT_ESHAPE, "300 tokens");
+  mt_loader_destroy(&l);
   o.world = 11;
   FAILS(mt_loader_create(&l, d, &o), MT_EINVAL, "11 data-parallel ranks");
+  o.world = o.rank = 1;
+  FAILS(mt_loader_create(&l, d, &o), MT_EINVAL, "rank 1/1");
+  o.rank = o.batch_size = 0;
+  FAILS(mt_loader_create(&l, d, &o), MT_EINVAL, "batch size 0");
   mt_dataset_close(d);
 }
 
@@ -304,6 +332,7 @@ int main(void) {
       T(record_kinds),
       T(text_holds_no_special_tokens),
       T(bad_lines),
+      T(line_ends_and_lengths),
       T(long_samples_are_cut),
       T(packing_keeps_every_sample),
       T(order_is_a_function_of_the_position),
