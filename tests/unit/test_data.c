@@ -149,7 +149,8 @@ static void line_ends_and_lengths(void **state) {
             "\xef\xbb\xbf{\"text\":\"a b\"}\r\n\r\n \t\n{\"text\":\"c d\"}\r\n{\"text\":\"e f\"}");
   OK(load(f, 64, false, &d));
   assert_int_equal(mt_dataset_stats(d).samples, 3);
-  for (int i = 0; i < 3; i++) assert_int_equal(mt_dataset_sample(d, i).line, (int[]){1, 4, 5}[i]);
+  static const int64_t lines[] = {1, 4, 5};
+  for (int i = 0; i < 3; i++) assert_int_equal(mt_dataset_sample(d, i).line, lines[i]);
   mt_dataset_close(d);
   /* A hole of the file system's: a line longer than the limit that takes no room on the disk. */
   FILE *file = fopen(f->path, "w");
