@@ -68,6 +68,15 @@ static mt_err keep(struct mt_dataset *d, const struct mt_rendered *r, int64_t li
   return MT_OK;
 }
 
+/* A line that failed with the thread's message: counted or the end of it. */
+static mt_err refuse(struct mt_dataset *d, mt_err err, int64_t line) {
+  if (err == MT_EFORMAT && d->options.skip_bad_lines) {
+    if (d->stats.bad_lines++ == 0) d->stats.first_bad_line = line;
+    return MT_OK;
+  }
+  return mt_context(err, "%s:%lld", d->path, (long long)line);
+}
+
 static mt_err read_line(struct mt_dataset *d, struct mt_encoder *e, struct mt_rendered *r,
                         const char *text, size_t size, int64_t line) {
   json_error_t why;
@@ -80,12 +89,7 @@ static mt_err read_line(struct mt_dataset *d, struct mt_encoder *e, struct mt_re
   else
     err = mt_render(d->options.chat, e, record, d->options.eos_id, r);
   json_decref(record);
-  if (!err) return keep(d, r, line);
-  if (err == MT_EFORMAT && d->options.skip_bad_lines) {
-    if (d->stats.bad_lines++ == 0) d->stats.first_bad_line = line;
-    return MT_OK;
-  }
-  return mt_context(err, "%s:%lld", d->path, (long long)line);
+  return err ? refuse(d, err, line) : keep(d, r, line);
 }
 
 static bool blank(const char *text, size_t size) {
@@ -95,11 +99,51 @@ static bool blank(const char *text, size_t size) {
   return true;
 }
 
+/* One line without its end into text (=); *more is false behind the last. Of a line that is too
+ * long only the beginning is kept, whatever its length. */
+static mt_err next_line(FILE *f, struct mt_text *text, bool *more) {
+  int c = EOF;
+  text->size = 0;
+  *more = false;
+  while ((c = getc_unlocked(f)) != EOF) {
+    *more = true;
+    if (c == '\n') break;
+    if (text->size == text->capacity) {
+      char byte = (char)c;
+      MT_TRY(mt_text_append(text, &byte, 1)); /* grows to twice its size */
+    } else if (text->size <= LINE_LIMIT) {
+      text->text[text->size++] = (char)c;
+    }
+  }
+  return MT_OK;
+}
+
+static mt_err read_lines(struct mt_dataset *d, struct mt_encoder *e, FILE *f, struct mt_rendered *r,
+                         struct mt_text *text, int64_t *line) {
+  static const char byte_order_mark[3] = "\xef\xbb\xbf";
+  for (bool more;;) {
+    MT_TRY(next_line(f, text, &more));
+    if (!more) break;
+    size_t from = 0;
+    ++*line;
+    if (text->size == 0) continue;
+    if (*line == 1 && text->size >= 3 && memcmp(text->text, byte_order_mark, 3) == 0) from = 3;
+    if (text->size > LINE_LIMIT) {
+      mt_fail(MT_EFORMAT, "longer than %d bytes", LINE_LIMIT);
+      MT_TRY(refuse(d, MT_EFORMAT, *line));
+    } else if (!blank(text->text + from, text->size - from)) {
+      MT_TRY(read_line(d, e, r, text->text + from, text->size - from, *line));
+    }
+  }
+  if (ferror(f)) return mt_fail(MT_EIO, "cannot read '%s': %s", d->path, strerror(errno));
+  return MT_OK;
+}
+
 static mt_err read_all(struct mt_dataset *d) {
   struct mt_rendered r = {0};
   struct mt_encoder *e = NULL;
-  char *text = NULL;
-  size_t capacity = 0;
+  struct mt_text text = {0};
+  int64_t line = 0;
   mt_err err = MT_OK;
   FILE *f = fopen(d->path, "rbe");
   if (!f) {
@@ -109,25 +153,13 @@ static mt_err read_all(struct mt_dataset *d) {
   MT_GO(mt_encoder_create(d->tokenizer, &e));
   MT_GO(grow_samples(d));
   d->begin[0] = 0;
-  int64_t line = 0;
-  errno = 0;
-  for (ssize_t n; (n = getline(&text, &capacity, f)) >= 0; errno = 0) {
-    line++;
-    if (n > LINE_LIMIT) {
-      err = mt_fail(MT_EFORMAT, "%s:%lld: longer than %d bytes", d->path, (long long)line,
-                    LINE_LIMIT);
-      goto done;
-    }
-    if (!blank(text, (size_t)n)) MT_GO(read_line(d, e, &r, text, (size_t)n, line));
-  }
-  if (ferror(f)) {
-    err = mt_fail(MT_EIO, "cannot read '%s': %s", d->path, strerror(errno));
-  } else if (d->stats.samples == 0) {
+  MT_GO(read_lines(d, e, f, &r, &text, &line));
+  if (d->stats.samples == 0) {
     err = mt_fail(MT_EFORMAT, "%s: no usable sample in %lld lines (%lld without a target)", d->path,
                   (long long)line, (long long)d->stats.dropped);
   }
 done:
-  free(text);
+  free(text.text);
   mt_encoder_free(e);
   mt_rendered_free(&r);
   fclose(f);

@@ -24,7 +24,9 @@ struct mt_dataset_stats {
 
 struct mt_dataset; /* read-only once waited for */
 
-/* Starts reading and tokenising in a thread of its own. The tokenizer must outlive the dataset. */
+/* Starts reading and tokenising in a thread of its own. The file: one JSON object a line (UTF-8, no
+ * key twice, 64 MiB at most), lines end in LF or CRLF, blank ones are passed over, and so is a byte
+ * order mark; template.h says what an object may hold. The tokenizer must outlive the dataset. */
 mt_err mt_dataset_open(const struct mt_tokenizer *tokenizer,
                        const struct mt_dataset_options *options, struct mt_dataset **out);
 /* Waits for the thread. Errors: what went wrong there: MT_ENOENT, MT_EFORMAT naming FILE:LINE (a
@@ -75,7 +77,7 @@ struct mt_loader {
   struct mt_batch **list;
 };
 
-/* Errors: MT_ENOMEM; MT_EINVAL when there are fewer samples than ranks. */
+/* Errors: MT_ENOMEM; MT_EINVAL for counts below 1 or when there are fewer samples than ranks. */
 mt_err mt_loader_create(struct mt_loader *l, const struct mt_dataset *d,
                         const struct mt_loader_options *options);
 void mt_loader_destroy(struct mt_loader *l);

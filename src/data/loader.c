@@ -72,6 +72,12 @@ int mt_loader_token_capacity(const struct mt_loader_options *o) {
 mt_err mt_loader_create(struct mt_loader *l, const struct mt_dataset *d,
                         const struct mt_loader_options *options) {
   *l = (struct mt_loader){.options = *options, .data = d, .order_epoch = -1};
+  if (options->batch_size < 1 || options->micro_batches < 1 || options->max_seq_length < 1 ||
+      options->pad_multiple < 1 || options->rank < 0 || options->rank >= options->world) {
+    return mt_fail(MT_EINVAL, "batch size %d, %d micro-batches, %d tokens padded to %d, rank %d/%d",
+                   options->batch_size, options->micro_batches, options->max_seq_length,
+                   options->pad_multiple, options->rank, options->world);
+  }
   int64_t samples = mt_dataset_stats(d).samples;
   int capacity = mt_loader_token_capacity(options);
   if (capacity < 0 || samples > UINT32_MAX) {

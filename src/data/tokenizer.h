@@ -45,11 +45,15 @@ enum {
   MT_ENCODE_ADD_SPECIAL = 1,   /* what the post-processor adds (BOS) */
   MT_ENCODE_PARSE_SPECIAL = 2, /* special tokens written in the text become themselves */
   MT_ENCODE_CONTINUE = 4,      /* the text follows another: nothing is put before its first word */
+  MT_ENCODE_INSIDE = 8, /* the text follows an added token: not the first, but a new stretch */
 };
 /* Appends the ids of text (UTF-8) to out. Time is O(n log n) whatever the text.
  * Errors: MT_EFORMAT with the byte offset when the text is not UTF-8; MT_ENOMEM. */
 mt_err mt_encode(struct mt_encoder *e, const char *text, size_t size_bytes, int flags,
                  struct mt_ids *out);
+
+/* Is the id one of the file's added tokens (special or not)? They cut a text into stretches. */
+bool mt_encoder_is_added(const struct mt_encoder *e, int32_t id);
 
 /* Does the text spell a special token anywhere? */
 bool mt_has_special(const struct mt_encoder *e, const char *text);

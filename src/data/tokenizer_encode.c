@@ -66,6 +66,10 @@ bool mt_has_special(const struct mt_encoder *e, const char *text) {
   return false;
 }
 
+bool mt_encoder_is_added(const struct mt_encoder *e, int32_t id) {
+  return id >= 0 && id < e->t->vocab && e->t->token[id].added;
+}
+
 /* GPT-2's bytes_to_unicode: printable Latin-1 stands for itself, the others for 256, 257, ... */
 static bool stands_for_itself(int b) {
   return (b >= 33 && b <= 126) || (b >= 161 && b <= 172) || b >= 174;
@@ -453,7 +457,8 @@ mt_err mt_encode(struct mt_encoder *e, const char *text, size_t size_bytes, int 
   for (int i = 0; (flags & MT_ENCODE_ADD_SPECIAL) && i < t->prefix_count; i++) {
     MT_TRY(mt_ids_append(out, t->prefix[i]));
   }
-  MT_TRY(cut_added(e, text, size_bytes, 0, false, flags, out, raw));
+  size_t origin = flags & MT_ENCODE_INSIDE ? 1 : 0; /* only whether it is 0 counts */
+  MT_TRY(cut_added(e, text, size_bytes, origin, false, flags, out, raw));
   for (int i = 0; (flags & MT_ENCODE_ADD_SPECIAL) && i < t->suffix_count; i++) {
     MT_TRY(mt_ids_append(out, t->suffix[i]));
   }

@@ -92,7 +92,8 @@ static mt_err ask(struct generation *g, const char *text, bool first) {
                             json_pack("{s:s,s:s}", "role", "system", "content", g->o->system));
     }
     json_array_append_new(messages, json_pack("{s:s,s:s}", "role", "user", "content", text));
-    mt_err err = mt_render_question(g->s.chat, g->encoder, messages, first, &g->prompt);
+    mt_err err = mt_render_question(g->s.chat, g->encoder, messages, first,
+                                    g->s.checkpoint.config.eos_id, &g->prompt);
     json_decref(messages);
     if (err) return err;
   } else {

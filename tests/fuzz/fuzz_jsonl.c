@@ -32,7 +32,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
   int fd = mkstemp(path);
   if (fd < 0 || write(fd, data, size) != (ssize_t)size) abort();
   close(fd);
-  if (mt_template_find(size % 2 ? "mistral" : "chatml", &chat)) abort();
+  static const char *const names[] = {"mistral", "mixtral-8x22b", "qwen3", "tulu", "deepseek"};
+  if (mt_template_find(names[size % 5], &chat)) abort();
   struct mt_dataset_options o = {.path = path,
                                  .chat = chat,
                                  .max_seq_length = 32,

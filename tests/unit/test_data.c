@@ -117,6 +117,8 @@ static void bad_lines(void **state) {
       {"{\"other\":\"a\"}\n", "none of 'text'"},
       {"{\"prompt\":\"a\"}\n", "'prompt' and 'completion'"},
       {"{\"instruction\":\"a\"}\n", "'instruction' and 'output'"},
+      {"{\"instruction\":\"a\",\"output\":\"b\",\"input\":7}\n", "'input'"},
+      {"{\"messages\":[{\"role\":\"system\",\"content\":\"a\"}]}\n", "nothing follows the system"},
       {"{\"messages\":[]}\n", "'messages' is empty"},
       {"{\"messages\":[{\"role\":\"user\"}]}\n", "message 1 needs"},
       {"{\"messages\":[{\"role\":\"robot\",\"content\":\"a\"}]}\n", "role 'robot'"},
@@ -138,6 +140,30 @@ static void bad_lines(void **state) {
   mt_dataset_close(d);
   assert_int_equal(unlink(f->path), 0);
   FAILS(load(f, 64, false, &d), MT_ENOENT, "data.jsonl");
+}
+
+static void line_ends_and_lengths(void **state) {
+  struct fixture *f = *state;
+  struct mt_dataset *d;
+  temp_text(f->dir, "data.jsonl",
+            "\xef\xbb\xbf{\"text\":\"a b\"}\r\n\r\n \t\n{\"text\":\"c d\"}\r\n{\"text\":\"e f\"}");
+  OK(load(f, 64, false, &d));
+  assert_int_equal(mt_dataset_stats(d).samples, 3);
+  static const int64_t lines[] = {1, 4, 5};
+  for (int i = 0; i < 3; i++) assert_int_equal(mt_dataset_sample(d, i).line, lines[i]);
+  mt_dataset_close(d);
+  /* A hole of the file system's: a line longer than the limit that takes no room on the disk. */
+  FILE *file = fopen(f->path, "w");
+  assert_non_null(file);
+  assert_true(fputs("{\"text\":\"a b\"}\n", file) >= 0);
+  assert_int_equal(fseek(file, (64 << 20) + 100, SEEK_SET), 0);
+  assert_true(fputs("\n{\"text\":\"c d\"}\n", file) >= 0);
+  assert_int_equal(fclose(file), 0);
+  FAILS(load(f, 64, false, &d), MT_EFORMAT, "data.jsonl:2: longer than");
+  OK(load(f, 64, true, &d));
+  assert_int_equal(mt_dataset_stats(d).bad_lines, 1);
+  assert_int_equal(mt_dataset_sample(d, 1).line, 3);
+  mt_dataset_close(d);
 }
 
 static void long_samples_are_cut(void **state) {
@@ -276,16 +302,18 @@ static void once_through(void **state) {
   FAILS(mt_batch_add(b, &long_one), MT_ESHAPE, "300 tokens");
   mt_loader_destroy(&l);
   o.world = 11;
-  struct mt_loader none;
-  FAILS(mt_loader_create(&none, d, &o), MT_EINVAL, "11 data-parallel ranks");
-  mt_loader_destroy(&l);
+  FAILS(mt_loader_create(&l, d, &o), MT_EINVAL, "11 data-parallel ranks");
+  o.world = o.rank = 1;
+  FAILS(mt_loader_create(&l, d, &o), MT_EINVAL, "rank 1/1");
+  o.rank = o.batch_size = 0;
+  FAILS(mt_loader_create(&l, d, &o), MT_EINVAL, "batch size 0");
   mt_dataset_close(d);
 }
 
 static void templates(void **state) {
   struct fixture *f = *state;
   const struct mt_template *t;
-  FAILS(mt_template_find("none", &t), MT_EUNSUPPORTED, "chatml, mistral");
+  FAILS(mt_template_find("none", &t), MT_EUNSUPPORTED, "mistral, ");
   temp_text(f->dir, "tokenizer_config.json", "{\"chat_template\":\"{{ '<|im_start|>' }}\"}");
   OK(mt_template_detect(f->dir, &t));
   assert_string_equal(mt_template_name(t), "chatml");
@@ -305,6 +333,7 @@ int main(void) {
       T(record_kinds),
       T(text_holds_no_special_tokens),
       T(bad_lines),
+      T(line_ends_and_lengths),
       T(long_samples_are_cut),
       T(packing_keeps_every_sample),
       T(order_is_a_function_of_the_position),
