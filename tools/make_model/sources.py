@@ -51,7 +51,7 @@ def unpack_packages(cache):
         if os.path.isdir(os.path.join(folder, "usr")):
             continue
         os.makedirs(folder, exist_ok=True)
-        download = subprocess.run(["apt-get", "download", name], cwd=folder)
+        download = subprocess.run(["apt-get", "-qq", "-o", "APT::Sandbox::User=root", "download", name], cwd=folder)
         archives = sorted(f for f in os.listdir(folder) if f.endswith(".deb"))
         if download.returncode != 0 or not archives:
             sys.exit(f"apt-get download {name} failed (run 'apt-get update' once as root)")
