@@ -16,7 +16,7 @@ model=models/tiny
 train=data/jargon.train.jsonl
 heldout=data/jargon.eval.jsonl
 out=runs/demo
-question='What is a kluge?'
+question='What is a brick?' # held out: the model has not seen its entry
 
 for needed in "$moetune" "$model/config.json" "$model/model.safetensors" "$train" "$heldout"; do
   [ -e "$needed" ] || { echo "demo: $needed is missing" >&2; exit 1; }
@@ -33,7 +33,7 @@ summary=$(mktemp)
 trap 'rm -f "$summary"' EXIT
 echo "Fine-tuning $model on $train"
 if ! "$moetune" train --model "$model" --data "$train" --eval-data "$heldout" --out "$out" \
-  --batch-size 16 --max-seq-length 256 --warmup-steps 10 --train-steps 190 --lr 3e-4 >"$summary"; then
+  --batch-size 16 --max-seq-length 192 --warmup-steps 10 --train-steps 200 --lr 1e-3 >"$summary"; then
   cat "$summary"
   exit 1
 fi
