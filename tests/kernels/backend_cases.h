@@ -1,0 +1,515 @@
+/* One case an operation: fresh random inputs of a size, run on the backend under test and on ref,
+ * outputs compared. `acc` is the second way: += for =, with optional arguments, in place. */
+#ifndef TESTS_KERNELS_BACKEND_CASES_H
+#define TESTS_KERNELS_BACKEND_CASES_H
+
+#include "kernels/compare.h"
+
+/* Sizes of one round. */
+struct size {
+  int t, valid, h, f, e, k, v, g, r, d;
+  int sequences;
+  int window;
+};
+
+static const struct size sizes[] = {
+    /*  t  valid  h   f  e  k   v  g  r   d  seq win */
+    {1, 1, 8, 7, 1, 1, 5, 1, 1, 8, 1, 0},
+    {7, 5, 33, 24, 3, 2, 17, 1, 3, 16, 2, 0},
+    {33, 33, 64, 65, 5, 3, 130, 2, 2, 64, 3, 4},
+    {130, 121, 96, 130, 9, 2, 64, 2, 4, 80, 2, 0},
+    {200, 200, 48, 40, 4, 1, 300, 1, 7, 128, 1, 100},
+};
+enum { SIZES = sizeof sizes / sizeof *sizes };
+
+#define ACT          c->recipe->act
+#define STAT         c->recipe->stat
+#define GRAD         c->recipe->grad
+#define A(n, m, ...) dual(c, n, ACT, m, __VA_ARGS__)
+#define S(n, m, ...) dual(c, n, STAT, m, __VA_ARGS__)
+#define G(n, m, ...) dual(c, n, GRAD, m, __VA_ARGS__)
+/* Runs op on both; fields are set by the caller in `dev` and `ref`. */
+#define RUN(op)                                                                                    \
+  do {                                                                                             \
+    OK(c->be->ops.op(c->be, &dev));                                                                \
+    OK(c->ref_be.ops.op(&c->ref_be, &ref));                                                        \
+  } while (0)
+#define ARGS(op, ...)                                                                              \
+  struct mt_##op##_args dev, ref;                                                                  \
+  memset(&dev, 0, sizeof dev);                                                                     \
+  memset(&ref, 0, sizeof ref);                                                                     \
+  __VA_ARGS__
+#define T(field, x) (dev.field = (x).dev, ref.field = (x).ref)
+#define N(field, x) (dev.field = ref.field = (x))
+
+static struct dual_ints random_ids(struct bench_case *c, int n, int below) {
+  int32_t *v = own(c, (size_t)n * sizeof *v);
+  for (int i = 0; i < n; i++) v[i] = (int32_t)mt_rng_below(&c->rng, (uint32_t)below);
+  return ints(c, n, v);
+}
+
+static struct dual_ints one(struct bench_case *c, int32_t value) {
+  return ints(c, 1, &value);
+}
+
+/* Cuts valid rows into sequences, one of them empty where there are three. */
+static struct dual_ints lengths(struct bench_case *c, const struct size *z) {
+  int32_t *v = own(c, (size_t)(z->sequences + 1) * sizeof *v);
+  for (int i = 0; i <= z->sequences; i++)
+    v[i] = (int32_t)((int64_t)z->valid * i * i / (z->sequences * z->sequences));
+  if (z->sequences == 3) v[1] = 0;
+  return ints(c, z->sequences + 1, v);
+}
+
+/* Random routing: expert 0 gets nothing where there are several, padding is -1. */
+static struct dual_ints routing(struct bench_case *c, const struct size *z) {
+  int32_t *v = own(c, (size_t)(z->t * z->k) * sizeof *v);
+  for (int t = 0; t < z->t; t++) {
+    for (int k = 0; k < z->k; k++) {
+      int first = z->e > z->k ? 1 : 0, span = z->e - first;
+      v[t * z->k + k] =
+          t >= z->valid ? -1 : first + (int)((uint32_t)(t * 7 + k + (t / 3)) % (uint32_t)span);
+    }
+  }
+  return ints(c, (int64_t)z->t * z->k, v);
+}
+
+struct plan {
+  struct dual_ints index, offsets, row_source, token_row;
+  int rows;
+};
+
+static struct plan plan_of(struct bench_case *c, const struct size *z) {
+  struct plan p = {.index = routing(c, z)};
+  p.offsets = ints(c, z->e + 1, NULL);
+  p.row_source = ints(c, (int64_t)z->t * z->k, NULL);
+  p.token_row = ints(c, (int64_t)z->t * z->k, NULL);
+  struct mt_permute_plan_args a = {.index = p.index.dev,
+                                   .token_count = z->t,
+                                   .top_k = z->k,
+                                   .expert_count = z->e,
+                                   .offsets = p.offsets.dev,
+                                   .row_source = p.row_source.dev,
+                                   .token_row = p.token_row.dev};
+  OK(c->be->ops.permute_plan(c->be, &a));
+  a.index = p.index.ref, a.offsets = p.offsets.ref, a.row_source = p.row_source.ref,
+  a.token_row = p.token_row.ref;
+  OK(c->ref_be.ops.permute_plan(&c->ref_be, &a));
+  p.rows = p.offsets.ref[z->e];
+  return p;
+}
+
+static void case_embed_fwd(struct bench_case *c, const struct size *z, int acc) {
+  (void)acc;
+  struct dual_ints ids = random_ids(c, z->t, z->v);
+  struct dual table = A("table", 'r', 1, z->v, z->h, 0), out = A("out", 'n', 1, z->t, z->h, 0);
+  ARGS(embed_fwd, T(table, table); T(out, out); dev.ids = ids.dev; ref.ids = ids.ref;)
+  RUN(embed_fwd);
+  expect(c, &out);
+}
+
+static void case_embed_bwd(struct bench_case *c, const struct size *z, int acc) {
+  struct dual_ints ids = random_ids(c, z->t, z->v), valid = one(c, z->valid);
+  struct dual dout = A("dout", 'r', 1, z->t, z->h, 0);
+  struct dual dtable = G("dtable", acc ? 'r' : 'n', 1, z->v, z->h, 0);
+  ARGS(embed_bwd, T(dout, dout); T(dtable, dtable); N(accumulate, acc); dev.ids = ids.dev;
+       ref.ids = ids.ref; dev.valid_count = valid.dev; ref.valid_count = valid.ref;)
+  RUN(embed_bwd);
+  expect(c, &dtable);
+}
+
+static void case_add(struct bench_case *c, const struct size *z, int acc) {
+  struct dual a = A("a", 'r', 1, z->t, z->h, 0), b = A("b", 'r', 1, z->t, z->h, 0);
+  struct dual y = acc ? a : A("y", 'n', 1, z->t, z->h, 0);
+  ARGS(add, T(a, a); T(b, b); T(y, y);)
+  RUN(add);
+  expect(c, &y);
+}
+
+static void case_rmsnorm_fwd(struct bench_case *c, const struct size *z, int acc) {
+  struct dual x = A("x", 'r', 1, z->t, z->h, 0), res = A("residual", 'r', 1, z->t, z->h, 0);
+  struct dual w = A("weight", 'r', 1, z->h, 0, 0), y = A("y", 'n', 1, z->t, z->h, 0);
+  struct dual sum = A("sum", 'n', 1, z->t, z->h, 0), rstd = S("rstd", 'n', 1, z->t, 0, 0);
+  ARGS(rmsnorm_fwd, T(x, x); T(weight, w); T(y, y); T(rstd, rstd); N(eps, 1e-5f);)
+  if (acc) T(residual, res), T(sum, sum);
+  RUN(rmsnorm_fwd);
+  expect(c, &y);
+  expect(c, &rstd);
+  if (!acc) return;
+  /* bf16: the reference's float64 sum is not rounded where the backend's is. */
+  expect(c, &sum);
+}
+
+static void case_rmsnorm_bwd(struct bench_case *c, const struct size *z, int acc) {
+  struct dual x = A("x", 'r', 1, z->t, z->h, 0), dy = A("dy", 'r', 1, z->t, z->h, 0);
+  struct dual w = A("weight", 'r', 1, z->h, 0, 0), rstd = S("rstd", 'r', 1, z->t, 0, 0);
+  struct dual dres = A("dresidual", 'r', 1, z->t, z->h, 0);
+  struct dual dx = acc ? dres : A("dx", 'n', 1, z->t, z->h, 0);
+  struct dual dw = G("dweight", acc ? 'r' : 'n', 1, z->h, 0, 0);
+  ARGS(rmsnorm_bwd, T(x, x); T(dy, dy); T(weight, w); T(rstd, rstd); T(dx, dx); T(dweight, dw);
+       N(accumulate, acc);)
+  if (acc) T(dresidual, dres);
+  RUN(rmsnorm_bwd);
+  expect(c, &dx);
+  expect(c, &dw);
+}
+
+/* Grouped when acc is odd: the linear cases run four ways. */
+static void linear_shapes(struct bench_case *c, const struct size *z, int grouped, struct plan *p,
+                          struct dual *x, struct dual *w, struct dual *y, char xm, char wm, char ym,
+                          enum mt_dtype wtype) {
+  int rows = z->t;
+  if (grouped) {
+    *p = plan_of(c, z);
+    rows = z->t * z->k;
+  }
+  *x = A("x", xm, 1, rows, z->h, 0);
+  *y = A("y", ym, 1, rows, z->f, 0);
+  *w = grouped ? dual(c, "w", wtype, wm, 1, z->e, z->f, z->h)
+               : dual(c, "w", wtype, wm, 1, z->f, z->h, 0);
+}
+
+static void case_linear_fwd(struct bench_case *c, const struct size *z, int grouped) {
+  struct plan p;
+  struct dual x, w, y;
+  linear_shapes(c, z, grouped, &p, &x, &w, &y, 'r', 'r', 'n', ACT);
+  ARGS(linear_fwd, T(x, x); T(w, w); T(y, y);)
+  if (grouped) dev.offsets = p.offsets.dev, ref.offsets = p.offsets.ref;
+  RUN(linear_fwd);
+  expect(c, &y);
+}
+
+static void case_linear_dgrad(struct bench_case *c, const struct size *z, int grouped) {
+  for (int acc = 0; acc < 2; acc++) {
+    struct plan p;
+    struct dual dx, w, dy;
+    linear_shapes(c, z, grouped, &p, &dx, &w, &dy, acc ? 'r' : 'n', 'r', 'r', ACT);
+    ARGS(linear_dgrad, T(dx, dx); T(w, w); T(dy, dy); N(accumulate, acc);)
+    if (grouped) dev.offsets = p.offsets.dev, ref.offsets = p.offsets.ref;
+    RUN(linear_dgrad);
+    expect(c, &dx);
+  }
+}
+
+static void case_linear_wgrad(struct bench_case *c, const struct size *z, int grouped) {
+  for (int acc = 0; acc < 2; acc++) {
+    struct plan p;
+    struct dual x, dw, dy;
+    linear_shapes(c, z, grouped, &p, &x, &dw, &dy, 'r', acc ? 'r' : 'n', 'r', GRAD);
+    ARGS(linear_wgrad, T(x, x); T(dw, dw); T(dy, dy); N(accumulate, acc);)
+    if (grouped) dev.offsets = p.offsets.dev, ref.offsets = p.offsets.ref;
+    RUN(linear_wgrad);
+    expect(c, &dw);
+  }
+}
+
+static void case_rope_table(struct bench_case *c, const struct size *z, int acc) {
+  (void)acc;
+  struct dual_ints positions = random_ids(c, z->t, 4096);
+  struct dual co = S("cos", 'n', 1, z->t, z->d / 2, 0), si = S("sin", 'n', 1, z->t, z->d / 2, 0);
+  double *inv = own(c, (size_t)z->d * sizeof *inv);
+  for (int i = 0; i < z->d / 2; i++) inv[i] = pow(10000.0, -2.0 * i / z->d);
+  ARGS(rope_table, T(cos, co); T(sin, si); N(inv_freq, inv); dev.positions = positions.dev;
+       ref.positions = positions.ref;)
+  RUN(rope_table);
+  expect(c, &co);
+  expect(c, &si);
+}
+
+#define HEADS     N(kv_heads, z->g), N(q_per_kv, z->r), N(head_dim, z->d)
+#define QKV_WIDTH (int64_t) z->g *(z->r + 2) * z->d
+
+static void case_rope(struct bench_case *c, const struct size *z, int acc) {
+  struct dual co = S("cos", 'r', 1, z->t, z->d / 2, 0), si = S("sin", 'r', 1, z->t, z->d / 2, 0);
+  struct dual qkv = A("qkv", 'r', 1, z->t, QKV_WIDTH, 0);
+  ARGS(rope, T(cos, co); T(sin, si); T(qkv, qkv); HEADS; N(inverse, acc);)
+  RUN(rope);
+  expect(c, &qkv);
+}
+
+struct attention {
+  struct dual qkv, out, lse;
+  struct dual_ints cu;
+};
+
+static struct attention attention_of(struct bench_case *c, const struct size *z) {
+  return (struct attention){.qkv = A("qkv", 'r', 1, z->t, QKV_WIDTH, 0),
+                            .out = A("out", 'n', 1, z->t, (int64_t)z->g * z->r * z->d, 0),
+                            .lse = S("lse", 'n', 1, z->t, (int64_t)z->g * z->r, 0),
+                            .cu = lengths(c, z)};
+}
+
+#define ATTENTION(f, x)                                                                            \
+  T(f qkv, (x).qkv), T(f out, (x).out), T(f lse, (x).lse),                                         \
+      dev.f cu_seqlens = (x).cu.dev, ref.f cu_seqlens = (x).cu.ref,                                \
+            N(f sequence_count, z->sequences), N(f kv_heads, z->g), N(f q_per_kv, z->r),           \
+            N(f head_dim, z->d), N(f window, z->window), N(f scale, 1.0f / sqrtf((float)z->d))
+
+static void case_attention_fwd(struct bench_case *c, const struct size *z, int acc) {
+  (void)acc;
+  struct attention x = attention_of(c, z);
+  ARGS(attention_fwd, ATTENTION(, x);)
+  RUN(attention_fwd);
+  expect(c, &x.out);
+  expect(c, &x.lse);
+}
+
+static void case_attention_bwd(struct bench_case *c, const struct size *z, int acc) {
+  (void)acc;
+  struct attention x = attention_of(c, z);
+  struct dual dout = A("dout", 'r', 1, z->t, (int64_t)z->g * z->r * z->d, 0);
+  struct dual dqkv = A("dqkv", 'n', 1, z->t, QKV_WIDTH, 0);
+  {
+    ARGS(attention_fwd, ATTENTION(, x);)
+    RUN(attention_fwd);
+  }
+  ARGS(attention_bwd, ATTENTION(fwd., x); T(dout, dout); T(dqkv, dqkv);)
+  RUN(attention_bwd);
+  expect(c, &dqkv);
+}
+
+static void case_kv_append(struct bench_case *c, const struct size *z, int acc) {
+  int start = acc ? 5 : 0;
+  struct dual qkv = A("qkv", 'r', 1, z->t, QKV_WIDTH, 0);
+  struct dual k = A("k", 'n', 1, z->t + 9, (int64_t)z->g * z->d, 0);
+  struct dual v = A("v", 'n', 1, z->t + 9, (int64_t)z->g * z->d, 0);
+  ARGS(kv_append, T(qkv, qkv); T(k, k); T(v, v); HEADS; N(start, start);)
+  RUN(kv_append);
+  expect(c, &k);
+  expect(c, &v);
+}
+
+static void case_attention_cache(struct bench_case *c, const struct size *z, int acc) {
+  int start = acc ? 5 : 0;
+  struct dual qkv = A("qkv", 'r', 1, z->t, QKV_WIDTH, 0);
+  struct dual k = A("k", 'r', 1, z->t + 9, (int64_t)z->g * z->d, 0);
+  struct dual v = A("v", 'r', 1, z->t + 9, (int64_t)z->g * z->d, 0);
+  struct dual out = A("out", 'n', 1, z->t, (int64_t)z->g * z->r * z->d, 0);
+  ARGS(attention_cache, T(qkv, qkv); T(k, k); T(v, v); T(out, out); HEADS; N(start, start);
+       N(window, z->window); N(scale, 1.0f / sqrtf((float)z->d));)
+  RUN(attention_cache);
+  expect(c, &out);
+}
+
+static void case_router_fwd(struct bench_case *c, const struct size *z, int acc) {
+  struct dual x = A("x", 'r', 1, z->t, z->h, 0), w = A("w", 'r', 0.3, z->e, z->h, 0);
+  struct dual logits = S("logits", 'n', 1, z->t, z->e, 0), prob = S("prob", 'n', 1, z->t, z->k, 0);
+  struct dual aux = S("aux_prob", 'r', 1, z->e, 0, 0);
+  struct dual_ints valid = one(c, z->valid), index = ints(c, (int64_t)z->t * z->k, NULL);
+  struct dual_ints count = random_ids(c, z->e, 9), load = ints(c, z->e, NULL);
+  ARGS(router_fwd, T(x, x); T(w, w); T(logits, logits); T(prob, prob); T(aux_prob, aux);
+       N(renormalize, acc); dev.valid_count = valid.dev; ref.valid_count = valid.ref;
+       dev.index = index.dev; ref.index = index.ref; dev.aux_count = count.dev;
+       ref.aux_count = count.ref; dev.load = load.dev; ref.load = load.ref;)
+  RUN(router_fwd);
+  expect(c, &logits);
+  expect(c, &prob);
+  expect(c, &aux);
+  expect_ints(c, "index", &index);
+  expect_ints(c, "aux_count", &count);
+  expect_ints(c, "load", &load);
+}
+
+static void case_aux_loss(struct bench_case *c, const struct size *z, int acc) {
+  (void)acc;
+  struct dual prob = S("aux_prob", 'r', 1, z->e, 0, 0), loss = S("loss", 'n', 1, 1, 0, 0);
+  struct dual grad = S("grad", 'n', 1, z->e, 0, 0);
+  struct dual_ints count = random_ids(c, z->e, 50), valid = one(c, z->valid);
+  ARGS(aux_loss, T(aux_prob, prob); T(loss, loss); T(grad, grad); N(layer_count, 3); N(coef, 0.02f);
+       dev.aux_count = count.dev; ref.aux_count = count.ref; dev.valid_count = valid.dev;
+       ref.valid_count = valid.ref;)
+  RUN(aux_loss);
+  expect_scaled(c, &loss, 4); /* a sum of few terms of both signs */
+  expect(c, &grad);
+}
+
+static void case_router_bwd(struct bench_case *c, const struct size *z, int acc) {
+  struct dual x = A("x", 'r', 1, z->t, z->h, 0), w = A("w", 'r', 0.3, z->e, z->h, 0);
+  struct dual logits = S("logits", 'n', 1, z->t, z->e, 0), prob = S("prob", 'n', 1, z->t, z->k, 0);
+  struct dual aux = S("aux_prob", 'z', 1, z->e, 0, 0),
+              aux_grad = S("aux_grad", 'r', 0.1, z->e, 0, 0);
+  struct dual dprob = S("dprob", 'r', 1, z->t, z->k, 0);
+  struct dual dlogits = S("dlogits", 'n', 1, z->t, z->e, 0);
+  struct dual dx = A("dx", acc ? 'r' : 'n', 1, z->t, z->h, 0);
+  struct dual dw = G("dw", acc ? 'r' : 'n', 1, z->e, z->h, 0);
+  struct dual_ints valid = one(c, z->valid), index = ints(c, (int64_t)z->t * z->k, NULL);
+  struct dual_ints count = ints(c, z->e, NULL), load = ints(c, z->e, NULL);
+  {
+    ARGS(router_fwd, T(x, x); T(w, w); T(logits, logits); T(prob, prob); T(aux_prob, aux);
+         N(renormalize, acc); dev.valid_count = valid.dev; ref.valid_count = valid.ref;
+         dev.index = index.dev; ref.index = index.ref; dev.aux_count = count.dev;
+         ref.aux_count = count.ref; dev.load = load.dev; ref.load = load.ref;)
+    RUN(router_fwd);
+  }
+  ARGS(router_bwd, T(x, x); T(w, w); T(logits, logits); T(prob, prob); T(dprob, dprob);
+       T(dlogits, dlogits); T(dx, dx); T(dw, dw); N(renormalize, acc); N(accumulate_dx, acc);
+       N(accumulate, acc); dev.valid_count = valid.dev; ref.valid_count = valid.ref;
+       dev.index = index.dev; ref.index = index.ref;)
+  if (acc) T(aux_grad, aux_grad);
+  RUN(router_bwd);
+  expect_scaled(c, &dlogits, 4); /* differences of nearly equal probabilities */
+  expect_scaled(c, &dx, 2);
+  expect_scaled(c, &dw, 2);
+}
+
+static void case_permute_plan(struct bench_case *c, const struct size *z, int acc) {
+  (void)acc;
+  struct plan p = plan_of(c, z);
+  expect_ints(c, "offsets", &p.offsets);
+  expect_ints(c, "row_source", &p.row_source);
+  expect_ints(c, "token_row", &p.token_row);
+}
+
+#define PLAN_ROWS   dev.row_source = p.row_source.dev, ref.row_source = p.row_source.ref
+#define PLAN_TOKENS dev.token_row = p.token_row.dev, ref.token_row = p.token_row.ref
+
+static void case_dispatch_fwd(struct bench_case *c, const struct size *z, int acc) {
+  (void)acc;
+  struct plan p = plan_of(c, z);
+  struct dual x = A("x", 'r', 1, z->t, z->h, 0), xs = A("xs", 'n', 1, z->t * z->k, z->h, 0);
+  ARGS(dispatch_fwd, T(x, x); T(xs, xs); N(top_k, z->k); PLAN_ROWS;)
+  RUN(dispatch_fwd);
+  expect(c, &xs);
+}
+
+static void case_dispatch_bwd(struct bench_case *c, const struct size *z, int acc) {
+  struct plan p = plan_of(c, z);
+  struct dual dxs = A("dxs", 'r', 1, z->t * z->k, z->h, 0);
+  struct dual dx = A("dx", acc ? 'r' : 'n', 1, z->t, z->h, 0);
+  ARGS(dispatch_bwd, T(dxs, dxs); T(dx, dx); N(top_k, z->k); N(accumulate, acc); PLAN_TOKENS;)
+  RUN(dispatch_bwd);
+  expect(c, &dx);
+}
+
+static void case_combine_fwd(struct bench_case *c, const struct size *z, int acc) {
+  struct plan p = plan_of(c, z);
+  struct dual ys = A("ys", 'r', 1, z->t * z->k, z->h, 0), y = A("y", 'n', 1, z->t, z->h, 0);
+  struct dual prob = S("prob", 'r', 1, z->t, z->k, 0);
+  ARGS(combine_fwd, T(ys, ys); T(y, y); N(top_k, z->k); PLAN_TOKENS;)
+  if (acc) T(prob, prob);
+  RUN(combine_fwd);
+  expect(c, &y);
+}
+
+static void case_combine_bwd(struct bench_case *c, const struct size *z, int acc) {
+  struct plan p = plan_of(c, z);
+  struct dual dy = A("dy", 'r', 1, z->t, z->h, 0), ys = A("ys", 'r', 1, z->t * z->k, z->h, 0);
+  struct dual prob = S("prob", 'r', 1, z->t, z->k, 0), dprob = S("dprob", 'n', 1, z->t, z->k, 0);
+  struct dual dys = acc ? ys : A("dys", 'n', 1, z->t * z->k, z->h, 0);
+  ARGS(combine_bwd, T(dy, dy); T(ys, ys); T(prob, prob); T(dys, dys); T(dprob, dprob);
+       N(top_k, z->k); PLAN_ROWS;)
+  RUN(combine_bwd);
+  expect(c, &dys);
+  expect(c, &dprob);
+}
+
+static void case_scatter_add(struct bench_case *c, const struct size *z, int acc) {
+  struct size single = *z;
+  single.k = 1; /* rows of one expert hold a token once */
+  struct plan p = plan_of(c, &single);
+  struct dual ys = A("ys", 'r', 1, z->t, z->h, 0), y = A("y", 'r', 1, z->t, z->h, 0);
+  struct dual prob = S("prob", 'r', 1, z->t, 1, 0);
+  ARGS(scatter_add, T(ys, ys); T(y, y); N(top_k, 1); PLAN_ROWS;)
+  if (acc) T(prob, prob);
+  RUN(scatter_add);
+  expect(c, &y);
+}
+
+static void case_swiglu_fwd(struct bench_case *c, const struct size *z, int acc) {
+  struct dual gu = A("gate_up", 'r', 2, z->t, 2 * z->f, 0), h = A("h", 'n', 1, z->t, z->f, 0);
+  struct dual prob = S("row_prob", 'r', 1, z->t, 0, 0);
+  struct dual_ints rows = one(c, z->valid);
+  ARGS(swiglu_fwd, T(gate_up, gu); T(h, h); dev.row_count = rows.dev; ref.row_count = rows.ref;)
+  if (acc) T(row_prob, prob);
+  RUN(swiglu_fwd);
+  expect(c, &h);
+}
+
+static void case_swiglu_bwd(struct bench_case *c, const struct size *z, int acc) {
+  struct dual gu = A("gate_up", 'r', 2, z->t, 2 * z->f, 0), dh = A("dh", 'r', 1, z->t, z->f, 0);
+  struct dual prob = S("row_prob", 'r', 1, z->t, 0, 0), dprob = S("drow_prob", 'n', 1, z->t, 0, 0);
+  /* In place where the model works in place. */
+  struct dual dgu = acc ? gu : A("dgate_up", 'n', 1, z->t, 2 * z->f, 0);
+  struct dual h = acc ? dh : A("h", 'n', 1, z->t, z->f, 0);
+  struct dual_ints rows = one(c, z->valid);
+  ARGS(swiglu_bwd, T(gate_up, gu); T(dh, dh); T(dgate_up, dgu); T(h, h); dev.row_count = rows.dev;
+       ref.row_count = rows.ref;)
+  if (!acc) T(row_prob, prob), T(drow_prob, dprob);
+  RUN(swiglu_bwd);
+  expect(c, &dgu);
+  expect(c, &h);
+  if (!acc) expect(c, &dprob);
+}
+
+static void case_head_loss(struct bench_case *c, const struct size *z, int acc) {
+  int32_t *labels = own(c, (size_t)z->t * sizeof *labels);
+  for (int t = 0; t < z->t; t++) {
+    bool target = t < z->valid && t % 3 != 1;
+    labels[t] = target ? (int32_t)mt_rng_below(&c->rng, (uint32_t)z->v) : -100;
+  }
+  struct dual_ints label = ints(c, z->t, labels), correct = ints(c, z->t, NULL);
+  struct dual x = A("x", 'r', 1, z->t, z->h, 0), w = A("w", 'r', 0.3, z->v, z->h, 0);
+  struct dual loss = S("loss", 'n', 1, z->t, 0, 0), dx = A("dx", 'n', 1, z->t, z->h, 0);
+  struct dual dw = G("dw", acc ? 'r' : 'n', 1, z->v, z->h, 0);
+  ARGS(head_loss, T(x, x); T(w, w); T(loss, loss); T(dx, dx); T(dw, dw); N(accumulate, acc);
+       N(loss_scale, 0.25f); dev.labels = label.dev; ref.labels = label.ref;
+       dev.correct = correct.dev; ref.correct = correct.ref;)
+  RUN(head_loss);
+  expect(c, &loss);
+  expect(c, &dx);
+  expect(c, &dw);
+  expect_ints(c, "correct", &correct);
+}
+
+static void case_sumsq(struct bench_case *c, const struct size *z, int acc) {
+  (void)acc;
+  struct dual x = G("x", 'r', 1, z->t, z->h, 0), y = G("y", 'r', 1, z->e, z->f, z->h);
+  struct dual out = dual(c, "out", MT_F64, 'n', 1, 1, 0, 0);
+  struct mt_tensor dev_list[2] = {x.dev, y.dev}, ref_list[2] = {x.ref, y.ref};
+  ARGS(sumsq, dev.tensors = dev_list; ref.tensors = ref_list; N(tensor_count, 2);
+       dev.out = out.dev.data; ref.out = out.ref.data;)
+  RUN(sumsq);
+  expect(c, &out);
+}
+
+static void case_adamw(struct bench_case *c, const struct size *z, int acc) {
+  int64_t n = (int64_t)z->h * z->f + 3;
+  struct mt_adamw_segment dev_seg[2], ref_seg[2];
+  struct dual part[2][5];
+  for (int i = 0; i < 2; i++) {
+    part[i][0] = G("master", 'r', 1, n, 0, 0);
+    part[i][1] = G("grad", 'r', 1e-3, n, 0, 0);
+    part[i][2] = G("m", 'r', 1e-3, n, 0, 0);
+    part[i][3] = G("v", 'r', 1e-3, n, 0, 0);
+    part[i][4] = A("compute", 'n', 1, n, 0, 0);
+    double *v = part[i][3].ref.data;
+    for (int64_t k = 0; k < n; k++) v[k] = (double)(float)(v[k] * v[k]);
+    void *raw = own(c, mt_bytes(&part[i][3].dev));
+    mt_dtype_convert(raw, GRAD, v, MT_F64, (size_t)n);
+    OK(c->be->upload(c->be, part[i][3].dev.data, raw, mt_bytes(&part[i][3].dev)));
+    for (int s = 0; s < 2; s++) {
+      struct mt_adamw_segment *seg = s ? &ref_seg[i] : &dev_seg[i];
+      *seg = (struct mt_adamw_segment){.master = s ? part[i][0].ref : part[i][0].dev,
+                                       .grad = s ? part[i][1].ref : part[i][1].dev,
+                                       .m = s ? part[i][2].ref : part[i][2].dev,
+                                       .v = s ? part[i][3].ref : part[i][3].dev,
+                                       .decay = i};
+      if (ACT == MT_BF16) seg->compute = s ? part[i][4].ref : part[i][4].dev;
+    }
+  }
+  struct dual norm = dual(c, "norm", MT_F64, 'z', 1, 1, 0, 0);
+  double sumsq = acc ? 4.0 : 0.01;
+  *(double *)norm.ref.data = sumsq;
+  OK(c->be->upload(c->be, norm.dev.data, &sumsq, sizeof sumsq));
+  ARGS(adamw, dev.segments = dev_seg; ref.segments = ref_seg; N(segment_count, 2); N(lr, 0.01);
+       N(beta1, 0.9); N(beta2, 0.95); N(eps, 1e-8); N(weight_decay, 0.1); N(step, 3); N(clip, 1.0);
+       dev.grad_sumsq = norm.dev.data; ref.grad_sumsq = norm.ref.data;)
+  RUN(adamw);
+  for (int i = 0; i < 2; i++) {
+    for (int k = 0; k < (ACT == MT_BF16 ? 5 : 4); k++) {
+      if (k != 1) expect(c, &part[i][k]);
+    }
+  }
+}
+
+#endif
