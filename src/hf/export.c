@@ -161,13 +161,30 @@ static bool carried(const char *name) {
   return false;
 }
 
-static mt_err copy_config(const struct mt_hf_checkpoint *h, const char *to, int dtype) {
+/* Text with the fewest digits that read back as the same numbers, so that 1e-05 stays one. */
+static char *shortest_json(const json_t *json) {
+  for (size_t digits = 6; digits <= 17; digits++) {
+    char *text = json_dumps(json, JSON_INDENT(2) | JSON_REAL_PRECISION(digits));
+    json_t *back = text ? json_loads(text, 0, NULL) : NULL;
+    bool same = back && json_equal(json, back);
+    json_decref(back);
+    if (same || digits == 17) return text;
+    free(text);
+  }
+  return NULL;
+}
+
+/* config.json with another dtype; unless it has that one already: then as it lies. */
+static mt_err copy_config(const struct mt_hf_checkpoint *h, const char *from, const char *to,
+                          int dtype) {
   static const char *const names[] = {
       [MT_F32] = "float32", [MT_BF16] = "bfloat16", [MT_F16] = "float16"};
+  const char *key = json_object_get(h->json, "torch_dtype") ? "torch_dtype" : "dtype";
+  const char *was = json_string_value(json_object_get(h->json, key));
+  if (was && strcmp(was, names[dtype]) == 0) return mt_file_copy(from, to);
   json_t *json = json_copy(h->json);
-  const char *key = json_object_get(json, "torch_dtype") ? "torch_dtype" : "dtype";
   json_object_set_new(json, key, json_string(names[dtype]));
-  char *text = json_dumps(json, JSON_INDENT(2));
+  char *text = shortest_json(json);
   json_decref(json);
   if (!text) return mt_fail(MT_ENOMEM, "config.json");
   mt_err err = mt_file_write_atomic(to, text, strlen(text));
@@ -187,7 +204,7 @@ static mt_err copy_files(const struct mt_hf_checkpoint *h, const char *from_dir,
     if (!err) err = mt_path_join(to, dir, e->d_name);
     if (err) break;
     bool config = h && dtype != MT_HF_KEEP && strcmp(e->d_name, "config.json") == 0;
-    err = config ? copy_config(h, to, dtype) : mt_file_copy(from, to);
+    err = config ? copy_config(h, from, to, dtype) : mt_file_copy(from, to);
   }
   closedir(d);
   return err;

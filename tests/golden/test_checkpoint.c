@@ -96,6 +96,32 @@ static void loads_what_transformers_holds(void **state) {
   mt_hf_close(&h);
 }
 
+static char *config_text(const char *dir) {
+  char path[MT_PATH_MAX], *text;
+  size_t size;
+  OK(mt_path_join(path, dir, "config.json"));
+  OK(mt_file_read(path, 1 << 20, &text, &size));
+  return text;
+}
+
+/* An export changes no more of config.json than the dtype, and not how its numbers are written. */
+static void config_keeps_its_numbers(void **state) {
+  (void)state;
+  char dir[MT_PATH_MAX], out[MT_PATH_MAX];
+  temp_dir(dir);
+  OK(mt_path_join(out, dir, "out"));
+  convert(AUX, out, MT_HF_KEEP, MT_F32, 0);
+  char *text = config_text(out);
+  if (!strstr(text, "\"rms_norm_eps\": 1e-6,")) fail_msg("numbers changed: %s", text);
+  free(text);
+  convert(AUX, out, MT_HF_KEEP, MT_BF16, 0);
+  char *same = config_text(out), *original = config_text(AUX);
+  assert_string_equal(same, original);
+  free(same);
+  free(original);
+  OK(mt_dir_remove(dir));
+}
+
 static void conversions_come_back(void **state) {
   (void)state;
   char dir[MT_PATH_MAX], a[MT_PATH_MAX], b[MT_PATH_MAX];
@@ -279,6 +305,7 @@ static void random_weights_repeat(void **state) {
 int main(void) {
   const struct CMUnitTest tests[] = {
       cmocka_unit_test(loads_what_transformers_holds),
+      cmocka_unit_test(config_keeps_its_numbers),
       cmocka_unit_test(conversions_come_back),
       cmocka_unit_test(export_of_a_model),
       cmocka_unit_test(freezing),

@@ -33,13 +33,15 @@ static int64_t least(int64_t a, int64_t b) {
 }
 
 /* How a product is cut into tasks of ic x jc, and those into blocks of kc. Only kc decides the
- * order of a sum, and it is a function of the shape alone: bits do not depend on the threads. */
+ * order of a sum, and it is a function of the shape alone: bits do not depend on the threads. Many
+ * products even out over the threads by themselves, so that theirs can be cut into whole tiles. */
 struct cut {
   int64_t kc, jc, ic;
   bool columns;  /* the broadcast operand is contiguous along i */
   bool in_place; /* tiles read it where it lies: rows of F32 that do not all fall on the same sets
                     of the cache */
   bool direct;   /* tiles are written to the result itself */
+  bool stream;   /* past the caches */
 };
 
 /* n in equal parts of at most `most`, rounded up to units; 1 at least. */
@@ -49,12 +51,14 @@ static int64_t even_part(int64_t n, int64_t most, int64_t unit) {
   return n > 0 ? n : 1;
 }
 
-static struct cut cut_of(const struct cpu_product *p, int64_t ic_most) {
+static struct cut cut_of(const struct cpu_product *p, int64_t ic_most, bool many) {
   struct cut c = {.columns = p->a.stride_i == 1 && p->a.stride_k != 1,
                   .direct = p->c.dtype == MT_F32};
   c.in_place = !c.columns && p->a.dtype == MT_F32 && p->a.stride_i % 1024 != 0;
   c.kc = even_part(p->k_count, c.columns ? KC_COLUMNS : KC, 16);
-  c.jc = even_part(p->j_count, c.columns ? JC_COLUMNS : JC, VW);
+  c.jc = even_part(p->j_count, c.columns ? JC_COLUMNS : JC, many ? NR : VW);
+  c.stream = c.columns && c.direct && p->k_count <= c.kc && p->c.stride_i % VW == 0 &&
+             (uintptr_t)p->c.data % sizeof(vec) == 0;
   if (!c.direct) ic_most = least(ic_most, RESULT_FLOATS / round_up(c.jc, NR) / MR * MR);
   c.ic = even_part(p->i_count, ic_most, MR);
   return c;
@@ -65,7 +69,7 @@ static struct cut cut_of(const struct cpu_product *p, int64_t ic_most) {
 struct region {
   const char *base;
   int64_t rows, row_bytes, lines;
-  int64_t pos, count;
+  int64_t row, line, left; /* the next run; runs left */
   bool along;
 };
 
@@ -75,7 +79,7 @@ static struct region region_of(const void *base, int64_t rows, int64_t row_bytes
   r.lines = (bytes + LINE - 1) / LINE;
   int64_t along = rows * ((r.lines + run - 1) / run), down = r.lines * ((rows + run - 1) / run);
   r.along = along <= down;
-  r.count = r.along ? along : down;
+  r.left = r.along ? along : down;
   return r;
 }
 
@@ -86,28 +90,28 @@ struct ahead {
   const void *idle;
 };
 
+static const char *next_run(struct region *r, int64_t run) {
+  const char *at = r->base + r->row * r->row_bytes + r->line * LINE;
+  if (--r->left > 0) { /* the last one may be asked for again */
+    r->line += r->along ? run : 1;
+    if (r->line >= r->lines) {
+      r->line = 0;
+      r->row += r->along ? 1 : run;
+    }
+  }
+  return at;
+}
+
 static void next_runs(struct ahead *a, struct runs *out) {
   struct region *r = a->region;
-  while (r < a->region + REGIONS && r->pos >= r->count) r++;
+  while (r < a->region + REGIONS && r->left <= 0) r++;
   if (r == a->region + REGIONS) {
     for (int n = 0; n < 4; n++) out->start[n] = a->idle;
     out->step = 0;
     return;
   }
   out->step = r->along ? LINE : r->row_bytes;
-  for (int n = 0; n < 4; n++) {
-    int64_t pos = least(r->pos, r->count - 1), row, line;
-    if (r->along) {
-      int64_t parts = (r->lines + a->run - 1) / a->run;
-      row = pos / parts;
-      line = pos % parts * a->run;
-    } else {
-      row = pos / r->lines * a->run;
-      line = pos % r->lines;
-    }
-    out->start[n] = r->base + row * r->row_bytes + line * LINE;
-    r->pos++;
-  }
+  for (int n = 0; n < 4; n++) out->start[n] = next_run(r, a->run);
 }
 
 /* One tile of mr x nv; the layouts of a are compile-time constants of the inner loop. */
@@ -118,12 +122,12 @@ struct tile_args {
   const float *b;
   float *c;
   int64_t ldc;
-  bool add;
+  enum tile_store how;
 };
 
 #define ONE_TILE(mr, nv)                                                                           \
-  (columns ? tile(mr, nv, t->kc, t->a, 1, MR, t->b, t->c, t->ldc, t->add, ahead)                   \
-           : tile(mr, nv, t->kc, t->a, t->lda, 1, t->b, t->c, t->ldc, t->add, ahead))
+  (columns ? tile(mr, nv, t->kc, t->a, 1, MR, t->b, t->c, t->ldc, t->how, ahead)                   \
+           : tile(mr, nv, t->kc, t->a, t->lda, 1, t->b, t->c, t->ldc, t->how, ahead))
 
 static void run_tile(bool columns, bool half, int64_t vectors, const struct tile_args *t,
                      const struct runs *ahead) {
@@ -153,7 +157,7 @@ static void run_tile(bool columns, bool half, int64_t vectors, const struct tile
 struct target {
   float *c; /* element (first row of the strip, first column of the block) */
   int64_t ldc;
-  bool add;
+  enum tile_store how;
   bool exact; /* nothing may be written past the last row and column */
 };
 
@@ -175,13 +179,13 @@ static void run_strip(bool columns, const float *a, int64_t lda, const float *b,
                             b + j * kc,
                             whole ? c : edge,
                             whole ? to->ldc : NR,
-                            whole && to->add};
+                            whole ? to->how : TILE_SET};
       run_tile(columns, half, vectors, &t, &soon);
       if (whole) continue;
       for (int64_t r = 0; r < rows; r++) {
         float *dst = c + r * to->ldc;
         const float *src = edge + r * NR;
-        if (to->add) {
+        if (to->how == TILE_ADD) {
           for (int64_t n = 0; n < lanes; n++) dst[n] += src[n];
         } else {
           for (int64_t n = 0; n < lanes; n++) dst[n] = src[n];
@@ -293,13 +297,17 @@ static void run_task(struct worker *w, const struct cpu_product *p, const struct
   for (int64_t k0 = 0; k0 < p->k_count; k0 += cut->kc) {
     int64_t kc = least(p->k_count - k0, cut->kc);
     struct ahead ahead = {.run = kc / 16 + 1, .idle = w->block};
-    struct target to = {w->result, ld, k0 > 0, false};
+    struct target to = {w->result, ld, k0 > 0 ? TILE_ADD : TILE_SET, false};
     hold_block(w, p, k0, kc, t->j0, t->jn);
     ahead.region[1] = block_after(p, cut, t, k0, ahead.run);
     if (cut->direct) {
-      to = (struct target){(float *)p->c.data + t->i0 * ld + t->j0, ld, p->c.accumulate || k0 > 0,
+      to = (struct target){(float *)p->c.data + t->i0 * ld + t->j0, ld,
+                           p->c.accumulate || k0 > 0 ? TILE_ADD
+                           : cut->stream             ? TILE_STREAM
+                                                     : TILE_SET,
                            true};
-      if (k0 == 0) ahead.region[2] = region_of(to.c, t->in, ld * 4, t->jn * 4, ahead.run);
+      if (k0 == 0 && to.how != TILE_STREAM)
+        ahead.region[2] = region_of(to.c, t->in, ld * 4, t->jn * 4, ahead.run);
     }
     run_rows(p, cut, w->block, k0, kc, t->i0, t->in, t->jn, &to, &ahead, w->strip);
   }
@@ -339,7 +347,7 @@ static int64_t choose_rows(const struct cpu_product *products, int count, int th
   for (int64_t ic = IC;; ic /= 2) {
     *total = 0;
     for (int g = 0; g < count; g++) {
-      struct cut cut = cut_of(&products[g], ic);
+      struct cut cut = cut_of(&products[g], ic, count > 1);
       *total += task_count(&products[g], &cut);
     }
     if (*total >= 8 * (int64_t)threads || ic <= IS) return ic;
@@ -358,17 +366,18 @@ void mt_cpu_products(const struct mt_backend *be, const struct cpu_product *prod
                        .block = scratch + STRIP_FLOATS + RESULT_FLOATS};
     int64_t begin, end, first = 0;
     int g = 0;
-    struct cut cut = cut_of(&products[0], ic);
+    struct cut cut = cut_of(&products[0], ic, count > 1);
     while ((end = take_tasks(&next, total, omp_get_num_threads(), &begin)) > begin) {
       for (int64_t n = begin; n < end; n++) {
         while (n - first >= task_count(&products[g], &cut)) {
           first += task_count(&products[g], &cut);
-          cut = cut_of(&products[++g], ic);
+          cut = cut_of(&products[++g], ic, count > 1);
         }
         struct task t = task_at(&products[g], &cut, n - first);
         run_task(&w, &products[g], &cut, &t);
       }
     }
+    tile_stream_fence();
   }
 }
 
@@ -381,8 +390,8 @@ void mt_cpu_pack_here(const struct cpu_product *p, float *packed) {
 }
 
 void mt_cpu_product_here(const struct cpu_product *p, const float *packed, float *scratch) {
-  struct cut cut = cut_of(p, IC);
+  struct cut cut = cut_of(p, IC, false);
   struct ahead ahead = {.run = 1, .idle = packed};
-  struct target to = {p->c.data, p->c.stride_i, p->c.accumulate, true};
+  struct target to = {p->c.data, p->c.stride_i, p->c.accumulate ? TILE_ADD : TILE_SET, true};
   run_rows(p, &cut, packed, 0, p->k_count, 0, p->i_count, p->j_count, &to, &ahead, scratch);
 }

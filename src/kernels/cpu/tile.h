@@ -62,12 +62,32 @@ struct runs {
     }                                                                                              \
   } while (0)
 
-/* c[mr][nv * VW] (= , or += when add) a * b over kc; element (i, k) of a at i*rs + k*cs; b is
+/* What becomes of a tile: = or +=, or = past the caches, for results that are not read soon: it
+ * spares reading each line before it is overwritten. Streaming wants c aligned to a vector, ldc to
+ * VW, and tile_stream_fence before another thread reads. */
+enum tile_store { TILE_SET, TILE_ADD, TILE_STREAM };
+
+static inline void stream(float *p, vec x) {
+#if defined __AVX512F__
+  _mm512_stream_ps(p, (__m512)x);
+#elif defined __AVX__
+  _mm256_stream_ps(p, (__m256)x);
+#else
+  *(vec *)p = x;
+#endif
+}
+
+static inline void tile_stream_fence(void) {
+#if defined __AVX__
+  _mm_sfence();
+#endif
+}
+
+/* c[mr][nv * VW] = or += a * b over kc; element (i, k) of a at i*rs + k*cs; b is
  * [kc][NR]. mr and nv are constants at every call. */
-static inline __attribute__((always_inline)) void tile(const int mr, const int nv, int64_t kc,
-                                                       const float *a, int64_t rs, int64_t cs,
-                                                       const float *b, float *c, int64_t ldc,
-                                                       bool add, const struct runs *ahead) {
+static inline __attribute__((always_inline)) void
+tile(const int mr, const int nv, int64_t kc, const float *a, int64_t rs, int64_t cs, const float *b,
+     float *c, int64_t ldc, enum tile_store how, const struct runs *ahead) {
   vec acc[MR][NV];
 #pragma GCC unroll 8
   for (int i = 0; i < mr; i++) {
@@ -92,12 +112,20 @@ static inline __attribute__((always_inline)) void tile(const int mr, const int n
     bk += NR;
   }
   /* All loads before all stores: rows 2^n bytes apart would seem to alias one another. */
-  if (add) {
+  if (how == TILE_ADD) {
 #pragma GCC unroll 8
     for (int i = 0; i < mr; i++) {
 #pragma GCC unroll 3
       for (int v = 0; v < nv; v++) acc[i][v] += *(const vec *)(c + i * ldc + v * VW);
     }
+  }
+  if (how == TILE_STREAM) {
+#pragma GCC unroll 8
+    for (int i = 0; i < mr; i++) {
+#pragma GCC unroll 3
+      for (int v = 0; v < nv; v++) stream(c + i * ldc + v * VW, acc[i][v]);
+    }
+    return;
   }
 #pragma GCC unroll 8
   for (int i = 0; i < mr; i++) {
