@@ -3,13 +3,15 @@
 MAKEFLAGS += --no-print-directory
 PREFIX ?= /usr/local
 FUZZ_SECONDS ?= 60
-C_FILES = $(shell git ls-files -co --exclude-standard '*.c' '*.h')
+CUDA ?= AUTO
+cuda = $(if $(filter 1 ON,$(CUDA)),-DMOETUNE_CUDA=ON,$(if $(filter 0 OFF,$(CUDA)),-DMOETUNE_CUDA=OFF))
+C_FILES = $(shell git ls-files -co --exclude-standard '*.c' '*.h' '*.cu' '*.cuh')
 
 .NOTPARALLEL:
 .PHONY: all setup test demo debug asan fuzz format format-check tidy layers clean install help
 
-all: ## build build/release/moetune and the tests beside it
-	@tools/build.sh release
+all: ## build build/release/moetune and the tests beside it (CUDA=1: with CUDA, else where a GPU is)
+	@tools/build.sh release $(cuda)
 
 setup: ## install what the machine lacks (apt-get, says what first)
 	@tools/setup.sh

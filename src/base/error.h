@@ -19,7 +19,8 @@
   X(EUNSUPPORTED, "not supported")                                                                 \
   X(ENUMERIC, "NaN or infinity")                                                                   \
   X(EINTERRUPTED, "interrupted")                                                                   \
-  X(EEND, "end of data")
+  X(EEND, "end of data")                                                                           \
+  X(EDEVICE, "device error")
 
 typedef enum mt_err {
 #define X(name, text) MT_##name,

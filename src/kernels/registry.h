@@ -2,9 +2,11 @@
 #ifndef MT_KERNELS_REGISTRY_H
 #define MT_KERNELS_REGISTRY_H
 
+#include <stdbool.h>
+
 #include "backend/device.h"
 
-/* name: "cpu" or "ref". thread_count as mt_backend_cpu_create.
+/* name: "cpu", "ref", "cuda" or "cuda-portable". thread_count as mt_backend_cpu_create.
  * Errors: MT_EUNSUPPORTED naming the backends there are. */
 mt_err mt_backend_create(struct mt_backend *be, const char *name, int thread_count);
 
@@ -13,5 +15,12 @@ mt_err mt_backend_ref_create(struct mt_backend *be);
 
 /* float32 arithmetic on thread_count threads (0: all cores); act F32 or BF16. */
 mt_err mt_backend_cpu_create(struct mt_backend *be, int thread_count);
+
+/* The first visible NVIDIA GPU; act F32 or BF16. portable: only what every GPU from sm_80 on has.
+ * Errors: MT_EUNSUPPORTED (no GPU, or a build without CUDA), MT_EDEVICE. */
+mt_err mt_backend_cuda_create(struct mt_backend *be, bool portable);
+
+/* NVIDIA GPUs that this process sees; 0 in a build without CUDA. */
+int mt_cuda_device_count(void);
 
 #endif

@@ -1,0 +1,58 @@
+# The CUDA backend, where it is wanted: src/kernels/cuda/*.cu for every architecture of
+# MOETUNE_CUDA_ARCHS, and sm90/*.cu for sm_90a alone. A program built so still runs without a GPU.
+if(MOETUNE_CUDA STREQUAL "AUTO")
+  find_program(NVCC nvcc HINTS /usr/local/cuda/bin)
+  if(NVCC AND EXISTS /dev/nvidiactl)
+    set(with_cuda ON)
+  else()
+    set(with_cuda OFF)
+  endif()
+else()
+  set(with_cuda ${MOETUNE_CUDA})
+endif()
+
+if(NOT with_cuda)
+  return()
+endif()
+
+if(NOT CMAKE_CUDA_COMPILER)
+  find_program(NVCC nvcc HINTS /usr/local/cuda/bin REQUIRED)
+  set(CMAKE_CUDA_COMPILER ${NVCC})
+endif()
+set(CMAKE_CUDA_ARCHITECTURES OFF) # the flags below say it: 90a and 100a are more than numbers
+enable_language(CUDA)
+find_package(CUDAToolkit REQUIRED)
+
+set(cuda_flags -std=c++17 -lineinfo --expt-relaxed-constexpr
+  -Xcompiler=-Wall,-Wextra,-Wno-missing-field-initializers
+  $<$<BOOL:${MOETUNE_WERROR}>:-Werror=all-warnings>)
+set(all_archs "")
+foreach(arch ${MOETUNE_CUDA_ARCHS})
+  list(APPEND all_archs --generate-code=arch=compute_${arch},code=sm_${arch})
+endforeach()
+if("80" IN_LIST MOETUNE_CUDA_ARCHS) # chips that came later compile this at start
+  list(APPEND all_archs --generate-code=arch=compute_80,code=compute_80)
+endif()
+
+function(moetune_cuda_library name)
+  cmake_parse_arguments(arg "" "" "SOURCES;ARCHS" ${ARGN})
+  add_library(${name} OBJECT ${arg_SOURCES})
+  target_compile_options(${name} PRIVATE ${cuda_flags} ${arg_ARCHS})
+  target_compile_definitions(${name} PRIVATE _GNU_SOURCE)
+  target_include_directories(${name} PRIVATE ${CMAKE_SOURCE_DIR}/src)
+  set_target_properties(${name} PROPERTIES POSITION_INDEPENDENT_CODE ON)
+  target_sources(moetune PRIVATE $<TARGET_OBJECTS:${name}>)
+endfunction()
+
+file(GLOB cuda_sources CONFIGURE_DEPENDS src/kernels/cuda/*.cu)
+moetune_cuda_library(moetune_cuda SOURCES ${cuda_sources} ARCHS ${all_archs})
+if("90a" IN_LIST MOETUNE_CUDA_ARCHS)
+  file(GLOB sm90_sources CONFIGURE_DEPENDS src/kernels/cuda/sm90/*.cu)
+  moetune_cuda_library(moetune_sm90 SOURCES ${sm90_sources}
+    ARCHS --generate-code=arch=compute_90a,code=sm_90a)
+else()
+  message(FATAL_ERROR "MOETUNE_CUDA_ARCHS must have 90a: src/kernels/cuda/sm90 is part of the backend")
+endif()
+set_target_properties(moetune PROPERTIES CUDA_ARCHITECTURES OFF)
+target_compile_definitions(moetune PRIVATE MOETUNE_WITH_CUDA)
+target_link_libraries(moetune PUBLIC CUDA::cublasLt CUDA::cudart_static)

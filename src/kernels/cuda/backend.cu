@@ -1,0 +1,158 @@
+/* The CUDA backend: its memory, its stream, its table of operations. */
+#include <stdlib.h>
+
+#include "kernels/cuda/cuda.h"
+
+extern "C" {
+#include "kernels/registry.h"
+}
+
+extern "C" mt_err mt_cuda_check(cudaError_t error, const char *what) {
+  if (error == cudaSuccess) return MT_OK;
+  mt_err err = error == cudaErrorMemoryAllocation ? MT_ENOMEM : MT_EDEVICE;
+  return mt_fail(err, "%s: %s", what, cudaGetErrorString(error));
+}
+
+extern "C" mt_err mt_cuda_launched(const char *op) {
+  return mt_cuda_check(cudaGetLastError(), op);
+}
+
+extern "C" mt_err mt_cuda_format(const char *op, const struct mt_tensor *t) {
+  if (t->dtype == MT_F32 || t->dtype == MT_BF16) return MT_OK;
+  return mt_fail(MT_EUNSUPPORTED, "%s: the cuda backend has no %s", op, mt_dtype_name(t->dtype));
+}
+
+extern "C" mt_err mt_cuda_scratch(const struct mt_backend *be, const char *op, size_t need_bytes,
+                                  void **out) {
+  size_t head = MT_CUDA_LT_WORKSPACE_BYTES, all = be->workspace_size_bytes;
+  *out = NULL;
+  if (!be->workspace || all < head || all - head < need_bytes) {
+    return mt_fail(MT_ESHAPE, "%s: needs %zu bytes of workspace, there are %zu", op, need_bytes,
+                   all < head ? 0 : all - head);
+  }
+  *out = (char *)be->workspace + head;
+  return MT_OK;
+}
+
+static size_t workspace_bytes(const struct mt_backend *be, const struct mt_limits *l) {
+  (void)be;
+  const size_t parts[] = {mt_cuda_norm_bytes(l),      mt_cuda_router_bytes(l),
+                          mt_cuda_permute_bytes(l),   mt_cuda_linear_bytes(l),
+                          mt_cuda_attention_bytes(l), mt_cuda_head_bytes(l),
+                          mt_cuda_optimizer_bytes(l)};
+  size_t most = 0;
+  for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
+    if (parts[i] > most) most = parts[i];
+  }
+  return MT_CUDA_LT_WORKSPACE_BYTES + (most + 255) / 256 * 256;
+}
+
+static mt_err mem_alloc(struct mt_backend *be, size_t size_bytes, void **out) {
+  (void)be;
+  *out = NULL;
+  if (size_bytes == 0) return MT_OK;
+  cudaError_t error = cudaMalloc(out, size_bytes);
+  if (error == cudaSuccess) return MT_OK;
+  (void)cudaGetLastError(); /* the next call must not see it again */
+  size_t left = 0, all = 0;
+  (void)cudaMemGetInfo(&left, &all);
+  return mt_fail(MT_ENOMEM, "cannot reserve %zu bytes of GPU memory (%zu of %zu are free)",
+                 size_bytes, left, all);
+}
+
+static void mem_free(struct mt_backend *be, void *p, size_t size_bytes) {
+  (void)be;
+  (void)size_bytes;
+  (void)cudaFree(p);
+}
+
+static mt_err upload(struct mt_backend *be, void *dst, const void *src, size_t size_bytes) {
+  if (size_bytes == 0) return MT_OK;
+  return mt_cuda_check(
+      cudaMemcpyAsync(dst, src, size_bytes, cudaMemcpyHostToDevice, mt_cuda_of(be)->stream),
+      "upload");
+}
+
+static mt_err download(struct mt_backend *be, void *dst, const void *src, size_t size_bytes) {
+  if (size_bytes == 0) return MT_OK;
+  MT_TRY(mt_cuda_check(
+      cudaMemcpyAsync(dst, src, size_bytes, cudaMemcpyDeviceToHost, mt_cuda_of(be)->stream),
+      "download"));
+  return mt_cuda_check(cudaStreamSynchronize(mt_cuda_of(be)->stream), "download");
+}
+
+static mt_err zero(struct mt_backend *be, void *p, size_t size_bytes) {
+  if (size_bytes == 0) return MT_OK;
+  return mt_cuda_check(cudaMemsetAsync(p, 0, size_bytes, mt_cuda_of(be)->stream), "zero");
+}
+
+static mt_err sync_stream(struct mt_backend *be) {
+  return mt_cuda_check(cudaStreamSynchronize(mt_cuda_of(be)->stream), "waiting for the GPU");
+}
+
+static void destroy(struct mt_backend *be) {
+  struct mt_cuda *c = mt_cuda_of(be);
+  if (!c) return;
+  mt_cuda_attention_free(c->attention);
+  mt_cuda_plans_free(c->plans);
+  if (c->lt) (void)cublasLtDestroy(c->lt);
+  if (c->stream) (void)cudaStreamDestroy(c->stream);
+  free(c);
+  be->impl = NULL;
+}
+
+extern "C" int mt_cuda_device_count(void) {
+  int count = 0;
+  if (cudaGetDeviceCount(&count) != cudaSuccess) {
+    (void)cudaGetLastError();
+    return 0;
+  }
+  return count;
+}
+
+static mt_err open_device(struct mt_cuda *c, int device) {
+  cudaDeviceProp p;
+  MT_TRY(mt_cuda_check(cudaSetDevice(device), "choosing a GPU"));
+  MT_TRY(mt_cuda_check(cudaGetDeviceProperties(&p, device), "asking for the GPU's properties"));
+  c->device = device;
+  c->sm_count = p.multiProcessorCount;
+  c->capability = 10 * p.major + p.minor;
+  c->shared_optin_bytes = p.sharedMemPerBlockOptin;
+  if (c->capability < 80) {
+    return mt_fail(MT_EUNSUPPORTED, "%s has compute capability %d.%d; 8.0 is the least", p.name,
+                   p.major, p.minor);
+  }
+  MT_TRY(mt_cuda_check(cudaStreamCreateWithFlags(&c->stream, cudaStreamNonBlocking),
+                       "making a stream"));
+  if (cublasLtCreate(&c->lt) != CUBLAS_STATUS_SUCCESS) {
+    return mt_fail(MT_EDEVICE, "cuBLASLt cannot be started");
+  }
+  return MT_OK;
+}
+
+extern "C" mt_err mt_backend_cuda_create(struct mt_backend *be, bool portable) {
+  mt_err err = MT_OK;
+  *be = (struct mt_backend){};
+  be->name = portable ? "cuda-portable" : "cuda";
+  be->thread_count = 1;
+  if (mt_cuda_device_count() == 0) return mt_fail(MT_EUNSUPPORTED, "no NVIDIA GPU is visible");
+  struct mt_cuda *c = (struct mt_cuda *)calloc(1, sizeof *c);
+  if (!c) return mt_fail(MT_ENOMEM, "cuda backend");
+  be->impl = c;
+  be->destroy = destroy;
+  c->portable = portable;
+  MT_GO(open_device(c, 0));
+#define X(op) be->ops.op = mt_cuda_##op;
+  MT_OP_LIST(X)
+#undef X
+  be->workspace_bytes = workspace_bytes;
+  be->mem_alloc = mem_alloc;
+  be->mem_free = mem_free;
+  be->upload = upload;
+  be->download = download;
+  be->zero = zero;
+  be->sync = sync_stream;
+done:
+  if (err) mt_backend_destroy(be);
+  return err;
+}
