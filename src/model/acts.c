@@ -30,9 +30,10 @@ static mt_err take_ints(struct mt_arena *arena, int32_t **p, int64_t count) {
 }
 
 static mt_err layer_layout(struct mt_layer_acts *l, const struct mt_config *c,
-                           const struct mt_recipe *recipe, int64_t t, struct mt_arena *arena) {
+                           const struct mt_recipe *recipe, const struct mt_acts_options *o,
+                           struct mt_arena *arena) {
   enum mt_dtype act = recipe->act, stat = recipe->stat;
-  int64_t h = c->hidden, e = c->experts, k = c->top_k, r = t * k;
+  int64_t t = o->token_capacity, h = c->hidden, e = c->experts, k = c->top_k, r = t * k;
   int64_t q = (int64_t)c->heads * c->head_dim, kv = (int64_t)c->kv_heads * c->head_dim;
   MT_TRY(take(arena, &l->s1, mt_mat(NULL, act, t, h)));
   MT_TRY(take(arena, &l->xn1, mt_mat(NULL, act, t, h)));
@@ -47,7 +48,10 @@ static mt_err layer_layout(struct mt_layer_acts *l, const struct mt_config *c,
   MT_TRY(take(arena, &l->prob, mt_mat(NULL, stat, t, k)));
   MT_TRY(take(arena, &l->xs, mt_mat(NULL, act, r, h)));
   MT_TRY(take(arena, &l->gate_up, mt_mat(NULL, act, r, 2 * (int64_t)c->ffn)));
-  MT_TRY(take(arena, &l->ys, mt_mat(NULL, act, r, h)));
+  if (o->keep_outputs)
+    MT_TRY(take(arena, &l->ys, mt_mat(NULL, act, r, h)));
+  else
+    MT_TRY(take(arena, &l->row_prob, mt_vec(NULL, stat, r)));
   MT_TRY(take_ints(arena, &l->route.index, r));
   MT_TRY(take_ints(arena, &l->route.offsets, e + 1));
   MT_TRY(take_ints(arena, &l->route.row_source, r));
@@ -59,45 +63,50 @@ static mt_err layer_layout(struct mt_layer_acts *l, const struct mt_config *c,
 }
 
 static mt_err scratch_layout(struct mt_acts *a, const struct mt_config *c,
-                             const struct mt_recipe *recipe, int64_t t, struct mt_arena *arena) {
+                             const struct mt_recipe *recipe, struct mt_arena *arena) {
   enum mt_dtype act = recipe->act, stat = recipe->stat;
+  int64_t t = a->options.token_capacity;
   int64_t q = (int64_t)c->heads * c->head_dim, kv = (int64_t)c->kv_heads * c->head_dim;
   MT_TRY(take(arena, &a->branch, mt_mat(NULL, act, t, c->hidden)));
   MT_TRY(take(arena, &a->h, mt_mat(NULL, act, t * c->top_k, c->ffn)));
+  if (!a->options.keep_outputs) {
+    struct mt_tensor ys;
+    MT_TRY(take(arena, &ys, mt_mat(NULL, act, t * c->top_k, c->hidden)));
+    for (int l = 0; l < a->layer_count; l++) a->layer[l].ys = ys;
+  }
   MT_TRY(take(arena, &a->logit_rows, mt_mat(NULL, act, MT_LOGIT_ROWS, c->vocab)));
-  if (!a->training) return MT_OK;
+  if (!a->options.training) return MT_OK;
   MT_TRY(take(arena, &a->ds, mt_mat(NULL, act, t, c->hidden)));
   MT_TRY(take(arena, &a->datt, mt_mat(NULL, act, t, q)));
   MT_TRY(take(arena, &a->dqkv, mt_mat(NULL, act, t, q + 2 * kv)));
   MT_TRY(take(arena, &a->dprob, mt_mat(NULL, stat, t, c->top_k)));
+  if (!a->options.keep_outputs)
+    MT_TRY(take(arena, &a->drow_prob, mt_vec(NULL, stat, t * c->top_k)));
   return take(arena, &a->dlogits, mt_mat(NULL, stat, t, c->experts));
 }
 
 mt_err mt_acts_layout(struct mt_acts *a, const struct mt_config *c, const struct mt_recipe *recipe,
-                      const struct mt_backend *be, int64_t token_capacity,
-                      int64_t sequence_capacity, bool training, struct mt_arena *arena) {
-  int64_t t = token_capacity, e = c->experts;
+                      const struct mt_backend *be, const struct mt_acts_options *options,
+                      struct mt_arena *arena) {
+  int64_t t = options->token_capacity, e = c->experts;
   enum mt_dtype act = recipe->act, stat = recipe->stat;
-  *a = (struct mt_acts){.token_capacity = t,
-                        .sequence_capacity = sequence_capacity,
-                        .training = training,
-                        .layer_count = c->layers};
+  *a = (struct mt_acts){.options = *options, .layer_count = c->layers};
   a->layer = calloc((size_t)c->layers, sizeof *a->layer);
   if (!a->layer) return mt_fail(MT_ENOMEM, "activation table of %d layers", c->layers);
   MT_TRY(take_ints(arena, &a->ids, t));
   MT_TRY(take_ints(arena, &a->positions, t));
   MT_TRY(take_ints(arena, &a->labels, t));
-  MT_TRY(take_ints(arena, &a->cu_seqlens, sequence_capacity + 1));
+  MT_TRY(take_ints(arena, &a->cu_seqlens, options->sequence_capacity + 1));
   MT_TRY(take_ints(arena, &a->valid_count, 1));
   MT_TRY(take(arena, &a->cos, mt_mat(NULL, stat, t, c->head_dim / 2)));
   MT_TRY(take(arena, &a->sin, mt_mat(NULL, stat, t, c->head_dim / 2)));
   for (int l = 0; l < c->layers; l++) {
-    if (training || l == 0)
-      MT_TRY(layer_layout(&a->layer[l], c, recipe, t, arena));
+    if (options->training || l == 0)
+      MT_TRY(layer_layout(&a->layer[l], c, recipe, options, arena));
     else
       a->layer[l] = a->layer[0];
     /* The load of every layer is read after the pass. */
-    if (!training && l > 0) MT_TRY(take_ints(arena, &a->layer[l].load, e));
+    if (!options->training && l > 0) MT_TRY(take_ints(arena, &a->layer[l].load, e));
   }
   MT_TRY(take(arena, &a->sf, mt_mat(NULL, act, t, c->hidden)));
   MT_TRY(take(arena, &a->xf, mt_mat(NULL, act, t, c->hidden)));
@@ -108,7 +117,7 @@ mt_err mt_acts_layout(struct mt_acts *a, const struct mt_config *c, const struct
   MT_TRY(take_ints(arena, &a->aux_count, e));
   MT_TRY(take(arena, &a->loss, mt_vec(NULL, stat, t)));
   MT_TRY(take_ints(arena, &a->correct, t));
-  MT_TRY(scratch_layout(a, c, recipe, t, arena));
+  MT_TRY(scratch_layout(a, c, recipe, arena));
   struct mt_limits limits = mt_acts_limits(c, recipe, t);
   a->workspace_size_bytes = be->workspace_bytes(be, &limits);
   return mt_arena_alloc(arena, a->workspace_size_bytes, &a->workspace);
@@ -120,11 +129,12 @@ void mt_acts_free(struct mt_acts *a) {
 }
 
 mt_err mt_acts_load(struct mt_acts *a, struct mt_backend *be, const struct mt_batch *batch) {
-  if (batch->token_count > a->token_capacity || batch->sequence_count > a->sequence_capacity) {
+  if (batch->token_count > a->options.token_capacity ||
+      batch->sequence_count > a->options.sequence_capacity) {
     return mt_fail(MT_ESHAPE,
                    "a batch of %d tokens in %d sequences exceeds the room for %lld in %lld",
-                   batch->token_count, batch->sequence_count, (long long)a->token_capacity,
-                   (long long)a->sequence_capacity);
+                   batch->token_count, batch->sequence_count, (long long)a->options.token_capacity,
+                   (long long)a->options.sequence_capacity);
   }
   size_t bytes = (size_t)batch->token_count * sizeof(int32_t);
   MT_TRY(be->upload(be, a->ids, batch->ids, bytes));

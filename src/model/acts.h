@@ -26,13 +26,21 @@ struct mt_layer_acts {
   struct mt_route route;
   struct mt_tensor xs;      /* act [R,H] dispatched tokens */
   struct mt_tensor gate_up; /* act [R,2F]; backward leaves its gradient here */
-  struct mt_tensor ys;      /* act [R,H] expert outputs; backward leaves dys, then dxs here */
-  int32_t *load;            /* [E] */
+  struct mt_tensor ys;      /* act [R,H] expert outputs; backward leaves dys, then dxs here. One for
+                               all layers where backward does not need them (keep_outputs) */
+  struct mt_tensor row_prob; /* stat [R] routing probability of each row, without keep_outputs */
+  int32_t *load;             /* [E] */
+};
+
+struct mt_acts_options {
+  int64_t token_capacity, sequence_capacity;
+  bool training;     /* one set of layer buffers a layer; else all layers share one */
+  bool keep_outputs; /* experts' outputs are kept for backward, which weighs them by prob; else the
+                        probability enters before the down projection */
 };
 
 struct mt_acts {
-  int64_t token_capacity, sequence_capacity;
-  bool training; /* one set of layer buffers a layer; else all layers share one */
+  struct mt_acts_options options;
   int layer_count;
   struct mt_layer_acts *layer; /* host array */
   /* The batch on the device. */
@@ -49,6 +57,7 @@ struct mt_acts {
   struct mt_tensor h;      /* act [R,F]: SwiGLU's output; dh and h again in backward */
   struct mt_tensor datt, dqkv;
   struct mt_tensor dprob, dlogits;
+  struct mt_tensor drow_prob;  /* stat [R] */
   struct mt_tensor logit_rows; /* act [few,V]: logits asked for by the host */
   void *workspace;
   size_t workspace_size_bytes;
@@ -61,8 +70,8 @@ struct mt_limits mt_acts_limits(const struct mt_config *c, const struct mt_recip
 /* Takes everything from the arena (which may be a planning one: then all pointers stay NULL).
  * Errors: MT_ENOMEM. mt_acts_free releases the host array only. */
 mt_err mt_acts_layout(struct mt_acts *a, const struct mt_config *c, const struct mt_recipe *recipe,
-                      const struct mt_backend *be, int64_t token_capacity,
-                      int64_t sequence_capacity, bool training, struct mt_arena *arena);
+                      const struct mt_backend *be, const struct mt_acts_options *options,
+                      struct mt_arena *arena);
 void mt_acts_free(struct mt_acts *a);
 
 /* Copies a batch to the device. Errors: MT_ESHAPE when it exceeds the capacities. */

@@ -85,9 +85,10 @@ static mt_err cached_attention(struct mt_model *m, struct mt_kv_cache *cache, in
 
 mt_err mt_model_decode(struct mt_model *m, struct mt_kv_cache *cache, const int32_t *ids, int count,
                        float *logits) {
-  if (count < 1 || count > m->acts.token_capacity || count > cache->capacity - cache->length) {
+  if (count < 1 || count > m->acts.options.token_capacity ||
+      count > cache->capacity - cache->length) {
     return mt_fail(MT_ESHAPE, "%d tokens after %lld: the model takes %lld at once, the cache %lld",
-                   count, (long long)cache->length, (long long)m->acts.token_capacity,
+                   count, (long long)cache->length, (long long)m->acts.options.token_capacity,
                    (long long)cache->capacity);
   }
   struct mt_view v = {.tokens = count, .sequences = 1};

@@ -31,14 +31,39 @@ static mt_err local_dispatch_bwd(struct mt_exchange *x, struct mt_backend *be,
               .dxs = *dxs, .token_row = route->token_row, .top_k = route->top_k, .dx = *dtokens});
 }
 
+/* A choice (t, k) as a token of its own, one element wide. */
+static struct mt_tensor choices(const struct mt_tensor *prob) {
+  return mt_mat(prob->data, prob->dtype, mt_count(prob), 1);
+}
+
+static mt_err local_dispatch_prob(struct mt_exchange *x, struct mt_backend *be,
+                                  const struct mt_route *route, const struct mt_tensor *prob,
+                                  struct mt_tensor *row_prob) {
+  (void)x;
+  return be->ops.dispatch_fwd(be, &(struct mt_dispatch_fwd_args){.x = choices(prob),
+                                                                 .row_source = route->row_source,
+                                                                 .top_k = 1,
+                                                                 .xs = choices(row_prob)});
+}
+
+static mt_err local_dispatch_prob_bwd(struct mt_exchange *x, struct mt_backend *be,
+                                      const struct mt_route *route,
+                                      const struct mt_tensor *drow_prob, struct mt_tensor *dprob) {
+  (void)x;
+  return be->ops.dispatch_bwd(be, &(struct mt_dispatch_bwd_args){.dxs = choices(drow_prob),
+                                                                 .token_row = route->token_row,
+                                                                 .top_k = 1,
+                                                                 .dx = choices(dprob)});
+}
+
 static mt_err local_combine(struct mt_exchange *x, struct mt_backend *be,
                             const struct mt_route *route, const struct mt_tensor *ys,
                             const struct mt_tensor *prob, struct mt_tensor *y) {
   (void)x;
-  return be->ops.combine_fwd(
-      be,
-      &(struct mt_combine_fwd_args){
-          .ys = *ys, .token_row = route->token_row, .prob = *prob, .top_k = route->top_k, .y = *y});
+  struct mt_combine_fwd_args a = {
+      .ys = *ys, .token_row = route->token_row, .top_k = route->top_k, .y = *y};
+  if (prob) a.prob = *prob;
+  return be->ops.combine_fwd(be, &a);
 }
 
 static mt_err local_combine_bwd(struct mt_exchange *x, struct mt_backend *be,
@@ -46,20 +71,23 @@ static mt_err local_combine_bwd(struct mt_exchange *x, struct mt_backend *be,
                                 const struct mt_tensor *prob, struct mt_tensor *ys,
                                 struct mt_tensor *dprob) {
   (void)x;
-  MT_TRY(be->zero(be, dprob->data, mt_bytes(dprob)));
-  return be->ops.combine_bwd(be, &(struct mt_combine_bwd_args){.dy = *dy,
-                                                               .ys = *ys,
-                                                               .row_source = route->row_source,
-                                                               .prob = *prob,
-                                                               .top_k = route->top_k,
-                                                               .dys = *ys,
-                                                               .dprob = *dprob});
+  struct mt_combine_bwd_args a = {
+      .dy = *dy, .row_source = route->row_source, .top_k = route->top_k, .dys = *ys};
+  if (prob) {
+    MT_TRY(be->zero(be, dprob->data, mt_bytes(dprob)));
+    a.ys = *ys;
+    a.prob = *prob;
+    a.dprob = *dprob;
+  }
+  return be->ops.combine_bwd(be, &a);
 }
 
 struct mt_exchange mt_exchange_local(void) {
   return (struct mt_exchange){.plan = local_plan,
                               .dispatch = local_dispatch,
                               .dispatch_bwd = local_dispatch_bwd,
+                              .dispatch_prob = local_dispatch_prob,
+                              .dispatch_prob_bwd = local_dispatch_prob_bwd,
                               .combine = local_combine,
                               .combine_bwd = local_combine_bwd};
 }

@@ -26,10 +26,19 @@ struct mt_exchange {
   /* dtokens (=) [T,H]: gradient of dispatch. */
   mt_err (*dispatch_bwd)(struct mt_exchange *x, struct mt_backend *be, const struct mt_route *route,
                          const struct mt_tensor *dxs, struct mt_tensor *dtokens);
-  /* y (=) [T,H]: expert outputs weighted by prob [T,K]. */
+  /* row_prob (=) [R]: each row's routing probability, prob being [T,K]; rows past the last are
+   * left as they are. And back: dprob (=) [T,K], 0 where a choice has no row. */
+  mt_err (*dispatch_prob)(struct mt_exchange *x, struct mt_backend *be,
+                          const struct mt_route *route, const struct mt_tensor *prob,
+                          struct mt_tensor *row_prob);
+  mt_err (*dispatch_prob_bwd)(struct mt_exchange *x, struct mt_backend *be,
+                              const struct mt_route *route, const struct mt_tensor *drow_prob,
+                              struct mt_tensor *dprob);
+  /* y (=) [T,H]: expert outputs weighted by prob [T,K], or summed where prob is NULL. */
   mt_err (*combine)(struct mt_exchange *x, struct mt_backend *be, const struct mt_route *route,
                     const struct mt_tensor *ys, const struct mt_tensor *prob, struct mt_tensor *y);
-  /* ys becomes dys in place; dprob [T,K] (=), 0 where a choice has no row. */
+  /* ys becomes dys in place; dprob [T,K] (=), 0 where a choice has no row. Without prob (NULL, and
+   * dprob NULL): dys is the tokens' gradient alone, and ys is not read. */
   mt_err (*combine_bwd)(struct mt_exchange *x, struct mt_backend *be, const struct mt_route *route,
                         const struct mt_tensor *dy, const struct mt_tensor *prob,
                         struct mt_tensor *ys, struct mt_tensor *dprob);

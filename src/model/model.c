@@ -44,8 +44,11 @@ static mt_err place(struct mt_model *m) {
       if ((int)m->params.row[i].sync == sync) MT_TRY(place_one(m, &m->params.row[i]));
     }
   }
-  return mt_acts_layout(&m->acts, &m->config, m->recipe, m->be, m->options.token_capacity,
-                        m->options.sequence_capacity, m->options.training, &m->activations);
+  struct mt_acts_options a = {.token_capacity = m->options.token_capacity,
+                              .sequence_capacity = m->options.sequence_capacity,
+                              .training = m->options.training,
+                              .keep_outputs = m->options.experts == MT_EXPERTS_LOOP};
+  return mt_acts_layout(&m->acts, &m->config, m->recipe, m->be, &a, &m->activations);
 }
 
 static mt_err plan(struct mt_model *m) {

@@ -5,7 +5,9 @@
  * - blocks unfused, experts loop: one expert after another gathers its tokens, runs, and adds its
  *   weighted output to the result, as transformers' eager code does;
  * - experts loop: tokens are permuted once, then one expert after another runs on its slice;
- * - experts grouped: tokens are permuted once, each projection is one grouped product.
+ * - experts grouped: tokens are permuted once, each projection is one grouped product; the routing
+ *   probability enters with SwiGLU, before the down projection (down is linear: the same result),
+ *   so that backward needs no expert's output and none is kept.
  * The loops read the row counts back to the host, once a layer; the grouped way never does. */
 #include "model/layers.h"
 #include "quant/linear.h"
@@ -19,6 +21,7 @@ struct moe {
   struct mt_param *norm, *router, *gate_up, *down;
   struct mt_route route;
   struct mt_tensor xn, y, prob, xs, gu, ys, h;
+  struct mt_tensor row_prob, drow_prob; /* NULL data: prob weighs the outputs instead */
 };
 
 static struct moe moe_open(struct mt_model *m, int layer, const struct mt_view *v) {
@@ -39,7 +42,9 @@ static struct moe moe_open(struct mt_model *m, int layer, const struct mt_view *
                   .xs = mt_top(l->xs, r),
                   .gu = mt_top(l->gate_up, r),
                   .ys = mt_top(l->ys, r),
-                  .h = mt_top(m->acts.h, r)};
+                  .h = mt_top(m->acts.h, r),
+                  .row_prob = mt_top(l->row_prob, r),
+                  .drow_prob = mt_top(m->acts.drow_prob, r)};
   o.route.token_count = (int)t;
   return o;
 }
@@ -61,8 +66,10 @@ static mt_err mlp_forward(struct moe *o, struct mt_tensor w1, struct mt_tensor w
   MT_TRY(mt_linear_forward(o->be, xs, w1, gu, offsets));
   MT_TRY(o->be->ops.swiglu_fwd(
       o->be,
-      &(struct mt_swiglu_fwd_args){
-          .gate_up = gu, .row_count = offsets ? offsets + o->route.expert_count : NULL, .h = h}));
+      &(struct mt_swiglu_fwd_args){.gate_up = gu,
+                                   .row_prob = o->row_prob,
+                                   .row_count = offsets ? offsets + o->route.expert_count : NULL,
+                                   .h = h}));
   return mt_linear_forward(o->be, h, w2, ys, offsets);
 }
 
@@ -77,9 +84,11 @@ static mt_err mlp_backward(struct moe *o, struct mt_tensor w1, struct mt_tensor 
       o->be,
       &(struct mt_swiglu_bwd_args){.dh = h,
                                    .gate_up = gu,
+                                   .row_prob = o->row_prob,
                                    .row_count = offsets ? offsets + o->route.expert_count : NULL,
                                    .dgate_up = gu,
-                                   .h = h}));
+                                   .h = h,
+                                   .drow_prob = o->drow_prob}));
   MT_TRY(mt_linear_wgrad(o->be, ys, h, dw2, offsets, o->v->accumulate));
   MT_TRY(mt_linear_wgrad(o->be, gu, xs, dw1, offsets, o->v->accumulate));
   return mt_linear_dgrad(o->be, gu, w1, ys, offsets);
@@ -177,10 +186,19 @@ mt_err mt_moe_forward(struct mt_model *m, int layer, const struct mt_view *v) {
   MT_TRY(m->exchange.dispatch(&m->exchange, o.be, &o.route, &o.xn, &o.xs));
   if (m->options.experts == MT_EXPERTS_LOOP) {
     MT_TRY(loop_forward(&o));
-  } else {
-    MT_TRY(mlp_forward(&o, o.gate_up->compute, o.down->compute, 0, o.xs.dim[0], o.route.offsets));
+    return m->exchange.combine(&m->exchange, o.be, &o.route, &o.ys, &o.prob, &o.y);
   }
-  return m->exchange.combine(&m->exchange, o.be, &o.route, &o.ys, &o.prob, &o.y);
+  MT_TRY(m->exchange.dispatch_prob(&m->exchange, o.be, &o.route, &o.prob, &o.row_prob));
+  MT_TRY(mlp_forward(&o, o.gate_up->compute, o.down->compute, 0, o.xs.dim[0], o.route.offsets));
+  return m->exchange.combine(&m->exchange, o.be, &o.route, &o.ys, NULL, &o.y);
+}
+
+static mt_err grouped_backward(struct moe *o, struct mt_tensor dy, struct mt_tensor dprob) {
+  struct mt_exchange *x = &o->m->exchange;
+  MT_TRY(x->combine_bwd(x, o->be, &o->route, &dy, NULL, &o->ys, NULL));
+  MT_TRY(mlp_backward(o, o->gate_up->compute, o->down->compute, o->gate_up->grad, o->down->grad, 0,
+                      o->xs.dim[0], o->route.offsets));
+  return x->dispatch_prob_bwd(x, o->be, &o->route, &o->drow_prob, &dprob);
 }
 
 mt_err mt_moe_backward(struct mt_model *m, int layer, const struct mt_view *v) {
@@ -190,12 +208,11 @@ mt_err mt_moe_backward(struct mt_model *m, int layer, const struct mt_view *v) {
   if (scattered(&o)) {
     MT_TRY(loop_backward(&o, ds, dprob, dxn));
   } else {
-    MT_TRY(m->exchange.combine_bwd(&m->exchange, o.be, &o.route, &ds, &o.prob, &o.ys, &dprob));
     if (m->options.experts == MT_EXPERTS_LOOP) {
+      MT_TRY(m->exchange.combine_bwd(&m->exchange, o.be, &o.route, &ds, &o.prob, &o.ys, &dprob));
       MT_TRY(loop_backward(&o, ds, dprob, dxn));
     } else {
-      MT_TRY(mlp_backward(&o, o.gate_up->compute, o.down->compute, o.gate_up->grad, o.down->grad, 0,
-                          o.xs.dim[0], o.route.offsets));
+      MT_TRY(grouped_backward(&o, ds, dprob));
     }
     MT_TRY(m->exchange.dispatch_bwd(&m->exchange, o.be, &o.route, &o.ys, &dxn));
   }

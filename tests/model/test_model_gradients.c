@@ -101,42 +101,73 @@ static double gradient_distance(const struct mt_model *x, const struct mt_model 
   return sqrt(d / n);
 }
 
-static void cpu_against_reference(void **state) {
-  (void)state;
+struct agreement {
+  double distance, with_a_bug; /* of the gradients; the bug: one expert's scaled */
+  double loss;                 /* relative */
+};
+
+static struct agreement cpu_beside_reference(struct mt_model_options o, const char *recipe,
+                                             uint64_t seed, float bug) {
   struct mt_config config = small_config();
   struct small_batch batch;
-  small_batch(&batch, config.vocab, 4);
+  small_batch(&batch, config.vocab, seed);
   struct mt_pass pass = {
       .batch = &batch.b, .loss_scale = 1.0 / batch.b.target_count, .aux_weight = 1};
+  struct small_model cpu, ref;
+  struct mt_loss a, b;
+  small_open(&cpu, "cpu", recipe, &config, o);
+  small_open(&ref, "ref", "fp64", &config, o);
+  for (int i = 0; i < ref.m.params.count; i++) { /* the same numbers, as the storage holds them */
+    struct mt_param *p = &ref.m.params.row[i];
+    mt_dtype_convert(p->compute.data, MT_F64, cpu.m.params.row[i].compute.data, cpu.m.recipe->act,
+                     (size_t)mt_param_count(p));
+  }
+  for (int pass_no = 0; pass_no < 2; pass_no++) { /* the second adds to the first */
+    pass.accumulate = pass_no;
+    OK(mt_model_train_pass(&cpu.m, &pass, &a));
+    OK(mt_model_train_pass(&ref.m, &pass, &b));
+  }
+  struct agreement out = {.distance = gradient_distance(&cpu.m, &ref.m)};
+  out.loss = fmax(fabs(a.cross_entropy_sum - b.cross_entropy_sum) / b.cross_entropy_sum,
+                  fabs(a.aux - b.aux) / b.aux);
+  float *g = mt_params_find(&cpu.m.params, MT_PARAM_DOWN, 1)->grad.data;
+  for (int64_t k = 0; k < 5 * 12 * 10; k++) g[k] *= bug;
+  out.with_a_bug = gradient_distance(&cpu.m, &ref.m);
+  small_close(&cpu);
+  small_close(&ref);
+  return out;
+}
+
+static int ascending(const void *a, const void *b) {
+  double x = *(const double *)a, y = *(const double *)b;
+  return (x > y) - (x < y);
+}
+
+/* In bf16 a token near a tie may be routed elsewhere, after which its gradients have nothing in
+ * common: the median of several batches is what rounding alone does. */
+static void cpu_against_reference(void **state) {
+  (void)state;
+  enum { BATCHES = 7 };
   for (int way = 0; way < 8; way++) {
     struct mt_model_options o = {.experts = (enum mt_experts_strategy)(way & 1),
                                  .blocks = (enum mt_blocks_strategy)(way >> 1 & 1),
                                  .aux_coef = 0.1,
                                  .training = true};
-    struct small_model cpu, ref;
-    struct mt_loss a, b;
-    small_open(&cpu, "cpu", way & 4 ? "bf16" : "fp32", &config, o);
-    small_open(&ref, "ref", "fp64", &config, o);
-    for (int i = 0; i < ref.m.params.count; i++) { /* the same numbers, as the storage holds them */
-      struct mt_param *p = &ref.m.params.row[i];
-      mt_dtype_convert(p->compute.data, MT_F64, cpu.m.params.row[i].compute.data, cpu.m.recipe->act,
-                       (size_t)mt_param_count(p));
+    bool bf16 = way & 4;
+    double tolerance = bf16 ? 3e-2 : 2e-6, distance[BATCHES], with_a_bug[BATCHES];
+    for (int i = 0; i < BATCHES; i++) {
+      struct agreement g =
+          cpu_beside_reference(o, bf16 ? "bf16" : "fp32", (uint64_t)i + 4, bf16 ? 1.5f : 1.01f);
+      distance[i] = g.distance;
+      with_a_bug[i] = g.with_a_bug;
+      if (!bf16) assert_true(g.distance < tolerance);
+      assert_true(g.loss < tolerance);
     }
-    for (int pass_no = 0; pass_no < 2; pass_no++) { /* the second adds to the first */
-      pass.accumulate = pass_no;
-      OK(mt_model_train_pass(&cpu.m, &pass, &a));
-      OK(mt_model_train_pass(&ref.m, &pass, &b));
-    }
-    double tolerance = way & 4 ? 3e-2 : 2e-6, distance = gradient_distance(&cpu.m, &ref.m);
-    if (!(distance < tolerance)) fail_msg("way %d: gradients are off by %.2g", way, distance);
-    assert_true(fabs(a.cross_entropy_sum - b.cross_entropy_sum) < tolerance * b.cross_entropy_sum);
-    assert_true(fabs(a.aux - b.aux) < tolerance * b.aux);
-    /* The comparison sees a bug: one expert's weight gradient scaled by 1.01. */
-    float *g = mt_params_find(&cpu.m.params, MT_PARAM_DOWN, 1)->grad.data;
-    for (int64_t k = 0; k < 5 * 12 * 10; k++) g[k] *= way & 4 ? 1.3f : 1.01f;
-    assert_true(gradient_distance(&cpu.m, &ref.m) > tolerance);
-    small_close(&cpu);
-    small_close(&ref);
+    qsort(distance, BATCHES, sizeof *distance, ascending);
+    qsort(with_a_bug, BATCHES, sizeof *with_a_bug, ascending);
+    double median = distance[BATCHES / 2];
+    assert_true(with_a_bug[BATCHES / 2] > tolerance);
+    if (!(median < tolerance)) fail_msg("way %d: gradients are off by %.2g", way, median);
   }
 }
 
