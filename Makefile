@@ -8,7 +8,7 @@ cuda = $(if $(filter 1 ON,$(CUDA)),-DMOETUNE_CUDA=ON,$(if $(filter 0 OFF,$(CUDA)
 C_FILES = $(shell git ls-files -co --exclude-standard '*.c' '*.h' '*.cu' '*.cuh')
 
 .NOTPARALLEL:
-.PHONY: all setup test demo debug asan fuzz format format-check tidy layers clean install help
+.PHONY: all setup test demo debug asan dist fuzz format format-check tidy layers clean install help
 
 all: ## build build/release/moetune and the tests beside it (CUDA=1: with CUDA, else where a GPU is)
 	@tools/build.sh release $(cuda)
@@ -28,6 +28,10 @@ debug: ## build without optimisation into build/debug
 asan: ## build with AddressSanitizer and UBSan into build/asan and run all tests there
 	@tools/build.sh asan
 	@ctest --test-dir build/asan --output-on-failure
+
+dist: ## build and pack into build/moetune-dist what runs on another Linux machine
+	@tools/build.sh dist
+	@tools/dist.sh build/moetune-dist
 
 fuzz: ## build the fuzzers (clang) and run each for FUZZ_SECONDS (60)
 	@tools/build.sh fuzz

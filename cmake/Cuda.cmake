@@ -1,8 +1,8 @@
 # The CUDA backend, where it is wanted: src/kernels/cuda/*.cu for every architecture of
 # MOETUNE_CUDA_ARCHS, and sm90/*.cu for sm_90a alone. A program built so still runs without a GPU.
-if(MOETUNE_CUDA STREQUAL "AUTO")
+if(MOETUNE_CUDA MATCHES "^(AUTO|NVCC)$")
   find_program(NVCC nvcc HINTS /usr/local/cuda/bin)
-  if(NVCC AND EXISTS /dev/nvidiactl)
+  if(NVCC AND (MOETUNE_CUDA STREQUAL "NVCC" OR EXISTS /dev/nvidiactl))
     set(with_cuda ON)
   else()
     set(with_cuda OFF)

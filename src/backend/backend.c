@@ -2,6 +2,7 @@
 
 #include <string.h>
 #include <sys/mman.h>
+#include <time.h>
 
 static mt_err host_alloc(struct mt_backend *be, size_t size_bytes, void **out) {
   (void)be;
@@ -40,6 +41,18 @@ static mt_err host_sync(struct mt_backend *be) {
   return MT_OK;
 }
 
+static mt_err host_stamp(struct mt_backend *be, int slot) {
+  struct timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  be->host_stamp_s[slot] = (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+  return MT_OK;
+}
+
+static mt_err host_stamp_read(struct mt_backend *be, int from, int to, double *seconds) {
+  *seconds = be->host_stamp_s[to] - be->host_stamp_s[from];
+  return MT_OK;
+}
+
 void mt_backend_use_host_memory(struct mt_backend *be) {
   be->mem_alloc = host_alloc;
   be->mem_free = host_free;
@@ -47,6 +60,8 @@ void mt_backend_use_host_memory(struct mt_backend *be) {
   be->download = host_copy;
   be->zero = host_zero;
   be->sync = host_sync;
+  be->stamp = host_stamp;
+  be->stamp_read = host_stamp_read;
 }
 
 void mt_backend_destroy(struct mt_backend *be) {

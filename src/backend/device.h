@@ -14,8 +14,12 @@ struct mt_limits {
   enum mt_dtype act;
 };
 
+/* Marks on the backend's clock that exist at a time. */
+enum { MT_STAMPS = 1024 };
+
 struct mt_backend {
-  const char *name; /* "ref", "cpu", "cuda" */
+  const char *name;     /* "ref", "cpu", "cuda", "cuda-portable" */
+  char description[96]; /* the device in words, or "" */
   struct mt_ops ops;
   int thread_count; /* host threads that operations may use */
   void *workspace;  /* set by the owner to workspace_bytes(limits), aligned to 256 */
@@ -31,6 +35,11 @@ struct mt_backend {
   mt_err (*download)(struct mt_backend *be, void *dst, const void *src, size_t size_bytes);
   mt_err (*zero)(struct mt_backend *be, void *p, size_t size_bytes);
   mt_err (*sync)(struct mt_backend *be);
+  /* Marks slot [0, MT_STAMPS) at this point of the stream; and the seconds from one marked slot to
+   * a later one, waiting until the stream has passed it. */
+  mt_err (*stamp)(struct mt_backend *be, int slot);
+  mt_err (*stamp_read)(struct mt_backend *be, int from, int to, double *seconds);
+  double host_stamp_s[MT_STAMPS]; /* of backends on the host */
   void (*destroy)(struct mt_backend *be);
 };
 
@@ -42,7 +51,7 @@ void mt_backend_destroy(struct mt_backend *be);
 const char *mt_op_name(int i);
 mt_err mt_backend_check(const struct mt_backend *be);
 
-/* The four memory functions for backends whose memory is the host's. */
+/* The memory functions and the clock for backends whose memory is the host's. */
 void mt_backend_use_host_memory(struct mt_backend *be);
 
 #endif

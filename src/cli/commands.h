@@ -12,18 +12,33 @@ extern const struct mt_command mt_command_train, mt_command_eval, mt_command_gen
 /* Rows that several commands share; S is the command's struct. */
 #define MT_ROW_MODEL(S, text)                                                                      \
   .flag = "model", .type = MT_OPT_TEXT, .offset = offsetof(S, model), .unit = "DIR", .help = text
-#define MT_ROW_PRECISION(S)                                                                        \
+#define MT_ROWS_DEVICE(S)                                                                          \
+  {.flag = "device",                                                                               \
+   .type = MT_OPT_NAME,                                                                            \
+   .offset = offsetof(S, device.device),                                                           \
+   .unit = "DEVICE",                                                                               \
+   .choices = "auto|cpu|cuda",                                                                     \
+   .initial = "auto",                                                                              \
+   .help = "Where it is computed. auto: on an NVIDIA GPU where there is one, else on the CPU."},   \
+      {.flag = "kernels",                                                                          \
+       .type = MT_OPT_NAME,                                                                        \
+       .offset = offsetof(S, device.kernels),                                                      \
+       .unit = "KIND",                                                                             \
+       .choices = "native|portable",                                                               \
+       .initial = "native",                                                                        \
+       .help = "Kernels of a GPU: those made for its generation, or those that run on every one "  \
+               "from compute capability 8.0 on."},                                                 \
+      {.flag = "precision",                                                                        \
+       .type = MT_OPT_NAME,                                                                        \
+       .offset = offsetof(S, device.precision),                                                    \
+       .unit = "RECIPE",                                                                           \
+       .choices = "fp32|bf16",                                                                     \
+       .initial_note = "bf16 on a GPU, fp32 on the CPU",                                           \
+       .help = "Format of weights and activations. In both, sums, master weights and the "         \
+               "optimizer's state are float32."},                                                  \
   {                                                                                                \
-    .flag = "precision", .type = MT_OPT_NAME, .offset = offsetof(S, precision), .unit = "RECIPE",  \
-    .choices = "fp32|bf16", .initial = "fp32",                                                     \
-    .help =                                                                                        \
-        "Format of weights and activations. In both, sums, master weights and the optimizer's "    \
-        "state are float32.",                                                                      \
-  }
-#define MT_ROW_THREADS(S)                                                                          \
-  {                                                                                                \
-    .flag = "threads", .type = MT_OPT_INT, .offset = offsetof(S, threads), .unit = "THREADS",      \
-    .initial = "0", .initial_note = "0 (one a core)", .min = 0, .max = 1024,                       \
+    .flag = "threads", .type = MT_OPT_INT, .offset = offsetof(S, device.threads),                  \
+    .unit = "THREADS", .initial = "0", .initial_note = "0 (one a core)", .min = 0, .max = 1024,    \
     .help = "Threads of the CPU backend.",                                                         \
   }
 #define MT_ROW_BATCH_SIZE(S, value)                                                                \

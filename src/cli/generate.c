@@ -70,8 +70,7 @@ static const struct mt_option rows[] = {
      .initial = "true",
      .initial_note = "stream",
      .help = "Print the answer at once when it is complete, not token by token."},
-    MT_ROW_PRECISION(S),
-    MT_ROW_THREADS(S),
+    MT_ROWS_DEVICE(S),
 };
 
 static mt_err finish(void *options, const struct mt_parsed *parsed) {

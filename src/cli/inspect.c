@@ -27,12 +27,11 @@ static const struct mt_option rows[] = {
      .max = 65536,
      .help = "Samples packed into one micro-batch of a rank."},
     MT_ROW_MAX_SEQ_LENGTH(S, "512"),
-    MT_ROW_PRECISION(S),
+    MT_ROWS_DEVICE(S),
     MT_ROW_EXPERTS(S, .initial = "grouped"),
     MT_ROW_BLOCKS(S, .initial = "fused"),
     MT_ROW_FREEZE(S),
     MT_ROW_ROUTER_AUX_COEF(S),
-    MT_ROW_THREADS(S),
 };
 
 static mt_err finish(void *options, const struct mt_parsed *parsed) {

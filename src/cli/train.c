@@ -156,7 +156,7 @@ static const struct mt_option rows[] = {
              "fused. A flag given beside it wins."},
     MT_ROW_EXPERTS(S, .initial_note = "by --improvement"),
     MT_ROW_BLOCKS(S, .initial_note = "by --improvement"),
-    MT_ROW_PRECISION(S),
+    MT_ROWS_DEVICE(S),
     {.flag = "ep-size",
      .type = MT_OPT_INT,
      .offset = AT(ep_size),
@@ -166,7 +166,6 @@ static const struct mt_option rows[] = {
      .max = 65536,
      .help = "Ranks over which the experts are spread. This version runs on one rank: 1 alone is "
              "accepted."},
-    MT_ROW_THREADS(S),
 
     {.group = "Reports and checkpoints",
      .flag = "log-every",

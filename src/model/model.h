@@ -55,8 +55,9 @@ struct mt_model {
   void *host_rows;     /* host [T] of 8 bytes: read-backs per token */
   int64_t *load;       /* host [layers,E] (+=): routed choices per expert; the caller zeroes it */
   int lowest_learning; /* layers below it hold no learning parameter; -1: the embedding learns */
-  double phase_s[MT_PHASE_COUNT]; /* (+=) seconds; the caller zeroes it */
-  double phase_begin_s;
+  double phase_s[MT_PHASE_COUNT];    /* (+=) seconds; the caller zeroes it */
+  int mark_count;                    /* stamps of the backend since mt_phase_collect */
+  signed char mark_phase[MT_STAMPS]; /* what ended at each; -1: nothing, time begins here */
   /* Called in backward once a parameter's gradient of this micro-batch is complete. */
   void (*grad_ready)(void *context, struct mt_param *param);
   void *grad_ready_context;
@@ -101,8 +102,10 @@ mt_err mt_model_eval_pass(struct mt_model *m, const struct mt_batch *batch, stru
  * For inspection and tests; copies through the activation scratch, a few rows at a time. */
 mt_err mt_model_logits(struct mt_model *m, int64_t begin, int64_t count, float *out);
 
-/* Charges the seconds since the last mark (or the forward's begin) to a phase. */
-void mt_phase_mark(struct mt_model *m, enum mt_phase phase);
+/* Ends a phase that began at the last mark (or the forward's begin), on the backend's clock; what
+ * it took reaches phase_s with mt_phase_collect, which waits for the last mark. */
+mt_err mt_phase_mark(struct mt_model *m, enum mt_phase phase);
+mt_err mt_phase_collect(struct mt_model *m);
 
 /* Model FLOPs of training one token at sequence length S (docs/math.md, "FLOP count"). */
 double mt_model_flops_per_token(const struct mt_config *c, double sequence_length);

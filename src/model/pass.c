@@ -1,6 +1,5 @@
 /* One micro-batch through the model and back. Shapes at each step are in acts.h. */
 #include <stdlib.h>
-#include <time.h>
 
 #include "model/layers.h"
 #include "quant/linear.h"
@@ -9,16 +8,27 @@ void mt_grad_ready(struct mt_model *m, struct mt_param *param) {
   if (m->grad_ready && param->learns) m->grad_ready(m->grad_ready_context, param);
 }
 
-static double now_s(void) {
-  struct timespec t;
-  clock_gettime(CLOCK_MONOTONIC, &t);
-  return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+static mt_err mark(struct mt_model *m, int phase) {
+  m->mark_phase[m->mark_count] = (signed char)phase;
+  MT_TRY(m->be->stamp(m->be, m->mark_count++));
+  if (m->mark_count < MT_STAMPS) return MT_OK;
+  MT_TRY(mt_phase_collect(m));
+  return mark(m, -1);
 }
 
-void mt_phase_mark(struct mt_model *m, enum mt_phase phase) {
-  double now = now_s();
-  m->phase_s[phase] += now - m->phase_begin_s;
-  m->phase_begin_s = now;
+mt_err mt_phase_mark(struct mt_model *m, enum mt_phase phase) {
+  return mark(m, (int)phase);
+}
+
+mt_err mt_phase_collect(struct mt_model *m) {
+  for (int i = 1; i < m->mark_count; i++) {
+    double seconds;
+    if (m->mark_phase[i] < 0) continue;
+    MT_TRY(m->be->stamp_read(m->be, i - 1, i, &seconds));
+    m->phase_s[m->mark_phase[i]] += seconds;
+  }
+  m->mark_count = 0;
+  return MT_OK;
 }
 
 mt_err mt_stream_open(struct mt_model *m, const struct mt_view *v) {
@@ -27,7 +37,7 @@ mt_err mt_stream_open(struct mt_model *m, const struct mt_view *v) {
   int64_t t = v->tokens;
   be->workspace = a->workspace;
   be->workspace_size_bytes = a->workspace_size_bytes;
-  m->phase_begin_s = now_s();
+  MT_TRY(mark(m, -1));
   MT_TRY(be->ops.rope_table(be, &(struct mt_rope_table_args){.positions = a->positions,
                                                              .inv_freq = m->inv_freq,
                                                              .cos = mt_top(a->cos, t),
@@ -38,7 +48,7 @@ mt_err mt_stream_open(struct mt_model *m, const struct mt_view *v) {
                                    .out = mt_top(a->layer[0].s1, t)}));
   MT_TRY(be->zero(be, a->aux_prob.data, mt_bytes(&a->aux_prob)));
   MT_TRY(be->zero(be, a->aux_count, (size_t)m->config.experts * sizeof(int32_t)));
-  mt_phase_mark(m, MT_PHASE_EMBED);
+  MT_TRY(mt_phase_mark(m, MT_PHASE_EMBED));
   return MT_OK;
 }
 
@@ -55,9 +65,9 @@ static mt_err forward(struct mt_model *m, const struct mt_view *v, double aux_we
   MT_TRY(mt_stream_open(m, v));
   for (int l = 0; l < m->config.layers; l++) {
     MT_TRY(mt_attention_forward(m, l, v));
-    mt_phase_mark(m, MT_PHASE_ATTENTION_FWD);
+    MT_TRY(mt_phase_mark(m, MT_PHASE_ATTENTION_FWD));
     MT_TRY(mt_moe_forward(m, l, v));
-    mt_phase_mark(m, MT_PHASE_MOE_FWD);
+    MT_TRY(mt_phase_mark(m, MT_PHASE_MOE_FWD));
   }
   MT_TRY(mt_stream_close(m, v));
   return m->be->ops.aux_loss(
@@ -85,7 +95,7 @@ static mt_err head(struct mt_model *m, const struct mt_view *v, bool backward, d
   }
   MT_TRY(m->be->ops.head_loss(m->be, &h));
   if (backward && w->kind == MT_PARAM_HEAD) mt_grad_ready(m, w);
-  mt_phase_mark(m, MT_PHASE_HEAD);
+  MT_TRY(mt_phase_mark(m, MT_PHASE_HEAD));
   return MT_OK;
 }
 
@@ -97,9 +107,9 @@ static mt_err backward(struct mt_model *m, const struct mt_view *v) {
                           mt_top(a->ds, t), 1, v->accumulate));
   for (int l = m->config.layers - 1; l >= 0 && l >= m->lowest_learning; l--) {
     MT_TRY(mt_moe_backward(m, l, v));
-    mt_phase_mark(m, MT_PHASE_MOE_BWD);
+    MT_TRY(mt_phase_mark(m, MT_PHASE_MOE_BWD));
     MT_TRY(mt_attention_backward(m, l, v));
-    mt_phase_mark(m, MT_PHASE_ATTENTION_BWD);
+    MT_TRY(mt_phase_mark(m, MT_PHASE_ATTENTION_BWD));
   }
   struct mt_param *embed = mt_params_find(&m->params, MT_PARAM_EMBED, -1);
   if (embed->learns) {
@@ -111,7 +121,7 @@ static mt_err backward(struct mt_model *m, const struct mt_view *v) {
                                                                    .dtable = embed->grad,
                                                                    .accumulate = accumulate}));
     mt_grad_ready(m, embed);
-    mt_phase_mark(m, MT_PHASE_EMBED);
+    MT_TRY(mt_phase_mark(m, MT_PHASE_EMBED));
   }
   return MT_OK;
 }
@@ -168,6 +178,7 @@ mt_err mt_model_eval_pass(struct mt_model *m, const struct mt_batch *batch, stru
   MT_TRY(open_view(m, batch, &v));
   MT_TRY(forward(m, &v, 1.0));
   MT_TRY(head(m, &v, false, 0.0));
+  m->mark_count = 0; /* an evaluation is no part of a step's time */
   MT_TRY(read_load(m));
   return read_loss(m, batch, loss);
 }

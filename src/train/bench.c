@@ -1,5 +1,5 @@
 /* `moetune bench`: a whole training step of a random model on random tokens, as a rate of model
- * FLOPs, beside the rate that oneDNN's dnnl_sgemm alone reaches in the same run. */
+ * FLOPs, beside the rate that a dense product alone reaches in the same run. */
 #include <math.h>
 #include <omp.h>
 #include <stdio.h>
@@ -22,38 +22,96 @@ static double median(double *x, int n) {
   return n % 2 ? x[n / 2] : 0.5 * (x[n / 2 - 1] + x[n / 2]);
 }
 
-/* The yardstick: oneDNN's n x n x n product on all threads, in turns with the steps, so that what
- * else the machine does falls on both. */
-enum { SGEMM_N = 2048 };
+/* The yardstick of a device: on the CPU oneDNN's dnnl_sgemm of 2048 cubed on all threads, on a GPU
+ * the backend's own dense product of 8192 cubed in the recipe's format. It takes turns with the
+ * steps, so that what else the machine does falls on both. */
 struct yardstick {
-  float *a, *b, *c;
+  struct mt_backend *be;
+  int64_t n;
+  struct mt_tensor a, b, c;
 };
 
-static void yardstick_free(struct yardstick *y) {
-  free(y->a);
-  free(y->b);
-  free(y->c);
+static bool on_gpu(const struct mt_backend *be) {
+  return strncmp(be->name, "cuda", 4) == 0;
 }
 
-static mt_err yardstick_make(struct yardstick *y) {
-  size_t n = (size_t)SGEMM_N * SGEMM_N;
-  *y = (struct yardstick){malloc(sizeof(float) * n), malloc(sizeof(float) * n),
-                          malloc(sizeof(float) * n)};
-  if (!y->a || !y->b || !y->c) return mt_fail(MT_ENOMEM, "sgemm buffers");
-  for (size_t i = 0; i < n; i++) y->a[i] = y->b[i] = (float)(i % 7) - 3;
+static void yardstick_free(struct yardstick *y) {
+  struct mt_tensor *t[] = {&y->a, &y->b, &y->c};
+  for (int i = 0; i < 3; i++) {
+    if (t[i]->data) y->be->mem_free(y->be, t[i]->data, mt_bytes(t[i]));
+  }
+}
+
+static mt_err yardstick_make(struct yardstick *y, struct mt_backend *be,
+                             const struct mt_recipe *recipe) {
+  *y = (struct yardstick){.be = be, .n = on_gpu(be) ? 8192 : 2048};
+  enum mt_dtype dtype = on_gpu(be) ? recipe->act : MT_F32;
+  struct mt_tensor *t[] = {&y->a, &y->b, &y->c};
+  size_t count = (size_t)(y->n * y->n), bytes = count * mt_dtype_bytes(dtype);
+  float *values = malloc(count * sizeof *values);
+  mt_err err = values ? MT_OK : mt_fail(MT_ENOMEM, "operands of a product");
+  struct mt_rng rng = mt_rng_make(1, 1);
+  for (size_t i = 0; values && i < count; i++) values[i] = (float)mt_rng_uniform(&rng) - 0.5f;
+  for (int i = 0; !err && i < 3; i++) {
+    *t[i] = mt_mat(NULL, dtype, y->n, y->n);
+    err = be->mem_alloc(be, bytes, &t[i]->data);
+  }
+  if (!err && dtype != MT_F32) mt_dtype_convert(values, dtype, values, MT_F32, count);
+  for (int i = 0; !err && i < 3; i++) err = be->upload(be, t[i]->data, values, bytes);
+  if (!err) err = be->sync(be);
+  free(values);
+  return err;
+}
+
+static mt_err yardstick_ms(struct yardstick *y, double *ms) {
+  MT_TRY(y->be->sync(y->be));
+  double begin = mt_now_s();
+  if (on_gpu(y->be)) {
+    MT_TRY(y->be->ops.linear_fwd(y->be,
+                                 &(struct mt_linear_fwd_args){.x = y->a, .w = y->b, .y = y->c}));
+    MT_TRY(y->be->sync(y->be));
+  } else {
+    omp_set_num_threads(y->be->thread_count);
+    dnnl_sgemm('N', 'N', y->n, y->n, y->n, 1.0f, y->a.data, y->n, y->b.data, y->n, 0.0f, y->c.data,
+               y->n);
+  }
+  *ms = (mt_now_s() - begin) * 1e3;
   return MT_OK;
 }
 
-static double yardstick_ms(struct yardstick *y, int threads) {
-  omp_set_num_threads(threads);
-  double begin = mt_now_s();
-  dnnl_sgemm('N', 'N', SGEMM_N, SGEMM_N, SGEMM_N, 1.0f, y->a, SGEMM_N, y->b, SGEMM_N, 0.0f, y->c,
-             SGEMM_N);
-  return (mt_now_s() - begin) * 1e3;
+/* Random weights in all forms; one random block again and again, since billions of random numbers
+ * would take longer than what is measured. */
+static mt_err random_weights(struct mt_model *m, uint64_t seed) {
+  enum { BLOCK = (1 << 20) + 7 };
+  float *values = malloc(BLOCK * sizeof *values);
+  uint16_t *rounded = malloc(BLOCK * sizeof *rounded);
+  mt_err err = values && rounded ? MT_OK : mt_fail(MT_ENOMEM, "random weights");
+  for (int i = 0; !err && i < m->params.count; i++) {
+    struct mt_param *p = &m->params.row[i];
+    struct mt_rng rng = mt_rng_make(seed, (uint64_t)i);
+    int64_t n = mt_param_count(p);
+    for (int64_t k = 0; k < BLOCK && k < n; k++) {
+      values[k] = p->rank == 1 ? 1.0f : (float)((mt_rng_uniform(&rng) - 0.5) * 0.07);
+    }
+    bool apart = p->compute.data != p->master.data;
+    size_t item = mt_dtype_bytes(p->compute.dtype);
+    if (apart) mt_dtype_convert(rounded, p->compute.dtype, values, MT_F32, BLOCK);
+    for (int64_t at = 0; !err && at < n; at += BLOCK) {
+      size_t count = (size_t)(n - at < BLOCK ? n - at : BLOCK);
+      err = m->be->upload(m->be, (float *)p->master.data + at, values, count * sizeof *values);
+      if (err || !apart) continue;
+      err =
+          m->be->upload(m->be, (char *)p->compute.data + (size_t)at * item, rounded, count * item);
+    }
+  }
+  if (!err) err = m->be->sync(m->be);
+  free(values);
+  free(rounded);
+  return err;
 }
 
 static mt_err random_model(struct mt_model *m, struct mt_backend *be,
-                           const struct mt_bench_options *o) {
+                           const struct mt_recipe *recipe, const struct mt_bench_options *o) {
   struct mt_config c = {.model_type = "mixtral",
                         .hidden = o->hidden,
                         .ffn = o->ffn,
@@ -66,7 +124,6 @@ static mt_err random_model(struct mt_model *m, struct mt_backend *be,
                         .vocab = o->vocab,
                         .rms_eps = 1e-5,
                         .rope_theta = 1e6};
-  const struct mt_recipe *recipe = mt_recipe_find(o->precision);
   int64_t tokens = (int64_t)o->batch_size * o->max_seq_length;
   struct mt_model_options mo = {.experts = (enum mt_experts_strategy)o->experts,
                                 .blocks = (enum mt_blocks_strategy)o->blocks,
@@ -74,23 +131,11 @@ static mt_err random_model(struct mt_model *m, struct mt_backend *be,
                                 .token_capacity = tokens,
                                 .sequence_capacity = o->batch_size};
   struct mt_params params;
-  if (!recipe) return mt_fail(MT_EUNSUPPORTED, "no precision '%s'", o->precision);
   for (int l = 0; l < o->layers && l < MT_MAX_LAYERS; l++) c.layer[l].renormalize = true;
   MT_TRY(mt_config_check(&c));
   MT_TRY(mt_params_build(&c, &params));
   MT_TRY(mt_model_create(m, &c, &params, recipe, be, &mo));
-  for (int i = 0; i < m->params.count; i++) {
-    struct mt_param *p = &m->params.row[i];
-    struct mt_rng rng = mt_rng_make(o->seed, (uint64_t)i);
-    float *w = p->master.data;
-    for (int64_t k = 0; k < mt_param_count(p); k++) {
-      w[k] = p->rank == 1 ? 1.0f : (float)((mt_rng_uniform(&rng) - 0.5) * 0.07);
-    }
-    if (p->compute.data != w) {
-      mt_dtype_convert(p->compute.data, p->compute.dtype, w, MT_F32, (size_t)mt_param_count(p));
-    }
-  }
-  return MT_OK;
+  return random_weights(m, o->seed);
 }
 
 static mt_err random_batch(struct mt_batch *b, const struct mt_bench_options *o) {
@@ -116,8 +161,14 @@ done:
   return err;
 }
 
+static double gib(size_t bytes) {
+  return (double)bytes / (1 << 30);
+}
+
 static void report(const struct mt_bench_options *o, const struct mt_model *m, double ms,
-                   double sgemm) {
+                   const struct yardstick *y, double yard_ms) {
+  const char *product = on_gpu(m->be) ? "product" : "dnnl_sgemm";
+  double n = (double)y->n, sgemm = 2 * n * n * n / yard_ms * 1e-6;
   double tokens = (double)o->batch_size * o->max_seq_length;
   double flops = tokens * mt_model_flops_per_token(&m->config, o->max_seq_length);
   double rate = flops / ms * 1e-6;
@@ -134,9 +185,13 @@ static void report(const struct mt_bench_options *o, const struct mt_model *m, d
     return;
   }
   printf("model       hidden %d, ffn %d, %d experts, top-%d, %d layers, vocabulary %d, %s\n",
-         o->hidden, o->ffn, o->expert_count, o->top_k, o->layers, o->vocab, o->precision);
-  printf("work        %d x %d tokens, %.1f GFLOP a step, %d threads\n", o->batch_size,
-         o->max_seq_length, flops * 1e-9, m->be->thread_count);
+         o->hidden, o->ffn, o->expert_count, o->top_k, o->layers, o->vocab, m->recipe->name);
+  printf("work        %d x %d tokens, %.1f GFLOP a step, ", o->batch_size, o->max_seq_length,
+         flops * 1e-9);
+  if (on_gpu(m->be))
+    printf("%s\n", m->be->description);
+  else
+    printf("%d threads\n", m->be->thread_count);
   printf("step        %.1f ms (median of %d), %.0f tokens/s\n", ms, steps, tokens / ms * 1e3);
   for (int p = 0; p < MT_PHASE_COUNT; p++) {
     double part = m->phase_s[p] * 1e3 / steps;
@@ -144,9 +199,16 @@ static void report(const struct mt_bench_options *o, const struct mt_model *m, d
       printf("  %-20s %8.1f ms  %4.1f%%\n", mt_phase_name((enum mt_phase)p), part, 100 * part / ms);
   }
   printf("model rate  %.1f GFLOP/s\n"
-         "dnnl_sgemm  %.1f GFLOP/s (%d x %d x %d, median of %d in turns with the steps)\n"
+         "%-11s %.1f GFLOP/s (%lld x %lld x %lld, median of %d in turns with the steps)\n"
          "share       %.1f%%\n",
-         rate, sgemm, SGEMM_N, SGEMM_N, SGEMM_N, steps, 100 * rate / sgemm);
+         rate, product, sgemm, (long long)y->n, (long long)y->n, (long long)y->n, steps,
+         100 * rate / sgemm);
+  struct mt_memory memory = mt_model_memory(m);
+  printf(
+      "memory      %.2f GiB: parameters %.2f, gradients %.2f, optimizer %.2f, activations %.2f\n",
+      gib(memory.parameters + memory.gradients + memory.optimizer + memory.activations),
+      gib(memory.parameters), gib(memory.gradients), gib(memory.optimizer),
+      gib(memory.activations));
 }
 
 mt_err mt_bench_run(const struct mt_bench_options *o) {
@@ -164,11 +226,12 @@ mt_err mt_bench_run(const struct mt_bench_options *o) {
                                     .weight_decay = 0.1,
                                     .clip = 1.0,
                                     .schedule = MT_SCHEDULE_CONSTANT};
-  MT_TRY(mt_backend_create(&be, "cpu", o->threads));
-  MT_GO(random_model(&m, &be, o));
+  const struct mt_recipe *recipe;
+  MT_TRY(mt_device_open(&o->device, &recipe, &be));
+  MT_GO(random_model(&m, &be, recipe, o));
   MT_GO(random_batch(&b, o));
   MT_GO(mt_optimizer_create(&opt, &m, &oo));
-  MT_GO(yardstick_make(&yard));
+  MT_GO(yardstick_make(&yard, &be, recipe));
   ms = calloc((size_t)o->train_steps + 1, sizeof *ms);
   sgemm = calloc((size_t)o->train_steps + 1, sizeof *sgemm);
   if (!ms || !sgemm) {
@@ -178,16 +241,18 @@ mt_err mt_bench_run(const struct mt_bench_options *o) {
   struct mt_batch *micro[] = {&b};
   for (int64_t i = 0; i < o->warmup_steps + o->train_steps; i++) {
     struct mt_step_result r;
+    MT_GO(be.sync(&be));
     double begin = mt_now_s();
     if (i == o->warmup_steps) memset(m.phase_s, 0, sizeof m.phase_s);
     MT_GO(mt_step_run(&m, &opt, micro, 1, &r));
-    double step_ms = (mt_now_s() - begin) * 1e3, yard_ms = yardstick_ms(&yard, be.thread_count);
+    MT_GO(be.sync(&be));
+    double step_ms = (mt_now_s() - begin) * 1e3, yard_ms;
+    MT_GO(yardstick_ms(&yard, &yard_ms));
     if (i < o->warmup_steps) continue;
     ms[i - o->warmup_steps] = step_ms;
     sgemm[i - o->warmup_steps] = yard_ms;
   }
-  double n = SGEMM_N, yard_ms = median(sgemm, (int)o->train_steps);
-  report(o, &m, median(ms, (int)o->train_steps), 2 * n * n * n / yard_ms * 1e-6);
+  report(o, &m, median(ms, (int)o->train_steps), &yard, median(sgemm, (int)o->train_steps));
 done:
   yardstick_free(&yard);
   free(sgemm);

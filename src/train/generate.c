@@ -133,7 +133,7 @@ static mt_err open_generation(struct generation *g) {
                                .blocks = MT_BLOCKS_FUSED,
                                .token_capacity = PREFILL,
                                .sequence_capacity = 1};
-  MT_TRY(mt_session_open(&g->s, o->model, o->precision, o->chat_template, o->threads));
+  MT_TRY(mt_session_open(&g->s, o->model, &o->device, o->chat_template));
   MT_TRY(mt_session_load(&g->s, &m, NULL));
   MT_TRY(mt_encoder_create(g->s.tokenizer, &g->encoder));
   MT_TRY(mt_sampler_create(&g->sampler, g->s.checkpoint.config.vocab));

@@ -10,6 +10,14 @@
 #include "model/model.h"
 #include "train/optimizer.h"
 
+/* Where and in which format a command computes. */
+struct mt_device_options {
+  const char *device;    /* "auto" (a GPU where there is one), "cpu", "cuda" */
+  const char *kernels;   /* of a GPU: "native", or "portable" (what every GPU from sm_80 on has) */
+  const char *precision; /* name of a recipe; NULL: bf16 on a GPU, fp32 on the CPU */
+  int threads;           /* of the CPU backend; 0: all cores */
+};
+
 struct mt_string_list {
   const char *const *item;
   int count;
@@ -35,9 +43,9 @@ struct mt_train_options {
   int lr_schedule;      /* enum mt_schedule */
   double weight_decay;  /* on matrices alone */
   double adam_beta1, adam_beta2, adam_eps;
-  double grad_clip;             /* global norm; 0: none */
-  uint64_t seed;                /* order of samples */
-  const char *precision;        /* name of a recipe: "fp32", "bf16" */
+  double grad_clip; /* global norm; 0: none */
+  uint64_t seed;    /* order of samples */
+  struct mt_device_options device;
   int experts;                  /* enum mt_experts_strategy */
   int blocks;                   /* enum mt_blocks_strategy */
   struct mt_string_list freeze; /* shell patterns over parameter names: "layers.0.*", "*router" */
@@ -45,7 +53,6 @@ struct mt_train_options {
   int64_t eval_every;           /* steps; 0: before the first and after the last alone */
   int64_t save_every;           /* steps; 0: after the last alone */
   int64_t log_every;            /* steps between plain lines */
-  int threads;                  /* 0: all cores */
   bool train_on_prompt;         /* loss on every token, not the answer's alone */
   bool skip_bad_lines;          /* count malformed lines instead of stopping */
   const char *chat_template;    /* name of a known template; NULL: the checkpoint's */
@@ -55,8 +62,8 @@ struct mt_train_options {
 /* `moetune eval`: mean cross-entropy, perplexity and accuracy of a file's targets. */
 struct mt_eval_options {
   const char *model, *data;
-  int batch_size, max_seq_length, threads;
-  const char *precision;
+  int batch_size, max_seq_length;
+  struct mt_device_options device;
   bool train_on_prompt, skip_bad_lines;
   const char *chat_template;
   bool json;               /* one JSON object on stdout instead of lines */
@@ -76,8 +83,7 @@ struct mt_generate_options {
   double top_p;       /* (0, 1] */
   uint64_t seed;
   struct mt_string_list stop; /* texts that end the answer, not printed */
-  const char *precision;
-  int threads;
+  struct mt_device_options device;
   bool stream; /* print as tokens come */
 };
 
@@ -88,11 +94,10 @@ struct mt_inspect_options {
   bool tensors; /* list every tensor */
   bool train;
   int batch_size, max_seq_length;
-  const char *precision;
+  struct mt_device_options device;
   int experts, blocks;
   struct mt_string_list freeze;
   double router_aux_coef;
-  int threads;
 };
 
 /* `moetune bench`: a training step of a model of these sizes, beside the bare matrix product. */
@@ -101,9 +106,8 @@ struct mt_bench_options {
   int hidden, ffn, layers, heads, kv_heads, expert_count, top_k, vocab;
   int batch_size, max_seq_length;
   int64_t warmup_steps, train_steps;
-  const char *precision;
+  struct mt_device_options device;
   int experts, blocks;
-  int threads;
   uint64_t seed;
   bool json; /* one JSON object on stdout instead of lines */
 };

@@ -12,13 +12,23 @@ double mt_now_s(void) {
   return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
-mt_err mt_session_open(struct mt_session *s, const char *model_dir, const char *precision,
-                       const char *chat_template, int threads) {
+mt_err mt_device_open(const struct mt_device_options *o, const struct mt_recipe **recipe,
+                      struct mt_backend *be) {
+  bool cuda = strcmp(o->device, "cuda") == 0 ||
+              (strcmp(o->device, "auto") == 0 && mt_cuda_device_count() > 0);
+  const char *precision = o->precision ? o->precision : cuda ? "bf16" : "fp32";
+  *recipe = mt_recipe_find(precision);
+  if (!*recipe) return mt_fail(MT_EUNSUPPORTED, "no precision '%s'", precision);
+  if (cuda) return mt_backend_cuda_create(be, strcmp(o->kernels, "portable") == 0);
+  if ((*recipe)->act == MT_F64) return mt_backend_ref_create(be);
+  return mt_backend_cpu_create(be, o->threads);
+}
+
+mt_err mt_session_open(struct mt_session *s, const char *model_dir,
+                       const struct mt_device_options *device, const char *chat_template) {
   char path[MT_PATH_MAX];
   mt_err err;
   *s = (struct mt_session){0};
-  s->recipe = mt_recipe_find(precision);
-  if (!s->recipe) return mt_fail(MT_EUNSUPPORTED, "no precision '%s'", precision);
   MT_GO(mt_hf_open(model_dir, &s->checkpoint));
   MT_GO(mt_path_join(path, model_dir, "tokenizer.json"));
   MT_GO(mt_tokenizer_load(path, &s->tokenizer));
@@ -31,7 +41,7 @@ mt_err mt_session_open(struct mt_session *s, const char *model_dir, const char *
     MT_GO(mt_template_find(chat_template, &s->chat));
   else
     MT_GO(mt_template_detect(model_dir, &s->chat));
-  MT_GO(mt_backend_create(&s->be, s->recipe->act == MT_F64 ? "ref" : "cpu", threads));
+  MT_GO(mt_device_open(device, &s->recipe, &s->be));
 done:
   if (err) mt_session_close(s);
   return err;
@@ -73,7 +83,10 @@ void mt_session_describe(const struct mt_session *s) {
           "%d experts, top-%d",
           s->checkpoint.dir, (double)total / 1e6, (double)active / 1e6, (double)learning / 1e6,
           c->layers, c->hidden, c->experts, c->top_k);
-  mt_info("device   %s, %d threads, %s", s->be.name, s->be.thread_count, s->recipe->name);
+  if (s->be.description[0])
+    mt_info("device   %s: %s, %s", s->be.name, s->be.description, s->recipe->name);
+  else
+    mt_info("device   %s, %d threads, %s", s->be.name, s->be.thread_count, s->recipe->name);
 }
 
 mt_err mt_evaluate(struct mt_model *m, struct mt_loader *l, struct mt_evaluation *out) {

@@ -15,10 +15,15 @@ struct mt_session {
   struct mt_model model;
 };
 
+/* The recipe and the backend that options name. Errors: MT_EUNSUPPORTED naming what there is not.
+ */
+mt_err mt_device_open(const struct mt_device_options *o, const struct mt_recipe **recipe,
+                      struct mt_backend *be);
+
 /* Checkpoint (weights not yet read), tokenizer and chat template (NULL: the checkpoint's), recipe
  * and backend. Errors: those of the rooms; a tokenizer with more ids than the model has rows. */
-mt_err mt_session_open(struct mt_session *s, const char *model_dir, const char *precision,
-                       const char *chat_template, int threads);
+mt_err mt_session_open(struct mt_session *s, const char *model_dir,
+                       const struct mt_device_options *device, const char *chat_template);
 /* Builds the model with the freeze patterns applied and loads the weights. */
 mt_err mt_session_load(struct mt_session *s, const struct mt_model_options *options,
                        const struct mt_string_list *freeze);

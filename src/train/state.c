@@ -77,18 +77,19 @@ done:
 }
 
 /* Options that a resumed run must share with the run it continues. */
-static json_t *shared_options(const struct mt_train_options *o) {
+static json_t *shared_options(const struct mt_train_options *o, const struct mt_recipe *recipe) {
   return json_pack("{s:I, s:i, s:i, s:i, s:s, s:b}", "seed", (json_int_t)o->seed, "batch-size",
                    o->batch_size, "grad-accum", o->grad_accum, "max-seq-length", o->max_seq_length,
-                   "precision", o->precision, "train-on-prompt", o->train_on_prompt);
+                   "precision", recipe->name, "train-on-prompt", o->train_on_prompt);
 }
 
 static mt_err save_facts(const struct mt_optimizer *o, const struct mt_loader *l,
                          const struct mt_train_options *options, const char *path) {
-  json_t *root = json_pack(
-      "{s:i, s:I, s:I, s:I, s:I, s:o}", "version", STATE_VERSION, "step", (json_int_t)o->step,
-      "epoch", (json_int_t)l->next.epoch, "index", (json_int_t)l->next.index, "samples",
-      (json_int_t)mt_dataset_stats(l->data).samples, "options", shared_options(options));
+  json_t *root =
+      json_pack("{s:i, s:I, s:I, s:I, s:I, s:o}", "version", STATE_VERSION, "step",
+                (json_int_t)o->step, "epoch", (json_int_t)l->next.epoch, "index",
+                (json_int_t)l->next.index, "samples", (json_int_t)mt_dataset_stats(l->data).samples,
+                "options", shared_options(options, o->model->recipe));
   char *text = json_dumps(root, JSON_INDENT(2));
   json_decref(root);
   if (!text) return mt_fail(MT_ENOMEM, "training state");
@@ -184,8 +185,9 @@ done:
 }
 
 static mt_err check_options(const char *path, const json_t *root,
-                            const struct mt_train_options *options, const struct mt_loader *l) {
-  json_t *mine = shared_options(options), *value;
+                            const struct mt_train_options *options, const struct mt_loader *l,
+                            const struct mt_recipe *recipe) {
+  json_t *mine = shared_options(options, recipe), *value;
   const json_t *theirs = json_object_get(root, "options");
   const char *key;
   mt_err err = MT_OK;
@@ -218,7 +220,7 @@ mt_err mt_state_load(const char *path, struct mt_session *s, struct mt_optimizer
     err = mt_fail(MT_EFORMAT, "%s: %s", file, root ? "another version's state" : why.text);
     goto done;
   }
-  MT_GO(check_options(path, root, options, l));
+  MT_GO(check_options(path, root, options, l, s->recipe));
   MT_GO(mt_path_join(file, path, tensors_name));
   MT_GO(load_tensors(file, s));
   o->step = json_integer_value(json_object_get(root, "step"));

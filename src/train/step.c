@@ -34,6 +34,6 @@ mt_err mt_step_run(struct mt_model *m, struct mt_optimizer *o, struct mt_batch *
     return mt_fail(MT_ENUMERIC, "loss %g, gradient norm %g", out->loss, out->grad_norm);
   }
   MT_TRY(mt_optimizer_update(o, &out->lr));
-  mt_phase_mark(m, MT_PHASE_OPTIMIZER);
-  return MT_OK;
+  MT_TRY(mt_phase_mark(m, MT_PHASE_OPTIMIZER));
+  return mt_phase_collect(m);
 }

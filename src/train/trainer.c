@@ -145,7 +145,7 @@ static mt_err write_facts(const struct run *r) {
       json_pack("{s:s, s:s, s:s?, s:s, s:s, s:s, s:i, s:i, s:i, s:I, s:I, s:f, s:f, "
                 "s:f, s:f, s:f, s:f, s:f, s:I}",
                 "model", o->model, "data", o->data, "eval-data", o->eval_data, "precision",
-                o->precision, "experts", o->experts == MT_EXPERTS_LOOP ? "loop" : "grouped",
+                r->s.recipe->name, "experts", o->experts == MT_EXPERTS_LOOP ? "loop" : "grouped",
                 "blocks", o->blocks == MT_BLOCKS_UNFUSED ? "unfused" : "fused", "batch-size",
                 o->batch_size, "grad-accum", o->grad_accum, "max-seq-length", o->max_seq_length,
                 "warmup-steps", (json_int_t)o->warmup_steps, "total-steps",
@@ -270,8 +270,7 @@ static mt_err train(struct run *r) {
   struct mt_evaluation before = {0};
   if (o->resume) MT_TRY(mt_state_find(o, from));
   MT_TRY(mt_dir_create(o->out));
-  MT_TRY(
-      mt_session_open(&r->s, *from ? from : o->model, o->precision, o->chat_template, o->threads));
+  MT_TRY(mt_session_open(&r->s, *from ? from : o->model, &o->device, o->chat_template));
   MT_TRY(open_data(r, o->data, &r->data)); /* tokenised while the weights are read */
   if (o->eval_data) MT_TRY(open_data(r, o->eval_data, &r->eval_data));
   MT_TRY(open_model(r));

@@ -46,7 +46,8 @@ static void defaults(void **state) {
   assert_true(o->lr == 2e-5);
   assert_true(o->router_aux_coef == -1);
   assert_int_equal(o->lr_schedule, MT_SCHEDULE_COSINE);
-  assert_string_equal(o->precision, "fp32");
+  assert_null(o->device.precision);
+  assert_string_equal(o->device.device, "auto");
   assert_int_equal(o->experts, MT_EXPERTS_GROUPED);
   assert_int_equal(o->blocks, MT_BLOCKS_FUSED);
   assert_int_equal(o->freeze.count, 0);

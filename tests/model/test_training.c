@@ -270,12 +270,11 @@ static struct mt_train_options train_options(const char *model, const char *data
                                    .adam_eps = 1e-8,
                                    .grad_clip = 1,
                                    .seed = 7,
-                                   .precision = "bf16",
+                                   .device = {"cpu", "native", "bf16", 2},
                                    .experts = MT_EXPERTS_GROUPED,
                                    .blocks = MT_BLOCKS_FUSED,
                                    .router_aux_coef = -1,
-                                   .log_every = 100,
-                                   .threads = 2};
+                                   .log_every = 100};
 }
 
 static void same_file(const char *a_dir, const char *b_dir, const char *name, bool same) {

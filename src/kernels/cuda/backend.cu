@@ -1,5 +1,7 @@
 /* The CUDA backend: its memory, its stream, its table of operations. */
+#include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include "kernels/cuda/cuda.h"
 
@@ -66,11 +68,23 @@ static void mem_free(struct mt_backend *be, void *p, size_t size_bytes) {
   (void)cudaFree(p);
 }
 
+/* A small source is free again on return and the host has not waited for the stream; a large one is
+ * copied when everything before it is done. */
 static mt_err upload(struct mt_backend *be, void *dst, const void *src, size_t size_bytes) {
+  struct mt_cuda *c = mt_cuda_of(be);
   if (size_bytes == 0) return MT_OK;
-  return mt_cuda_check(
-      cudaMemcpyAsync(dst, src, size_bytes, cudaMemcpyHostToDevice, mt_cuda_of(be)->stream),
-      "upload");
+  if (size_bytes > MT_CUDA_RING_BYTES) {
+    return mt_cuda_check(cudaMemcpyAsync(dst, src, size_bytes, cudaMemcpyHostToDevice, c->stream),
+                         "upload");
+  }
+  int slot = c->ring_next;
+  char *pinned = c->ring + (size_t)slot * MT_CUDA_RING_BYTES;
+  c->ring_next = (slot + 1) % MT_CUDA_RING;
+  MT_TRY(mt_cuda_check(cudaEventSynchronize(c->ring_free[slot]), "upload"));
+  memcpy(pinned, src, size_bytes);
+  MT_TRY(mt_cuda_check(cudaMemcpyAsync(dst, pinned, size_bytes, cudaMemcpyHostToDevice, c->stream),
+                       "upload"));
+  return mt_cuda_check(cudaEventRecord(c->ring_free[slot], c->stream), "upload");
 }
 
 static mt_err download(struct mt_backend *be, void *dst, const void *src, size_t size_bytes) {
@@ -90,12 +104,34 @@ static mt_err sync_stream(struct mt_backend *be) {
   return mt_cuda_check(cudaStreamSynchronize(mt_cuda_of(be)->stream), "waiting for the GPU");
 }
 
+static mt_err stamp(struct mt_backend *be, int slot) {
+  struct mt_cuda *c = mt_cuda_of(be);
+  if (!c->stamps[slot]) MT_TRY(mt_cuda_check(cudaEventCreate(&c->stamps[slot]), "stamp"));
+  return mt_cuda_check(cudaEventRecord(c->stamps[slot], c->stream), "stamp");
+}
+
+static mt_err stamp_read(struct mt_backend *be, int from, int to, double *seconds) {
+  struct mt_cuda *c = mt_cuda_of(be);
+  float ms = 0;
+  MT_TRY(mt_cuda_check(cudaEventSynchronize(c->stamps[to]), "stamp_read"));
+  MT_TRY(mt_cuda_check(cudaEventElapsedTime(&ms, c->stamps[from], c->stamps[to]), "stamp_read"));
+  *seconds = 1e-3 * (double)ms;
+  return MT_OK;
+}
+
 static void destroy(struct mt_backend *be) {
   struct mt_cuda *c = mt_cuda_of(be);
   if (!c) return;
   mt_cuda_attention_free(c->attention);
   mt_cuda_plans_free(c->plans);
   if (c->lt) (void)cublasLtDestroy(c->lt);
+  for (int i = 0; i < MT_STAMPS; i++) {
+    if (c->stamps[i]) (void)cudaEventDestroy(c->stamps[i]);
+  }
+  for (int i = 0; i < MT_CUDA_RING; i++) {
+    if (c->ring_free[i]) (void)cudaEventDestroy(c->ring_free[i]);
+  }
+  if (c->ring) (void)cudaFreeHost(c->ring);
   if (c->stream) (void)cudaStreamDestroy(c->stream);
   free(c);
   be->impl = NULL;
@@ -110,7 +146,17 @@ extern "C" int mt_cuda_device_count(void) {
   return count;
 }
 
-static mt_err open_device(struct mt_cuda *c, int device) {
+static mt_err open_ring(struct mt_cuda *c) {
+  MT_TRY(mt_cuda_check(cudaMallocHost((void **)&c->ring, (size_t)MT_CUDA_RING * MT_CUDA_RING_BYTES),
+                       "pinned memory"));
+  for (int i = 0; i < MT_CUDA_RING; i++) {
+    MT_TRY(mt_cuda_check(cudaEventCreateWithFlags(&c->ring_free[i], cudaEventDisableTiming),
+                         "making an event"));
+  }
+  return MT_OK;
+}
+
+static mt_err open_device(struct mt_backend *be, struct mt_cuda *c, int device) {
   cudaDeviceProp p;
   MT_TRY(mt_cuda_check(cudaSetDevice(device), "choosing a GPU"));
   MT_TRY(mt_cuda_check(cudaGetDeviceProperties(&p, device), "asking for the GPU's properties"));
@@ -118,12 +164,15 @@ static mt_err open_device(struct mt_cuda *c, int device) {
   c->sm_count = p.multiProcessorCount;
   c->capability = 10 * p.major + p.minor;
   c->shared_optin_bytes = p.sharedMemPerBlockOptin;
+  snprintf(be->description, sizeof be->description, "%.64s, %.0f GiB", p.name,
+           (double)p.totalGlobalMem / (1 << 30));
   if (c->capability < 80) {
     return mt_fail(MT_EUNSUPPORTED, "%s has compute capability %d.%d; 8.0 is the least", p.name,
                    p.major, p.minor);
   }
   MT_TRY(mt_cuda_check(cudaStreamCreateWithFlags(&c->stream, cudaStreamNonBlocking),
                        "making a stream"));
+  MT_TRY(open_ring(c));
   if (cublasLtCreate(&c->lt) != CUBLAS_STATUS_SUCCESS) {
     return mt_fail(MT_EDEVICE, "cuBLASLt cannot be started");
   }
@@ -141,7 +190,7 @@ extern "C" mt_err mt_backend_cuda_create(struct mt_backend *be, bool portable) {
   be->impl = c;
   be->destroy = destroy;
   c->portable = portable;
-  MT_GO(open_device(c, 0));
+  MT_GO(open_device(be, c, 0));
 #define X(op) be->ops.op = mt_cuda_##op;
   MT_OP_LIST(X)
 #undef X
@@ -152,6 +201,8 @@ extern "C" mt_err mt_backend_cuda_create(struct mt_backend *be, bool portable) {
   be->download = download;
   be->zero = zero;
   be->sync = sync_stream;
+  be->stamp = stamp;
+  be->stamp_read = stamp_read;
 done:
   if (err) mt_backend_destroy(be);
   return err;

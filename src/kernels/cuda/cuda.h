@@ -14,6 +14,10 @@ extern "C" {
 #include "backend/check.h"
 #include "backend/device.h"
 
+/* Small uploads go through pinned memory, so that the host does not wait for the stream: a ring of
+ * slots, each free again once the copy out of it has run. */
+enum { MT_CUDA_RING = 16, MT_CUDA_RING_BYTES = 1 << 20 };
+
 /* State of one backend: backend.impl. */
 struct mt_cuda {
   int device;
@@ -22,6 +26,10 @@ struct mt_cuda {
   size_t shared_optin_bytes; /* of a block, at most */
   bool portable;       /* nothing that only one generation of chips has (backend "cuda-portable") */
   cudaStream_t stream; /* all operations run on it */
+  char *ring;          /* pinned [MT_CUDA_RING][MT_CUDA_RING_BYTES] */
+  cudaEvent_t ring_free[MT_CUDA_RING];
+  int ring_next;
+  cudaEvent_t stamps[MT_STAMPS]; /* made when first asked for */
   cublasLtHandle_t lt;
   struct mt_cuda_plans *plans;         /* algorithms chosen for products so far (linear.cu) */
   struct mt_cuda_attention *attention; /* attention.cu's own state, or NULL */

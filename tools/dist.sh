@@ -1,0 +1,29 @@
+#!/bin/sh
+# Packs programs with the libraries they need into a directory that runs on another Linux machine
+# (x86-64-v3, glibc not older than this one's; for a GPU its driver alone).
+#   tools/dist.sh OUT_DIR [--without-cuda-libraries] [PROGRAM...]
+# Default program: build/dist/moetune. Libraries go to OUT_DIR/lib; the loader, libc and what belongs
+# to the driver stay out. Builds nothing: run `make dist`, which calls this.
+set -eu
+cd "$(dirname "$0")/.."
+out=$1
+shift
+cuda=yes
+if [ "${1:-}" = --without-cuda-libraries ]; then
+  cuda=no
+  shift
+fi
+[ $# -gt 0 ] || set -- build/dist/moetune
+rm -rf "$out"
+mkdir -p "$out/lib"
+for program in "$@"; do
+  cp "$program" "$out/"
+  ldd "$program" | awk '$2 == "=>" && $3 ~ /^\// { print $1, $3 }'
+done | sort -u | while read -r name path; do
+  case $name in
+  libc.so.* | libm.so.* | libpthread.so.* | libdl.so.* | librt.so.* | ld-linux* | libcuda.so.*) continue ;;
+  libcublas* | libcudnn* | libnccl*) [ $cuda = yes ] || continue ;;
+  esac
+  cp -L "$path" "$out/lib/$name"
+done
+echo "packed $* into $out ($(du -sh "$out" | cut -f1))"
