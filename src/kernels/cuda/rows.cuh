@@ -49,12 +49,14 @@ static inline bool rows_wide(const struct mt_tensor *t) {
   } while (0)
 
 /* A pack as one store: the compiler splits the assignment of a pack that lived across branches into
- * words, but not this intrinsic. */
+ * words, but it leaves assembly alone. p is global memory. */
 template <class T, int V> __device__ __forceinline__ void store_pack(T *p, const pack<T, V> &v) {
   if constexpr (sizeof v == sizeof(uint4)) {
     uint4 word;
     memcpy(&word, &v, sizeof word);
-    __stwb(reinterpret_cast<uint4 *>(p), word);
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(word.x), "r"(word.y),
+                 "r"(word.z), "r"(word.w)
+                 : "memory");
   } else {
     *reinterpret_cast<pack<T, V> *>(p) = v;
   }
