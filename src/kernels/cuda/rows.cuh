@@ -57,6 +57,10 @@ template <class T, int V> __device__ __forceinline__ void store_pack(T *p, const
     asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(word.x), "r"(word.y),
                  "r"(word.z), "r"(word.w)
                  : "memory");
+  } else if constexpr (sizeof v == sizeof(uint2)) {
+    uint2 word;
+    memcpy(&word, &v, sizeof word);
+    asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(p), "r"(word.x), "r"(word.y) : "memory");
   } else {
     *reinterpret_cast<pack<T, V> *>(p) = v;
   }
