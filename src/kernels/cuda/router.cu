@@ -5,7 +5,7 @@
 /* Experts that a thread holds sums for at once, and tokens of one warp or block. */
 enum { GROUP = 8, LOGIT_TOKENS = 4, LOGIT_WARPS = 4, DX_TOKENS = 8 };
 enum { ROUTE_WARPS = 8, ROUTE_BLOCKS = 256 };
-enum { COLUMN_THREADS = 128, DW_PARTS = 64, DW_TOKENS = 64 };
+enum { COLUMN_THREADS = 128, DW_PARTS = 128, DW_TOKENS = 64 };
 
 static int64_t groups_of(int64_t experts) {
   return div_up(experts, GROUP);
@@ -22,6 +22,18 @@ extern "C" size_t mt_cuda_router_bytes(const struct mt_limits *l) {
   int64_t experts = l->experts > 0 ? l->experts : 1;
   int64_t forward = ROUTE_BLOCKS * experts, backward = dw_parts(experts) * experts * l->hidden;
   return (size_t)(forward > backward ? forward : backward) * sizeof(float);
+}
+
+/* What is read once should not push w out of the L1. */
+template <class T, int V> __device__ __forceinline__ pack<T, V> load_once(const T *p) {
+  pack<T, V> v;
+  if constexpr (sizeof v == sizeof(uint4)) {
+    uint4 word = __ldcs(reinterpret_cast<const uint4 *>(p));
+    memcpy(&v, &word, sizeof v);
+  } else {
+    v = *reinterpret_cast<const pack<T, V> *>(p);
+  }
+  return v;
 }
 
 /* logits[t, e] of LOGIT_TOKENS tokens and GROUP experts by one warp, whose lanes share the columns:
@@ -41,7 +53,7 @@ __global__ void __launch_bounds__(32 * LOGIT_WARPS)
     for (int t = 0; t < LOGIT_TOKENS; t++) {
       /* A warp's spare tokens repeat the last: what they give is not kept. */
       int64_t token = t0 + t < valid ? t0 + t : valid - 1;
-      px[t] = *reinterpret_cast<const pack<T, V> *>(row_of(x, token) + i);
+      px[t] = load_once<T, V>(row_of(x, token) + i);
     }
 #pragma unroll
     for (int e = 0; e < GROUP; e++) {
