@@ -58,6 +58,7 @@ mt_err mt_cuda_scratch(const struct mt_backend *be, const char *op, size_t need_
 
 /* Bytes of scratch that a family of operations needs within the limits: pure functions, the
  * workspace is the largest of them. */
+size_t mt_cuda_embed_bytes(const struct mt_limits *l);
 size_t mt_cuda_norm_bytes(const struct mt_limits *l);
 size_t mt_cuda_router_bytes(const struct mt_limits *l);
 size_t mt_cuda_permute_bytes(const struct mt_limits *l);

@@ -1,19 +1,280 @@
-/* Norm of all gradients and AdamW. Formulas: docs/math.md, "AdamW and clipping". */
-#include "kernels/cuda/device.cuh"
+/* Norm of all gradients and AdamW: bound by memory, one pass each over many tensors. Kernels get
+ * the tensors by value in their parameters, some at a time. Formulas: docs/math.md, "AdamW and
+ * clipping". */
+#include <math.h>
 
+#include "kernels/cuda/rows.cuh"
+
+enum { SUM_BLOCKS = 1024, SUM_THREADS = 256, SUM_TENSORS = 128, SUM_TILE = 8192 };
+enum { UPDATE_THREADS = 256, UPDATE_SEGMENTS = 48, UPDATE_TILE = 8192 };
+
+/* One float64 sum for each block. */
 extern "C" size_t mt_cuda_optimizer_bytes(const struct mt_limits *l) {
   (void)l;
-  return 0;
+  return SUM_BLOCKS * sizeof(double);
+}
+
+struct sum_list {
+  int count, more; /* more: earlier lists have left their sums in `partial` */
+  double *partial; /* [SUM_BLOCKS] */
+  const void *data[SUM_TENSORS];
+  int64_t n[SUM_TENSORS];
+  int64_t first_tile[SUM_TENSORS + 1];
+  uint8_t is_bf16[SUM_TENSORS];
+};
+
+/* The list's entry that holds the tile: the last whose first tile is not past it. */
+__device__ __forceinline__ int entry_of(const int64_t *first_tile, int count, int64_t tile) {
+  int low = 0, high = count - 1;
+  while (low < high) {
+    int middle = (low + high + 1) / 2;
+    if (first_tile[middle] <= tile) {
+      low = middle;
+    } else {
+      high = middle - 1;
+    }
+  }
+  return low;
+}
+
+/* Squares in float64: a float32 one is infinite from 1.9e19 on, where the gradient is not. */
+template <class T>
+__device__ __forceinline__ double sum_tile(const T *x, int64_t begin, int64_t end) {
+  constexpr int V = wide<T>;
+  double sum = 0;
+  int64_t whole = begin;
+  if ((reinterpret_cast<uintptr_t>(x) & 15) == 0) { /* begin is a multiple of the tile */
+    whole = begin + (end - begin) / V * V;
+#pragma unroll 4
+    for (int64_t i = begin + threadIdx.x * V; i < whole; i += SUM_THREADS * V) {
+      float v[V];
+      load_floats<T, V>(x + i, v);
+#pragma unroll
+      for (int j = 0; j < V; j++) sum += (double)v[j] * (double)v[j];
+    }
+  }
+  for (int64_t i = whole + threadIdx.x; i < end; i += SUM_THREADS) {
+    sum += (double)to_float(x[i]) * (double)to_float(x[i]);
+  }
+  return sum;
+}
+
+/* The block's sum in thread 0, added up as a tree. */
+template <int THREADS> __device__ double tree_sum(double x) {
+  __shared__ double shared[THREADS];
+  shared[threadIdx.x] = x;
+  for (int n = THREADS / 2; n > 0; n /= 2) {
+    __syncthreads();
+    if ((int)threadIdx.x < n) shared[threadIdx.x] += shared[threadIdx.x + n];
+  }
+  return shared[0];
+}
+
+/* Block b takes tiles b, b + SUM_BLOCKS and so on of the list. */
+__global__ void __launch_bounds__(SUM_THREADS) sum_squares(const __grid_constant__ sum_list l) {
+  double sum = 0;
+  for (int64_t tile = blockIdx.x; tile < l.first_tile[l.count]; tile += SUM_BLOCKS) {
+    int e = entry_of(l.first_tile, l.count, tile);
+    int64_t begin = (tile - l.first_tile[e]) * SUM_TILE, end = begin + SUM_TILE;
+    if (end > l.n[e]) end = l.n[e];
+    sum += l.is_bf16[e] ? sum_tile((const bf16 *)l.data[e], begin, end)
+                        : sum_tile((const float *)l.data[e], begin, end);
+  }
+  sum = tree_sum<SUM_THREADS>(sum);
+  if (threadIdx.x == 0) l.partial[blockIdx.x] = l.more ? l.partial[blockIdx.x] + sum : sum;
+}
+
+__global__ void __launch_bounds__(SUM_BLOCKS) sum_partials(const double *partial, double *out) {
+  double sum = tree_sum<SUM_BLOCKS>(partial[threadIdx.x]);
+  if (threadIdx.x == 0) *out = sum;
 }
 
 extern "C" mt_err mt_cuda_sumsq(struct mt_backend *be, const struct mt_sumsq_args *a) {
-  (void)be;
   MT_TRY(mt_check_sumsq(a));
-  return mt_fail(MT_EUNSUPPORTED, "cuda: sumsq");
+  cudaStream_t s = mt_cuda_of(be)->stream;
+  void *partial;
+  MT_TRY(mt_cuda_scratch(be, "sumsq", SUM_BLOCKS * sizeof(double), &partial));
+  struct sum_list l = {};
+  l.partial = (double *)partial;
+  for (int i = 0; i < a->tensor_count; i++) {
+    const struct mt_tensor *t = &a->tensors[i];
+    MT_TRY(mt_cuda_format("sumsq", t));
+    l.data[l.count] = t->data;
+    l.n[l.count] = mt_count(t);
+    l.is_bf16[l.count] = t->dtype == MT_BF16;
+    l.first_tile[l.count + 1] = l.first_tile[l.count] + div_up(l.n[l.count], SUM_TILE);
+    l.count++;
+    if (l.count < SUM_TENSORS && i + 1 < a->tensor_count) continue;
+    sum_squares<<<SUM_BLOCKS, SUM_THREADS, 0, s>>>(l);
+    MT_TRY(mt_cuda_launched("sumsq"));
+    l.count = 0;
+    l.more = 1;
+  }
+  if (a->tensor_count <= 0) {
+    return mt_cuda_check(cudaMemsetAsync(a->out, 0, sizeof *a->out, s), "sumsq");
+  }
+  sum_partials<<<1, SUM_BLOCKS, 0, s>>>((const double *)partial, a->out);
+  return mt_cuda_launched("sumsq");
+}
+
+struct update {
+  float beta1, beta2, step_size, root_c2, eps, keep;
+  double clip;
+  const double *grad_sumsq; /* [1] or NULL: no scaling */
+};
+
+struct update_list {
+  int count;
+  struct update u; /* keep: of segments that decay */
+  float *w[UPDATE_SEGMENTS], *m[UPDATE_SEGMENTS], *v[UPDATE_SEGMENTS];
+  const void *g[UPDATE_SEGMENTS];
+  bf16 *compute[UPDATE_SEGMENTS]; /* or NULL */
+  int64_t n[UPDATE_SEGMENTS];
+  int64_t first_tile[UPDATE_SEGMENTS + 1];
+  uint8_t decay[UPDATE_SEGMENTS], grad_is_bf16[UPDATE_SEGMENTS], is_wide[UPDATE_SEGMENTS];
+};
+static_assert(sizeof(struct update_list) <= 4096 && sizeof(struct sum_list) <= 4096,
+              "what the parameters of a kernel hold on every chip and driver");
+
+/* One element; the operations in the order of kernels/cpu/optimizer.c. */
+__device__ __forceinline__ void adamw_one(float &w, float &m, float &v, float g, float keep,
+                                          float scale, const struct update &u) {
+  g *= scale;
+  m = u.beta1 * m + (1.0f - u.beta1) * g;
+  v = u.beta2 * v + (1.0f - u.beta2) * g * g;
+  w = w * keep - u.step_size * m / (sqrtf(v) * u.root_c2 + u.eps);
+}
+
+struct update_segment {
+  float *w, *m, *v;
+  const void *g;
+  bf16 *compute;
+  float keep, scale;
+};
+
+/* How a state is kept: where float32 weights and moments were stored narrower, rounding at random
+ * would go here. */
+template <int V> __device__ __forceinline__ void store_state(float *p, const float (&x)[V]) {
+  store_row<float, V>(p, x);
+}
+
+template <class G, int V>
+__device__ __forceinline__ void adamw_at(const struct update_segment &s, const struct update &u,
+                                         int64_t i, float (&w)[V], float (&m)[V], float (&v)[V],
+                                         const float (&g)[V]) {
+#pragma unroll
+  for (int j = 0; j < V; j++) adamw_one(w[j], m[j], v[j], g[j], s.keep, s.scale, u);
+  store_state<V>(s.w + i, w);
+  store_state<V>(s.m + i, m);
+  store_state<V>(s.v + i, v);
+  if (s.compute) store_row<bf16, V>(s.compute + i, w);
+}
+
+/* DEPTH accesses of each array are asked for before the first is used. */
+template <class G, int V, int DEPTH>
+__device__ __forceinline__ void adamw_run(const struct update_segment &s, const struct update &u,
+                                          int64_t begin, int64_t end) {
+  constexpr int STEP = UPDATE_THREADS * V;
+  for (int64_t base = begin + threadIdx.x * V; base < end; base += DEPTH * STEP) {
+    float w[DEPTH][V], m[DEPTH][V], v[DEPTH][V], g[DEPTH][V];
+#pragma unroll
+    for (int d = 0; d < DEPTH; d++) {
+      int64_t i = base + d * STEP;
+      if (i >= end) continue;
+      load_floats<G, V>((const G *)s.g + i, g[d]);
+      load_floats<float, V>(s.w + i, w[d]);
+      load_floats<float, V>(s.m + i, m[d]);
+      load_floats<float, V>(s.v + i, v[d]);
+    }
+#pragma unroll
+    for (int d = 0; d < DEPTH; d++) {
+      int64_t i = base + d * STEP;
+      if (i < end) adamw_at<G, V>(s, u, i, w[d], m[d], v[d], g[d]);
+    }
+  }
+}
+
+template <class G>
+__device__ __forceinline__ void adamw_tile(const struct update_segment &s, const struct update &u,
+                                           bool is_wide, int64_t begin, int64_t end) {
+  int64_t whole = begin;
+  if (is_wide) {
+    whole = begin + (end - begin) / 4 * 4;
+    adamw_run<G, 4, 2>(s, u, begin, whole);
+  }
+  adamw_run<G, 1, 1>(s, u, whole, end);
+}
+
+/* One block a tile. torch's clip_grad_norm_: a norm that is not a number scales nothing here, as in
+ * the other backends. */
+__global__ void __launch_bounds__(UPDATE_THREADS)
+    adamw_tiles(const __grid_constant__ update_list l) {
+  __shared__ float shared_scale;
+  if (threadIdx.x == 0) {
+    double scale = 1;
+    if (l.u.grad_sumsq) scale = fmin(1.0, l.u.clip / (sqrt(*l.u.grad_sumsq) + 1e-6));
+    shared_scale = (float)scale;
+  }
+  __syncthreads();
+  int e = entry_of(l.first_tile, l.count, blockIdx.x);
+  int64_t begin = (blockIdx.x - l.first_tile[e]) * UPDATE_TILE, end = begin + UPDATE_TILE;
+  if (end > l.n[e]) end = l.n[e];
+  struct update_segment s = {
+      l.w[e], l.m[e], l.v[e], l.g[e], l.compute[e], l.decay[e] ? l.u.keep : 1.0f, shared_scale};
+  if (l.grad_is_bf16[e]) {
+    adamw_tile<bf16>(s, l.u, l.is_wide[e], begin, end);
+  } else {
+    adamw_tile<float>(s, l.u, l.is_wide[e], begin, end);
+  }
+}
+
+static mt_err adamw_formats(const struct mt_adamw_segment *s) {
+  if (s->master.dtype != MT_F32) {
+    return mt_fail(MT_EUNSUPPORTED, "adamw: weights and moments in %s; the cuda backend has f32",
+                   mt_dtype_name(s->master.dtype));
+  }
+  if (s->compute.data && s->compute.dtype != MT_BF16) {
+    return mt_fail(MT_EUNSUPPORTED, "adamw: a rounded copy in %s", mt_dtype_name(s->compute.dtype));
+  }
+  return mt_cuda_format("adamw", &s->grad);
+}
+
+static void list_segment(struct update_list *l, const struct mt_adamw_segment *s) {
+  int i = l->count++;
+  l->w[i] = (float *)s->master.data;
+  l->m[i] = (float *)s->m.data;
+  l->v[i] = (float *)s->v.data;
+  l->g[i] = s->grad.data;
+  l->compute[i] = (bf16 *)s->compute.data;
+  l->n[i] = s->master.dim[0];
+  l->first_tile[i + 1] = l->first_tile[i] + div_up(l->n[i], UPDATE_TILE);
+  l->decay[i] = s->decay != 0;
+  l->grad_is_bf16[i] = s->grad.dtype == MT_BF16;
+  l->is_wide[i] = aligned_to(l->w[i], 16) && aligned_to(l->m[i], 16) && aligned_to(l->v[i], 16) &&
+                  aligned_to(l->g[i], 16) && aligned_to(l->compute[i], 8);
 }
 
 extern "C" mt_err mt_cuda_adamw(struct mt_backend *be, const struct mt_adamw_args *a) {
-  (void)be;
   MT_TRY(mt_check_adamw(a));
-  return mt_fail(MT_EUNSUPPORTED, "cuda: adamw");
+  for (int i = 0; i < a->segment_count; i++) MT_TRY(adamw_formats(&a->segments[i]));
+  struct update_list l = {};
+  l.u.beta1 = (float)a->beta1;
+  l.u.beta2 = (float)a->beta2;
+  l.u.step_size = (float)(a->lr / (1 - pow(a->beta1, (double)a->step)));
+  l.u.root_c2 = (float)(1 / sqrt(1 - pow(a->beta2, (double)a->step)));
+  l.u.eps = (float)a->eps;
+  l.u.keep = (float)(1 - a->lr * a->weight_decay);
+  l.u.clip = a->clip;
+  l.u.grad_sumsq = a->clip > 0 ? a->grad_sumsq : NULL;
+  for (int i = 0; i < a->segment_count; i++) {
+    list_segment(&l, &a->segments[i]);
+    if (l.count < UPDATE_SEGMENTS && i + 1 < a->segment_count) continue;
+    int64_t tiles = l.first_tile[l.count];
+    if (tiles > 0) {
+      adamw_tiles<<<(unsigned)tiles, UPDATE_THREADS, 0, mt_cuda_of(be)->stream>>>(l);
+      MT_TRY(mt_cuda_launched("adamw"));
+    }
+    l.count = 0;
+  }
+  return MT_OK;
 }

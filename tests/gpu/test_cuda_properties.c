@@ -1,0 +1,288 @@
+/* The CUDA backend beside the CPU one at sizes where its kernels run as in earnest: wide accesses,
+ * several blocks, tiles, chunks and lists. Same seeds, so the same inputs; outputs are poisoned. */
+#include "gpu/gpu.h"
+#include "kernels/bed.h"
+
+enum { MOST_OUTPUTS = 16 };
+
+/* What a property leaves to be compared. */
+struct outputs {
+  const char *name[MOST_OUTPUTS];
+  double *v[MOST_OUTPUTS], slack[MOST_OUTPUTS];
+  int64_t n[MOST_OUTPUTS];
+  int count;
+};
+
+static void keep_values(struct outputs *o, const char *name, double *v, int64_t n, double slack) {
+  assert_true(o->count < MOST_OUTPUTS);
+  o->name[o->count] = name;
+  o->v[o->count] = v;
+  o->n[o->count] = n;
+  o->slack[o->count++] = slack;
+}
+
+static void keep(struct bed *b, struct outputs *o, const char *name, struct mt_tensor t,
+                 double slack) {
+  keep_values(o, name, values(b, &t), mt_count(&t), slack);
+}
+
+/* Integers must be equal: no slack. */
+static void keep_ints(struct bed *b, struct outputs *o, const char *name, const int32_t *d,
+                      int64_t n) {
+  int32_t *h = read_ints(b, d, n);
+  double *v = host_mem(b, (size_t)n * sizeof *v);
+  for (int64_t i = 0; i < n; i++) v[i] = h[i];
+  keep_values(o, name, v, n, 0);
+}
+
+static void open_wide(struct bed *b, const char *backend, const char *recipe) {
+  bed_open(b, backend, recipe);
+  b->be.mem_free(&b->be, b->dev[0], b->dev_bytes[0]);
+  b->dev_count = 0;
+  struct mt_limits l = {.tokens = 8192,
+                        .rows = 65536,
+                        .hidden = 8192,
+                        .ffn = 16384,
+                        .experts = 512,
+                        .top_k = 16,
+                        .vocab = 262144,
+                        .heads = 32,
+                        .kv_heads = 8,
+                        .head_dim = 128,
+                        .act = b->recipe->act};
+  b->be.workspace_size_bytes = b->be.workspace_bytes(&b->be, &l);
+  b->be.workspace = dev_mem(b, b->be.workspace_size_bytes);
+}
+
+static void beside_cpu(void (*property)(struct bed *b, struct outputs *o)) {
+  static const char *const recipes[] = {"fp32", "bf16"};
+  for (int i = 0; i < 2; i++) {
+    struct bed gpu, cpu;
+    struct outputs got = {.count = 0}, want = {.count = 0};
+    open_wide(&gpu, "cuda", recipes[i]);
+    open_wide(&cpu, "cpu", recipes[i]);
+    property(&cpu, &want);
+    property(&gpu, &got);
+    assert_int_equal(got.count, want.count);
+    for (int k = 0; k < got.count; k++) {
+      if (got.slack[k] == 0) {
+        expect_same(&gpu, got.name[k], got.v[k], want.v[k], got.n[k]);
+      } else {
+        expect_close(&gpu, got.name[k], got.v[k], want.v[k], got.n[k], got.slack[k]);
+      }
+    }
+    bed_close(&cpu);
+    bed_close(&gpu);
+  }
+}
+
+#define BESIDE_CPU(name)                                                                           \
+  static void test_##name(void **state) {                                                          \
+    (void)state;                                                                                   \
+    beside_cpu(name);                                                                              \
+  }
+
+static void norms_at(struct bed *b, struct outputs *o, int t, int h) {
+  struct mt_tensor x = act(b, normals(b, (int64_t)t * h, 1), t, h), sum = act(b, NULL, t, h);
+  struct mt_tensor res = act(b, normals(b, (int64_t)t * h, 1), t, h), y = act(b, NULL, t, h);
+  struct mt_tensor w = filled(b, mt_vec(NULL, b->recipe->act, h), normals(b, h, 1));
+  struct mt_tensor rstd = stat_vec(b, NULL, t), dw = filled(b, mt_vec(NULL, MT_F32, h), NULL);
+  DO(b, rmsnorm_fwd, .x = x, .residual = res, .weight = w, .eps = 1e-5f, .sum = sum, .y = y,
+     .rstd = rstd);
+  keep(b, o, "sum", sum, 1);
+  keep(b, o, "y", y, 1.5);
+  keep(b, o, "rstd", rstd, 1);
+  DO(b, rmsnorm_bwd, .dy = res, .x = sum, .weight = w, .rstd = rstd, .dresidual = x, .dx = x,
+     .dweight = dw);
+  keep(b, o, "dx", x, 1.5);
+  keep(b, o, "dweight", dw, 2);
+}
+
+static void norms(struct bed *b, struct outputs *o) {
+  norms_at(b, o, 700, 4096); /* more rows than blocks */
+  norms_at(b, o, 37, 8200);  /* more than one tile of columns */
+}
+
+static void router_at(struct bed *b, struct outputs *o, int t, int valid, int h, int e, int k) {
+  struct mt_tensor x = act(b, normals(b, (int64_t)t * h, 1), t, h);
+  struct mt_tensor w = act(b, normals(b, (int64_t)e * h, 2 / sqrt(h)), e, h);
+  struct mt_tensor logits = stat(b, NULL, t, e), prob = stat(b, NULL, t, k);
+  struct mt_tensor aux = stat_vec(b, normals(b, e, 1), e), dlogits = stat(b, NULL, t, e);
+  struct mt_tensor dx = act(b, normals(b, (int64_t)t * h, 0.1), t, h), dw = grad(b, NULL, e, h);
+  int32_t *index = ints(b, NULL, (int64_t)t * k), *load = ints(b, NULL, e);
+  int32_t *count = ints(b, NULL, e), *n = one(b, valid);
+  DO(b, router_fwd, .x = x, .w = w, .valid_count = n, .renormalize = 1, .logits = logits,
+     .prob = prob, .index = index, .aux_prob = aux, .aux_count = count, .load = load);
+  keep(b, o, "logits", logits, b->recipe->act == MT_F32 ? 2 : 1);
+  keep(b, o, "prob", prob, 4);
+  keep(b, o, "aux_prob", aux, 2);
+  keep_ints(b, o, "index", index, (int64_t)t * k);
+  keep_ints(b, o, "load", load, e);
+  DO(b, router_bwd, .x = x, .w = w, .valid_count = n, .renormalize = 1, .logits = logits,
+     .prob = prob, .index = index, .dprob = stat(b, normals(b, (int64_t)t * k, 1), t, k),
+     .aux_grad = stat_vec(b, normals(b, e, 0.1), e), .dlogits = dlogits, .dx = dx,
+     .accumulate_dx = 1, .dw = dw);
+  keep(b, o, "dx", dx, 2);
+  keep(b, o, "dw", dw, 8);
+}
+
+static void router(struct bed *b, struct outputs *o) {
+  router_at(b, o, 3001, 2950, 1024, 8, 2);
+  router_at(b, o, 300, 290, 4096, 128, 8);
+}
+
+static void router_of_most_experts(struct bed *b, struct outputs *o) {
+  router_at(b, o, 130, 127, 264, 512, 16);
+}
+
+static int32_t *routing(struct bed *b, int t, int k, int e) {
+  int32_t *v = host_mem(b, sizeof *v * (size_t)t * (size_t)k);
+  for (int i = 0; i < t; i++) {
+    int first = (int)mt_rng_below(&b->rng, (uint32_t)e);
+    for (int s = 0; s < k; s++) v[i * k + s] = i % 11 == 5 ? -1 : (first + s) % e;
+  }
+  return ints(b, v, (int64_t)t * k);
+}
+
+static void permutation_at(struct bed *b, struct outputs *o, int t, int k, int e, int h) {
+  int64_t r = (int64_t)t * k;
+  int32_t *offsets = ints(b, NULL, e + 1), *source = ints(b, NULL, r), *row = ints(b, NULL, r);
+  DO(b, permute_plan, .index = routing(b, t, k, e), .token_count = t, .top_k = k, .expert_count = e,
+     .offsets = offsets, .row_source = source, .token_row = row);
+  keep_ints(b, o, "offsets", offsets, e + 1);
+  keep_ints(b, o, "row_source", source, r);
+  keep_ints(b, o, "token_row", row, r);
+  struct mt_tensor x = act(b, normals(b, (int64_t)t * h, 1), t, h), y = act(b, NULL, t, h);
+  struct mt_tensor xs = act(b, normals(b, r * h, 1), r, h), prob = stat(b, normals(b, r, 1), t, k);
+  struct mt_tensor dprob = stat(b, normals(b, r, 1), t, k);
+  DO(b, combine_bwd, .dy = x, .ys = xs, .row_source = source, .prob = prob, .top_k = k, .dys = xs,
+     .dprob = dprob);
+  keep(b, o, "dys", xs, 1);
+  keep(b, o, "dprob", dprob, 2);
+  DO(b, combine_fwd, .ys = xs, .token_row = row, .prob = prob, .top_k = k, .y = y);
+  keep(b, o, "combined", y, 1.5);
+  DO(b, dispatch_fwd, .x = y, .row_source = source, .top_k = k, .xs = xs);
+  DO(b, dispatch_bwd, .dxs = xs, .token_row = row, .top_k = k, .dx = y, .accumulate = 1);
+  keep(b, o, "dx", y, 2);
+}
+
+static void permutation(struct bed *b, struct outputs *o) {
+  permutation_at(b, o, 5000, 2, 8, 264);
+  permutation_at(b, o, 1500, 8, 128, 136);
+}
+
+static void table_gradient(struct bed *b, struct outputs *o) {
+  enum { T = 3000, V = 50, H = 1032 };
+  int32_t *ids = host_mem(b, sizeof *ids * T);
+  for (int t = 0; t < T; t++) ids[t] = t % 3 ? 7 : (int32_t)mt_rng_below(&b->rng, V);
+  struct mt_tensor dtable = grad(b, NULL, V, H);
+  for (int acc = 0; acc < 2; acc++) {
+    DO(b, embed_bwd, .ids = ints(b, ids, T), .valid_count = one(b, T - 9),
+       .dout = act(b, normals(b, T * H, 1), T, H), .dtable = dtable, .accumulate = acc);
+    keep(b, o, "dtable", dtable, 4);
+  }
+}
+
+static void swiglu(struct bed *b, struct outputs *o) {
+  enum { R = 300, ROWS = 250, F = 14336 };
+  struct mt_tensor gu = act(b, normals(b, R * 2 * F, 4), R, 2 * F), h = act(b, NULL, R, F);
+  struct mt_tensor dh = act(b, normals(b, R * F, 1), R, F), dprob = stat_vec(b, NULL, R);
+  struct mt_tensor prob = stat_vec(b, normals(b, R, 1), R);
+  int32_t *rows = one(b, ROWS);
+  DO(b, swiglu_fwd, .gate_up = gu, .row_prob = prob, .row_count = rows, .h = h);
+  keep(b, o, "h", mt_rows(&h, 0, ROWS), 1.5);
+  double *rest = values(b, &h);
+  for (int64_t i = (int64_t)ROWS * F; i < (int64_t)R * F; i++) assert_true(isnan(rest[i]));
+  DO(b, swiglu_bwd, .dh = dh, .gate_up = gu, .row_prob = prob, .row_count = rows, .dgate_up = gu,
+     .h = dh, .drow_prob = dprob);
+  keep(b, o, "dgate_up", gu, 1.5);
+  keep(b, o, "h again", dh, 1.5);
+  keep_values(o, "drow_prob", values(b, &dprob), ROWS, 4);
+}
+
+static void head_at(struct bed *b, struct outputs *o, int t, int64_t v, int h) {
+  int32_t *labels = host_mem(b, sizeof *labels * (size_t)t);
+  for (int i = 0; i < t; i++) {
+    labels[i] = i % 5 == 2 ? -100 : (int32_t)mt_rng_below(&b->rng, (uint32_t)v);
+  }
+  struct mt_tensor x = act(b, normals(b, (int64_t)t * h, 1), t, h), dx = act(b, NULL, t, h);
+  struct mt_tensor w = act(b, normals(b, v * h, 2 / sqrt(h)), v, h), dw = grad(b, NULL, v, h);
+  struct mt_tensor loss = stat_vec(b, NULL, t);
+  int32_t *correct = ints(b, NULL, t);
+  for (int acc = 0; acc < 2; acc++) {
+    DO(b, head_loss, .x = x, .w = w, .labels = ints(b, labels, t), .loss_scale = 0.25f,
+       .loss = loss, .correct = correct, .dx = dx, .dw = dw, .accumulate = acc);
+  }
+  keep(b, o, "loss", loss, 2);
+  keep(b, o, "dx", dx, 2);
+  keep(b, o, "dw", dw, 2);
+  keep_ints(b, o, "correct", correct, t);
+}
+
+static void head(struct bed *b, struct outputs *o) {
+  head_at(b, o, 300, 32000, 256);
+}
+
+static void head_in_chunks(struct bed *b, struct outputs *o) {
+  head_at(b, o, 700, 262144 - 3, 16); /* 512 rows a chunk, V no multiple of a vector */
+}
+
+/* Segments of one array: most start where no vector may. */
+static void many_segments(struct bed *b, struct outputs *o) {
+  enum { SEGMENTS = 151, N = SEGMENTS * 3000 };
+  static const int sizes[] = {1, 8200, 3, 4096, 0, 77};
+  double *v0 = normals(b, N, 1e-3);
+  for (int i = 0; i < N; i++) v0[i] *= v0[i];
+  struct mt_tensor w = filled(b, mt_vec(NULL, MT_F32, N), normals(b, N, 1));
+  struct mt_tensor g = filled(b, mt_vec(NULL, MT_F32, N), normals(b, N, 1e-3));
+  struct mt_tensor m = filled(b, mt_vec(NULL, MT_F32, N), normals(b, N, 1e-3));
+  struct mt_tensor v = filled(b, mt_vec(NULL, MT_F32, N), v0);
+  struct mt_tensor h = filled(b, mt_vec(NULL, MT_BF16, N), normals(b, N, 1));
+  struct mt_tensor sum = filled(b, mt_vec(NULL, MT_F64, 1), NULL), list[SEGMENTS];
+  struct mt_adamw_segment segments[SEGMENTS];
+  int64_t at = 0;
+  for (int i = 0; i < SEGMENTS; i++) {
+    int64_t n = sizes[i % 6];
+    assert_true(at + n <= N);
+    list[i] = mt_vec((float *)g.data + at, MT_F32, n);
+    segments[i] = (struct mt_adamw_segment){.master = mt_vec((float *)w.data + at, MT_F32, n),
+                                            .grad = list[i],
+                                            .m = mt_vec((float *)m.data + at, MT_F32, n),
+                                            .v = mt_vec((float *)v.data + at, MT_F32, n),
+                                            .decay = i % 2};
+    if (i % 3) segments[i].compute = mt_vec((uint16_t *)h.data + at, MT_BF16, n);
+    at += n;
+  }
+  DO(b, sumsq, .tensors = list, .tensor_count = SEGMENTS, .out = sum.data);
+  DO(b, adamw, .segments = segments, .segment_count = SEGMENTS, .lr = 0.01, .beta1 = 0.9,
+     .beta2 = 0.95, .eps = 1e-8, .weight_decay = 0.1, .step = 3, .clip = 0.5,
+     .grad_sumsq = sum.data);
+  keep(b, o, "sum", sum, 1);
+  keep(b, o, "w", w, 1);
+  keep(b, o, "m", m, 1);
+  keep(b, o, "v", v, 1);
+  struct mt_recipe coarse = *mt_recipe_find("bf16");
+  keep(b, o, "rounded", h, coarse.op_tolerance / b->recipe->op_tolerance);
+}
+
+BESIDE_CPU(norms)
+BESIDE_CPU(router)
+BESIDE_CPU(router_of_most_experts)
+BESIDE_CPU(permutation)
+BESIDE_CPU(table_gradient)
+BESIDE_CPU(swiglu)
+BESIDE_CPU(head)
+BESIDE_CPU(head_in_chunks)
+BESIDE_CPU(many_segments)
+
+int main(void) {
+  const struct CMUnitTest tests[] = {
+      cmocka_unit_test(test_norms),          cmocka_unit_test(test_router),
+      cmocka_unit_test(test_permutation),    cmocka_unit_test(test_router_of_most_experts),
+      cmocka_unit_test(test_table_gradient), cmocka_unit_test(test_swiglu),
+      cmocka_unit_test(test_head),           cmocka_unit_test(test_head_in_chunks),
+      cmocka_unit_test(test_many_segments),
+  };
+  GPU_OR_SKIP();
+  return cmocka_run_group_tests(tests, NULL, NULL);
+}
