@@ -1,0 +1,327 @@
+/* Grouped products of the CUDA backend, with the chip's own kernels and the portable ones, against
+ * float64 sums of the same rounded inputs. Around the data lies NaN: rows past the last group and
+ * columns past the views, which must neither leak in nor be written. */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <cmocka.h>
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "backend/device.h"
+#include "base/rng.h"
+#include "gpu/gpu.h"
+
+enum kind { FWD, DGRAD, WGRAD, KINDS };
+enum rows_of { MIXED, ONE_EXPERT, EVEN, RANDOM, NONE };
+enum { GROUPS_MOST = 160, SLACK_ROWS = 37, WORK_MOST = 8000000 };
+
+static const char *const kind_name[] = {"fwd", "dgrad", "wgrad"};
+
+/* A weight is [groups, n, k]; pad: columns between the rows of the activations' views. */
+struct shape {
+  enum rows_of rows;
+  int groups, n, k, pad;
+};
+static const struct shape shapes[] = {
+    {MIXED, 8, 128, 256, 0},   {MIXED, 8, 512, 264, 8},       {MIXED, 8, 264, 512, 0},
+    {MIXED, 8, 768, 2048, 16}, {ONE_EXPERT, 8, 2048, 256, 0}, {ONE_EXPERT, 8, 520, 768, 8},
+    {EVEN, 8, 1536, 512, 0},   {RANDOM, 130, 256, 192, 0},    {RANDOM, 8, 2048, 768, 0},
+    {NONE, 4, 256, 128, 0},    {RANDOM, 8, 200, 72, 3},       {MIXED, 8, 67, 131, 5},
+    {RANDOM, 1, 640, 320, 0},  {RANDOM, 3, 8, 8, 0},
+};
+
+#define OK(call)                                                                                   \
+  do {                                                                                             \
+    mt_err ok_err_ = (call);                                                                       \
+    if (ok_err_) fail_msg("%s: %s", #call, mt_error_message());                                    \
+  } while (0)
+
+/* A matrix (or a row of matrices, `rows` in all) on both sides. host: as the device sees it. */
+struct both {
+  struct mt_tensor dev;
+  enum mt_dtype dtype;
+  int64_t rows, cols, ld;
+  float *host;     /* [rows, ld] */
+  void *raw, *was; /* what is downloaded; what was there before */
+  size_t bytes;
+};
+
+static void *take(size_t bytes) {
+  void *p = calloc(1, bytes ? bytes : 1);
+  assert_non_null(p);
+  return p;
+}
+
+static float as_stored(double x, enum mt_dtype dtype) {
+  return dtype == MT_BF16 ? mt_bf16_to_f32(mt_f32_to_bf16((float)x)) : (float)x;
+}
+
+/* The first `filled` rows random, the rest and what is beyond the columns NaN. */
+static struct both make(struct mt_backend *be, struct mt_rng *rng, enum mt_dtype dtype,
+                        int64_t rows, int64_t cols, int64_t pad, int64_t filled) {
+  struct both x = {.dtype = dtype, .rows = rows, .cols = cols, .ld = cols + pad};
+  size_t n = (size_t)(rows * x.ld);
+  x.bytes = n * mt_dtype_bytes(dtype);
+  x.host = take(n * sizeof(float));
+  x.raw = take(x.bytes);
+  x.was = take(x.bytes);
+  struct mt_rng own = mt_rng_make(mt_rng_u32(rng), 3);
+#pragma omp parallel for
+  for (int64_t r = 0; r < rows; r++) {
+    struct mt_rng at = own;
+    at.position = (uint64_t)(r * cols) * 4;
+    for (int64_t c = 0; c < x.ld; c++) {
+      bool inside = r < filled && c < cols;
+      x.host[r * x.ld + c] = inside ? as_stored(mt_rng_normal(&at), dtype) : NAN;
+    }
+  }
+  mt_dtype_convert(x.was, dtype, x.host, MT_F32, n);
+  void *data;
+  OK(be->mem_alloc(be, x.bytes ? x.bytes : 4, &data));
+  OK(be->upload(be, data, x.was, x.bytes));
+  x.dev = (struct mt_tensor){data, dtype, 2, {rows, cols, 1}, x.ld};
+  return x;
+}
+
+static void drop(struct mt_backend *be, struct both *x) {
+  be->mem_free(be, x->dev.data, x->bytes);
+  free(x->host);
+  free(x->raw);
+  free(x->was);
+}
+
+static int fill_offsets(int32_t *offsets, const struct shape *s, struct mt_rng *rng) {
+  static const int mixed[] = {0, 1, 127, 128, 129, 500, 0, 63};
+  int at = 0;
+  for (int g = 0; g < s->groups; g++) {
+    offsets[g] = at;
+    at += s->rows == MIXED        ? mixed[g % 8]
+          : s->rows == ONE_EXPERT ? (g == 3 ? 1100 : 0)
+          : s->rows == EVEN       ? 256
+          : s->rows == RANDOM     ? (int)mt_rng_below(rng, s->groups > 16 ? 40 : 420)
+                                  : 0;
+  }
+  offsets[s->groups] = at;
+  return at;
+}
+
+struct product {
+  enum kind kind;
+  struct both x, w, y; /* activations [R,k], weight [G*n,k], activations [R,n] */
+  int32_t offsets[GROUPS_MOST + 1];
+  int32_t *dev_offsets;
+  int groups, accumulate;
+};
+
+static struct both *output(struct product *p) {
+  return p->kind == FWD ? &p->y : p->kind == DGRAD ? &p->x : &p->w;
+}
+
+static void run(struct mt_backend *be, struct product *p) {
+  struct both *out = output(p);
+  struct mt_tensor w = p->w.dev;
+  w.rank = 3;
+  w.dim[0] = p->groups, w.dim[1] = p->w.rows / p->groups, w.dim[2] = p->w.cols;
+  OK(be->upload(be, out->dev.data, out->was, out->bytes));
+  if (p->kind == FWD) {
+    struct mt_linear_fwd_args a = {.x = p->x.dev, .w = w, .y = p->y.dev, .offsets = p->dev_offsets};
+    OK(be->ops.linear_fwd(be, &a));
+  } else if (p->kind == DGRAD) {
+    struct mt_linear_dgrad_args a = {.dy = p->y.dev,
+                                     .w = w,
+                                     .dx = p->x.dev,
+                                     .offsets = p->dev_offsets,
+                                     .accumulate = p->accumulate};
+    OK(be->ops.linear_dgrad(be, &a));
+  } else {
+    struct mt_linear_wgrad_args a = {.dy = p->y.dev,
+                                     .x = p->x.dev,
+                                     .dw = w,
+                                     .offsets = p->dev_offsets,
+                                     .accumulate = p->accumulate};
+    OK(be->ops.linear_wgrad(be, &a));
+  }
+  OK(be->download(be, out->raw, out->dev.data, out->bytes));
+}
+
+static float stored(const struct both *x, const void *raw, int64_t i) {
+  return x->dtype == MT_BF16 ? mt_bf16_to_f32(((const uint16_t *)raw)[i]) : ((const float *)raw)[i];
+}
+
+/* What row r of the output must be: want [cols]; false where it must be left as it was. */
+static bool expected_row(struct product *p, int64_t r, double *want) {
+  struct both *out = output(p);
+  int64_t n = p->w.rows / p->groups, k = p->w.cols;
+  for (int64_t c = 0; c < out->cols; c++)
+    want[c] = p->accumulate ? (double)out->host[r * out->ld + c] : 0;
+  if (p->kind == WGRAD) {
+    int64_t g = r / n;
+    for (int64_t i = p->offsets[g]; i < p->offsets[g + 1]; i++) {
+      double d = (double)p->y.host[i * p->y.ld + r % n];
+      const float *x = p->x.host + i * p->x.ld;
+      for (int64_t c = 0; c < k; c++) want[c] += d * (double)x[c];
+    }
+    return true;
+  }
+  if (r >= p->offsets[p->groups]) return false;
+  int g = 0;
+  while (r >= p->offsets[g + 1]) g++;
+  const float *w = p->w.host + g * n * p->w.ld;
+  for (int64_t i = 0; i < n; i++) {
+    const float *row = w + i * p->w.ld;
+    if (p->kind == FWD) {
+      const float *x = p->x.host + r * p->x.ld;
+      double sum = 0;
+#pragma omp simd reduction(+ : sum)
+      for (int64_t c = 0; c < k; c++) sum += (double)x[c] * (double)row[c];
+      want[i] += sum;
+    } else {
+      double d = (double)p->y.host[r * p->y.ld + i];
+      for (int64_t c = 0; c < k; c++) want[c] += d * (double)row[c];
+    }
+  }
+  return true;
+}
+
+/* The largest error of the rows looked at over the largest value; infinite where a NaN came in.
+ * All rows where they are few, else random ones and those at the groups' ends. */
+static double worst_error(struct product *p, struct mt_rng *rng) {
+  struct both *out = output(p);
+  int64_t per_row = p->kind == WGRAD ? p->w.cols * (p->offsets[p->groups] / p->groups + 1)
+                                     : p->w.rows / p->groups * p->w.cols;
+  int64_t count = WORK_MOST / (per_row + 1) + 1;
+  bool all = count >= out->rows;
+  if (all) count = out->rows;
+  int64_t *rows = take((size_t)count * sizeof *rows);
+  for (int64_t i = 0; i < count; i++) {
+    rows[i] = all ? i : (int64_t)mt_rng_below(rng, (uint32_t)out->rows);
+    bool ends = !all && p->kind != WGRAD && i < 2 * p->groups && p->offsets[p->groups] > 0;
+    if (ends) rows[i] = p->offsets[i / 2 + i % 2] - i % 2;
+    if (rows[i] < 0) rows[i] = 0;
+  }
+  double worst = 0, top = 0;
+#pragma omp parallel for schedule(dynamic) reduction(max : worst, top)
+  for (int64_t i = 0; i < count; i++) {
+    double *want = malloc((size_t)out->cols * sizeof *want);
+    if (want && expected_row(p, rows[i], want)) {
+      for (int64_t c = 0; c < out->cols; c++) {
+        double d = fabs((double)stored(out, out->raw, rows[i] * out->ld + c) - want[c]);
+        worst = fmax(worst, isnan(d) ? INFINITY : d);
+        top = fmax(top, fabs(want[c]));
+      }
+    }
+    if (!want) worst = INFINITY;
+    free(want);
+  }
+  free(rows);
+  return worst == 0 ? 0 : worst / (top > 0 ? top : 1);
+}
+
+/* Elements written outside the groups' rows and the view's columns, NaN left inside. */
+static int64_t strays(struct product *p) {
+  struct both *out = output(p);
+  size_t width = mt_dtype_bytes(out->dtype);
+  int64_t filled = p->kind == WGRAD ? out->rows : p->offsets[p->groups], bad = 0;
+#pragma omp parallel for reduction(+ : bad)
+  for (int64_t r = 0; r < out->rows; r++) {
+    for (int64_t c = 0; c < out->ld; c++) {
+      size_t i = (size_t)(r * out->ld + c);
+      bool inside = r < filled && c < out->cols;
+      if (inside)
+        bad += isnan(stored(out, out->raw, (int64_t)i));
+      else
+        bad += memcmp((char *)out->raw + i * width, (char *)out->was + i * width, width) != 0;
+    }
+  }
+  return bad;
+}
+
+static double try_one(struct mt_backend *be, const struct shape *s, enum kind kind,
+                      enum mt_dtype act, int accumulate, struct mt_rng *rng) {
+  struct product p = {.kind = kind, .groups = s->groups, .accumulate = accumulate};
+  int64_t filled = fill_offsets(p.offsets, s, rng), rows = filled + SLACK_ROWS;
+  int64_t w_rows = (int64_t)s->groups * s->n;
+  bool wgrad = kind == WGRAD;
+  p.x = make(be, rng, act, rows, s->k, s->pad, kind == DGRAD && !accumulate ? 0 : filled);
+  p.y = make(be, rng, act, rows, s->n, s->pad, kind == FWD ? 0 : filled);
+  p.w = make(be, rng, wgrad ? MT_F32 : act, w_rows, s->k, wgrad ? s->pad : 0,
+             wgrad && !accumulate ? 0 : w_rows);
+  size_t offsets_bytes = (size_t)(s->groups + 1) * sizeof *p.offsets;
+  void *data;
+  OK(be->mem_alloc(be, offsets_bytes, &data));
+  OK(be->upload(be, data, p.offsets, offsets_bytes));
+  p.dev_offsets = data;
+
+  struct both *out = output(&p);
+  run(be, &p);
+  double error = worst_error(&p, rng);
+  int64_t stray = strays(&p);
+  void *first = take(out->bytes);
+  memcpy(first, out->raw, out->bytes);
+  run(be, &p);
+  bool same = memcmp(first, out->raw, out->bytes) == 0;
+  free(first);
+  double limit = out->dtype == MT_BF16 ? 6e-3 : 1e-5;
+  if (!(error <= limit) || stray || !same) {
+    print_error("%s %s %s groups %d n %d k %d pad %d rows %d acc %d: error %.2g of %.0g, %lld "
+                "strays, %s\n",
+                be->name, mt_dtype_name(act), kind_name[kind], s->groups, s->n, s->k, s->pad,
+                (int)filled, accumulate, error, limit, (long long)stray,
+                same ? "repeats" : "DIFFERS from run to run");
+    error = INFINITY;
+  }
+  be->mem_free(be, data, offsets_bytes);
+  drop(be, &p.x), drop(be, &p.y), drop(be, &p.w);
+  return error;
+}
+
+static void all_shapes(const char *backend, enum mt_dtype act) {
+  struct mt_backend be;
+  int failures = 0;
+  OK(mt_backend_create(&be, backend, 1));
+  for (int kind = 0; kind < KINDS; kind++) {
+    double worst = 0;
+    for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) {
+      for (int acc = 0; acc < (kind == FWD ? 1 : 2); acc++) {
+        struct mt_rng rng = mt_rng_make(17 + i, (uint64_t)(2 * kind + acc));
+        double error = try_one(&be, &shapes[i], (enum kind)kind, act, acc, &rng);
+        if (isinf(error))
+          failures++;
+        else
+          worst = fmax(worst, error);
+      }
+    }
+    print_message("  %-13s %-4s %-5s worst error %.2e\n", backend, mt_dtype_name(act),
+                  kind_name[kind], worst);
+  }
+  mt_backend_destroy(&be);
+  assert_int_equal(failures, 0);
+}
+
+static void native_bf16(void **state) {
+  (void)state;
+  all_shapes("cuda", MT_BF16);
+}
+
+static void portable_bf16(void **state) {
+  (void)state;
+  all_shapes("cuda-portable", MT_BF16);
+}
+
+static void portable_f32(void **state) {
+  (void)state;
+  all_shapes("cuda-portable", MT_F32);
+}
+
+int main(void) {
+  const struct CMUnitTest tests[] = {
+      cmocka_unit_test(portable_bf16),
+      cmocka_unit_test(portable_f32),
+      cmocka_unit_test(native_bf16),
+  };
+  GPU_OR_SKIP();
+  return cmocka_run_group_tests(tests, NULL, NULL);
+}
