@@ -151,6 +151,11 @@ struct attention_call packed_call(const struct mt_attention_fwd_args *a) {
   return c;
 }
 
+/* The online softmax takes the largest score before it is scaled, which needs scale > 0. */
+bool on_tensor_cores(const struct attention_call *c, enum mt_dtype dtype) {
+  return dtype == MT_BF16 && c->aligned && c->scale > 0;
+}
+
 mt_err head_dim_ok(const char *op, int d) {
   if (d > 0 && d <= ATTENTION_HEAD_DIM_MOST) return MT_OK;
   return mt_fail(MT_EUNSUPPORTED, "%s: a head dimension of %d; the cuda backend takes up to %d", op,
@@ -194,11 +199,13 @@ extern "C" mt_err mt_cuda_attention_fwd(struct mt_backend *be,
   MT_TRY(head_dim_ok("attention_fwd", a->head_dim));
   if (a->qkv.dim[0] == 0) return MT_OK;
   struct attention_call c = packed_call(a);
-  int tile = ATTENTION_SIMPLE_FWD_TILE;
+  bool mma = on_tensor_cores(&c, a->qkv.dtype);
+  int tile = mma ? ATTENTION_MMA_TILE : ATTENTION_SIMPLE_FWD_TILE;
   struct scratch s = scratch_of(c.rows, 0, items_most(c.rows, a->sequence_count, tile), false);
   MT_TRY(mt_cuda_scratch(be, "attention_fwd", s.bytes, &memory));
   MT_TRY(plan(cuda, &c, a, tile, &s, (char *)memory, &a->out, &a->lse));
   if (c.item_grid == 0) return MT_OK;
+  if (mma) return mt_cuda_attention_mma_fwd(cuda, &c);
   return mt_cuda_attention_simple_fwd(cuda, &c, a->qkv.dtype);
 }
 
@@ -213,7 +220,10 @@ extern "C" mt_err mt_cuda_attention_bwd(struct mt_backend *be,
   if (f->qkv.dim[0] == 0) return MT_OK;
   struct attention_call c = packed_call(f);
   size_t bytes = mt_dtype_bytes(f->qkv.dtype);
-  int heads = c.kv_heads * c.r, tile = ATTENTION_SIMPLE_BWD_TILE;
+  int heads = c.kv_heads * c.r;
+  c.aligned = c.aligned && rows_aligned(&a->dout) && rows_aligned(&a->dqkv);
+  bool mma = on_tensor_cores(&c, f->qkv.dtype);
+  int tile = mma ? ATTENTION_MMA_TILE : ATTENTION_SIMPLE_BWD_TILE;
   struct scratch s = scratch_of(c.rows, heads, items_most(c.rows, f->sequence_count, tile), true);
   MT_TRY(mt_cuda_scratch(be, "attention_bwd", s.bytes, &memory));
   c.delta = (float *)((char *)memory + s.delta);
@@ -223,7 +233,6 @@ extern "C" mt_err mt_cuda_attention_bwd(struct mt_backend *be,
   c.dq = a->dqkv.data;
   c.dk = (char *)a->dqkv.data + (size_t)(c.r * c.d) * bytes;
   c.dv = (char *)a->dqkv.data + (size_t)((c.r + 1) * c.d) * bytes;
-  c.aligned = c.aligned && rows_aligned(&a->dout) && rows_aligned(&a->dqkv);
   MT_TRY(plan(cuda, &c, f, tile, &s, (char *)memory, &a->dqkv, NULL));
   if (c.item_grid == 0) return MT_OK;
   int64_t per_block = ROW_THREADS / 32,
@@ -233,6 +242,7 @@ extern "C" mt_err mt_cuda_attention_bwd(struct mt_backend *be,
         <<<(unsigned)blocks, ROW_THREADS, 0, cuda->stream>>>(c, f->cu_seqlens + f->sequence_count);
   });
   MT_TRY(mt_cuda_launched("attention_bwd: delta"));
+  if (mma) return mt_cuda_attention_mma_bwd(cuda, &c);
   return mt_cuda_attention_simple_bwd(cuda, &c, f->qkv.dtype);
 }
 
@@ -271,7 +281,10 @@ extern "C" mt_err mt_cuda_attention_cache(struct mt_backend *be,
     MT_TRY(mt_cuda_scratch(be, "attention_cache", bytes, &memory));
     return mt_cuda_attention_decode(cuda, &c, a->qkv.dtype, (float *)memory);
   }
-  c.item_grid = (c.rows + ATTENTION_SIMPLE_FWD_TILE - 1) / ATTENTION_SIMPLE_FWD_TILE;
+  bool mma = on_tensor_cores(&c, a->qkv.dtype);
+  int tile = mma ? ATTENTION_MMA_TILE : ATTENTION_SIMPLE_FWD_TILE;
+  c.item_grid = (c.rows + tile - 1) / tile;
+  if (mma) return mt_cuda_attention_mma_fwd(cuda, &c);
   return mt_cuda_attention_simple_fwd(cuda, &c, a->qkv.dtype);
 }
 

@@ -68,12 +68,17 @@ __device__ __forceinline__ bool attention_sees(int query, int key, int window) {
 /* Each takes a call whose items have tiles of its size. Backward: dK and dV per tile of keys, dQ
  * per tile of queries, so that no sum has two owners; delta must be there. */
 
+enum { ATTENTION_SIMPLE_FWD_TILE = 64, ATTENTION_SIMPLE_BWD_TILE = 32, ATTENTION_MMA_TILE = 128 };
+
 /* F32 and BF16, any head dimension, any alignment; float32 throughout. */
-enum { ATTENTION_SIMPLE_FWD_TILE = 64, ATTENTION_SIMPLE_BWD_TILE = 32 };
 mt_err mt_cuda_attention_simple_fwd(struct mt_cuda *cuda, const struct attention_call *c,
                                     enum mt_dtype dtype);
 mt_err mt_cuda_attention_simple_bwd(struct mt_cuda *cuda, const struct attention_call *c,
                                     enum mt_dtype dtype);
+
+/* BF16, aligned, scale > 0; tensor cores of any chip from sm_80 on. */
+mt_err mt_cuda_attention_mma_fwd(struct mt_cuda *cuda, const struct attention_call *c);
+mt_err mt_cuda_attention_mma_bwd(struct mt_cuda *cuda, const struct attention_call *c);
 
 /* Few queries against a long cache, split over the cache. */
 enum { ATTENTION_DECODE_ROWS_MOST = 15 };
