@@ -1,249 +1,10 @@
-/* What transformers computes on every case directory under $MOETUNE_GOLDEN_DIR (default: this
- * folder): logits, every gradient, four losses and gradient norms, parameters after four AdamW
- * steps. A case is a directory with model/, expected.safetensors and expected.json. */
-#include <dirent.h>
-
-#include "hf/checkpoint.h"
-#include "model/small.h"
-#include "train/step.h"
-
-/* How far from the fixture each backend may be. gradient: |d| <= gradient |g| + 1e-8 global norm.
- */
-struct bounds {
-  const char *backend, *recipe;
-  double logits, gradient, loss, norm, after;
-};
+/* The golden cases on ref and on the CPU. */
+#include "golden/model_cases.h"
 
 static const struct bounds cpu_bounds = {"cpu", "fp32", 1e-5, 2e-5, 1e-5, 5e-6, 5e-5};
+static const struct bounds cpu_bf16_bounds = {"cpu", "bf16", GOLDEN_BF16};
 /* Ten times closer, but for the norm: the fixture's own float32 steps leave 8e-7 there. */
 static const struct bounds ref_bounds = {"ref", "fp64", 1e-6, 2e-6, 1e-6, 1e-6, 5e-6};
-
-struct golden {
-  char dir[MT_PATH_MAX];
-  struct mt_st_file tensors;
-  json_t *json;
-  struct mt_hf_checkpoint checkpoint;
-  struct mt_backend be;
-  struct mt_model m;
-  struct mt_batch batch;
-  int64_t samples, length;
-};
-
-static const struct mt_st_tensor *expected(const struct golden *g, const char *prefix,
-                                           const char *name) {
-  char key[256];
-  snprintf(key, sizeof key, "%s%s", prefix, name);
-  const struct mt_st_tensor *t = mt_st_find(&g->tensors, key);
-  if (!t) fail_msg("%s: expected.safetensors has no '%s'", g->dir, key);
-  return t;
-}
-
-static int64_t integer(const struct mt_st_tensor *t, int64_t i) {
-  int64_t x;
-  assert_int_equal(t->dtype, MT_I64);
-  memcpy(&x, t->data + 8 * i, 8);
-  return x;
-}
-
-static double real(const struct mt_st_tensor *t, int64_t i) {
-  double x;
-  size_t item = mt_dtype_bytes(t->dtype);
-  assert_int_equal(mt_dtype_convert(&x, MT_F64, t->data + (size_t)i * item, t->dtype, 1), 0);
-  return x;
-}
-
-/* Right-padded samples packed into one row. */
-static void pack(struct golden *g) {
-  const struct mt_st_tensor *ids = expected(g, "", "input_ids"),
-                            *mask = expected(g, "", "attention_mask"),
-                            *labels = expected(g, "", "labels");
-  int64_t n = ids->dim[0], s = ids->dim[1], t = 0;
-  g->samples = n, g->length = s;
-  struct mt_batch *b = &g->batch;
-  *b = (struct mt_batch){.sequence_count = (int)n, .token_capacity = (int)(n * s)};
-  b->ids = calloc((size_t)(n * s + 8), 4), b->positions = calloc((size_t)(n * s + 8), 4);
-  b->labels = calloc((size_t)(n * s + 8), 4), b->cu_seqlens = calloc((size_t)n + 1, 4);
-  for (int64_t i = 0; i < n; i++) {
-    for (int64_t j = 0; j < s && integer(mask, i * s + j); j++, t++) {
-      b->ids[t] = (int32_t)integer(ids, i * s + j);
-      b->positions[t] = (int32_t)j;
-      bool last = j + 1 == s || !integer(mask, i * s + j + 1);
-      b->labels[t] = last ? MT_IGNORE : (int32_t)integer(labels, i * s + j + 1);
-      b->target_count += b->labels[t] >= 0;
-    }
-    b->cu_seqlens[i + 1] = (int32_t)t;
-  }
-  b->valid_count = (int)t;
-  b->token_count = (int)((t + 7) / 8 * 8);
-  for (int64_t i = t; i < b->token_count; i++) b->labels[i] = MT_IGNORE;
-}
-
-static double setting(const struct golden *g, const char *key) {
-  return json_number_value(json_object_get(json_object_get(g->json, "adamw"), key));
-}
-
-static double series(const struct golden *g, const char *key, size_t i) {
-  const json_t *v = json_array_get(json_object_get(g->json, key), i);
-  if (!json_is_number(v)) fail_msg("%s: expected.json has no '%s'[%zu]", g->dir, key, i);
-  return json_number_value(v);
-}
-
-static void open_case(struct golden *g, const struct bounds *b, struct mt_model_options options) {
-  char path[MT_PATH_MAX];
-  struct mt_params params;
-  OK(mt_path_join(path, g->dir, "expected.safetensors"));
-  OK(mt_st_open(path, &g->tensors));
-  OK(mt_path_join(path, g->dir, "expected.json"));
-  g->json = json_load_file(path, 0, NULL);
-  assert_non_null(g->json);
-  pack(g);
-  OK(mt_path_join(path, g->dir, "model"));
-  OK(mt_hf_open(path, &g->checkpoint));
-  OK(mt_backend_create(&g->be, b->backend, 2));
-  OK(mt_params_build(&g->checkpoint.config, &params));
-  options.training = true;
-  options.token_capacity = g->batch.token_count;
-  options.sequence_capacity = g->samples;
-  bool aux = json_is_true(json_object_get(g->json, "aux_loss_in_loss"));
-  options.aux_coef = aux ? g->checkpoint.config.aux_coef : 0;
-  OK(mt_model_create(&g->m, &g->checkpoint.config, &params, mt_recipe_find(b->recipe), &g->be,
-                     &options));
-  OK(mt_hf_load(&g->checkpoint, &g->m.params, &g->be));
-}
-
-static void close_case(struct golden *g) {
-  mt_model_destroy(&g->m);
-  mt_backend_destroy(&g->be);
-  mt_hf_close(&g->checkpoint);
-  mt_st_close(&g->tensors);
-  json_decref(g->json);
-  free(g->batch.ids), free(g->batch.positions), free(g->batch.labels), free(g->batch.cu_seqlens);
-}
-
-static void check_logits(struct golden *g, const struct bounds *b) {
-  const struct mt_st_tensor *want = expected(g, "", "logits");
-  int64_t vocab = g->m.config.vocab;
-  float *got = malloc((size_t)(g->batch.valid_count * vocab) * sizeof *got);
-  OK(mt_model_logits(&g->m, 0, g->batch.valid_count, got));
-  double worst = 0, top = 0;
-  for (int64_t s = 0; s < g->samples; s++) {
-    for (int64_t t = g->batch.cu_seqlens[s]; t < g->batch.cu_seqlens[s + 1]; t++) {
-      int64_t at = (s * g->length + t - g->batch.cu_seqlens[s]) * vocab;
-      for (int64_t v = 0; v < vocab; v++) {
-        double w = real(want, at + v);
-        worst = fmax(worst, fabs((double)got[t * vocab + v] - w));
-        top = fmax(top, fabs(w));
-      }
-    }
-  }
-  print_message("    logits %.2e\n", worst / top);
-  if (!(worst / top <= b->logits))
-    fail_msg("%s %s: logits are off by %.3g", g->dir, b->backend, worst / top);
-  free(got);
-}
-
-/* Squared distance and squared size of what `form` holds of a tensor, against the fixture's. */
-static void compare_tensor(struct golden *g, const struct mt_param *p, const struct mt_tensor *form,
-                           const struct mt_hf_tensor *t, const struct mt_st_tensor *want,
-                           double *distance, double *size) {
-  int64_t n = mt_param_row_elems(p);
-  *distance = *size = 0;
-  int64_t elems = 1;
-  for (int i = 0; i < want->rank; i++) elems *= want->dim[i];
-  if (elems != t->blocks * t->block_rows * n)
-    fail_msg("%s: '%s' has another size", g->dir, want->name);
-  for (int64_t b = 0; b < t->blocks; b++) {
-    for (int64_t r = 0; r < t->block_rows; r++) {
-      int64_t from = (t->param_row + b * t->param_stride + r) * n;
-      for (int64_t i = 0; i < n; i++) {
-        double x = form->dtype == MT_F64 ? ((double *)form->data)[from + i]
-                                         : (double)((float *)form->data)[from + i];
-        double w = real(want, (b * t->block_rows + r) * n + i);
-        *distance += (x - w) * (x - w);
-        *size += w * w;
-      }
-    }
-  }
-}
-
-/* Every parameter's gradient or value; returns the worst share of its bound. */
-static double check_params(struct golden *g, const char *prefix, bool gradient, double bound) {
-  double floor = gradient ? 1e-8 * series(g, "grad_norms_before_clip", 0) : 0, worst = 0;
-  int seen = 0;
-  for (int i = 0; i < g->m.params.count; i++) {
-    struct mt_param *p = &g->m.params.row[i];
-    for (int k = 0; k < mt_hf_tensor_count(&g->m.config, MT_HF_PACKED, p); k++, seen++) {
-      struct mt_hf_tensor t = mt_hf_tensor_at(&g->m.config, MT_HF_PACKED, p, k);
-      double distance, size;
-      compare_tensor(g, p, gradient ? &p->grad : &p->master, &t, expected(g, prefix, t.name),
-                     &distance, &size);
-      double share = sqrt(distance) / (bound * sqrt(size) + floor);
-      worst = fmax(worst, share);
-      if (!(share <= 1))
-        fail_msg("%s: %s%s is off by %.3g relative", g->dir, prefix, t.name, sqrt(distance / size));
-    }
-  }
-  assert_int_equal(seen, json_array_size(json_object_get(g->json, "param_names")));
-  return worst;
-}
-
-static void run_case(const char *dir, const struct bounds *b, struct mt_model_options options) {
-  struct golden g = {0};
-  struct mt_loss loss;
-  struct mt_step_result r;
-  struct mt_optimizer o;
-  snprintf(g.dir, sizeof g.dir, "%s", dir);
-  open_case(&g, b, options);
-  const json_t *betas = json_object_get(json_object_get(g.json, "adamw"), "betas");
-  struct mt_optimizer_options oo = {.lr = setting(&g, "lr"),
-                                    .beta1 = json_number_value(json_array_get(betas, 0)),
-                                    .beta2 = json_number_value(json_array_get(betas, 1)),
-                                    .eps = setting(&g, "eps"),
-                                    .weight_decay = setting(&g, "weight_decay_on_2d_and_up"),
-                                    .clip = setting(&g, "clip"),
-                                    .schedule = MT_SCHEDULE_CONSTANT};
-  print_message("  %s, %s, experts %d, blocks %d\n", dir, b->backend, (int)options.experts,
-                (int)options.blocks);
-  OK(mt_optimizer_create(&o, &g.m, &oo));
-  OK(mt_model_eval_pass(&g.m, &g.batch, &loss));
-  check_logits(&g, b);
-  struct mt_batch *micro[] = {&g.batch};
-  OK(mt_step_gradients(&g.m, micro, 1, &r));
-  print_message("    gradients %.2f of the bound\n", check_params(&g, "grad.", true, b->gradient));
-  for (size_t step = 0; step < 4; step++) {
-    OK(mt_step_run(&g.m, &o, micro, 1, &r));
-    double dl = fabs(r.loss - series(&g, "losses", step)),
-           norm = series(&g, "grad_norms_before_clip", step);
-    double dc = fabs(r.cross_entropy - series(&g, "cross_entropy", step)),
-           dn = fabs(r.grad_norm - norm) / norm;
-    if (!(dl <= b->loss) || !(dc <= b->loss))
-      fail_msg("%s step %zu: loss is off by %.3g", dir, step, dl);
-    if (!(dn <= b->norm)) fail_msg("%s step %zu: gradient norm is off by %.3g", dir, step, dn);
-  }
-  print_message("    parameters after four steps %.2f of the bound\n",
-                check_params(&g, "after4.", false, b->after));
-  mt_optimizer_destroy(&o);
-  close_case(&g);
-}
-
-/* Calls f for every case; at least `least` must be there. */
-static void each_case(int least, void (*f)(const char *dir)) {
-  const char *root = getenv("MOETUNE_GOLDEN_DIR");
-  char path[MT_PATH_MAX], dir[MT_PATH_MAX];
-  if (!root) root = MT_SOURCE_DIR "/tests/golden";
-  DIR *d = opendir(root);
-  if (!d) fail_msg("cannot read '%s'", root);
-  int count = 0;
-  for (struct dirent *e; (e = readdir(d));) {
-    OK(mt_path_join(dir, root, e->d_name));
-    OK(mt_path_join(path, dir, "expected.safetensors"));
-    if (!mt_path_exists(path)) continue;
-    f(dir);
-    count++;
-  }
-  closedir(d);
-  assert_true(count >= least);
-}
 
 static void on_reference(const char *dir) {
   run_case(dir, &ref_bounds,
@@ -251,25 +12,31 @@ static void on_reference(const char *dir) {
 }
 
 static void on_cpu(const char *dir) {
-  for (int way = 0; way < 4; way++) {
-    struct mt_model_options o = {.experts = (enum mt_experts_strategy)(way & 1),
-                                 .blocks = (enum mt_blocks_strategy)(way >> 1)};
-    run_case(dir, &cpu_bounds, o);
-  }
+  every_way(dir, &cpu_bounds);
+}
+
+static void on_cpu_bf16(const char *dir) {
+  every_way(dir, &cpu_bf16_bounds);
 }
 
 static void reference_agrees(void **state) {
   (void)state;
-  each_case(getenv("MOETUNE_GOLDEN_DIR") ? 0 : 2, on_reference);
+  each_case(cases_at_least(), on_reference);
 }
 
 static void cpu_agrees(void **state) {
   (void)state;
-  each_case(getenv("MOETUNE_GOLDEN_DIR") ? 0 : 2, on_cpu);
+  each_case(cases_at_least(), on_cpu);
+}
+
+static void cpu_agrees_in_bf16(void **state) {
+  (void)state;
+  each_case(cases_at_least(), on_cpu_bf16);
 }
 
 int main(void) {
   const struct CMUnitTest tests[] = {cmocka_unit_test(reference_agrees),
-                                     cmocka_unit_test(cpu_agrees)};
+                                     cmocka_unit_test(cpu_agrees),
+                                     cmocka_unit_test(cpu_agrees_in_bf16)};
   return cmocka_run_group_tests(tests, NULL, NULL);
 }
