@@ -265,6 +265,49 @@ static void many_segments(struct bed *b, struct outputs *o) {
   keep(b, o, "rounded", h, coarse.op_tolerance / b->recipe->op_tolerance);
 }
 
+/* Without rows nothing is launched on an empty grid, and what is summed over rows becomes zero. */
+static void no_rows(struct bed *b, struct outputs *o) {
+  enum { H = 64, E = 4, V = 40, K = 2 };
+  struct mt_tensor x = act(b, NULL, 0, H), w = act(b, normals(b, V * H, 1), V, H);
+  struct mt_tensor rw = mt_rows(&w, 0, E), table = grad(b, NULL, V, H), dw = grad(b, NULL, V, H);
+  struct mt_tensor drw = grad(b, NULL, E, H), few = stat(b, NULL, 0, K),
+                   logits = stat(b, NULL, 0, E);
+  struct mt_tensor norm = filled(b, mt_vec(NULL, b->recipe->act, H), normals(b, H, 1));
+  struct mt_tensor dnorm = filled(b, mt_vec(NULL, MT_F32, H), NULL), none = stat_vec(b, NULL, 0);
+  struct mt_tensor aux = stat_vec(b, normals(b, E, 1), E);
+  int32_t *n = one(b, 0), *load = ints(b, NULL, E), *offsets = ints(b, NULL, E + 1);
+  int32_t *nothing = ints(b, NULL, 1), *count = ints(b, NULL, E);
+  DO(b, embed_fwd, .ids = nothing, .table = w, .out = x);
+  DO(b, embed_bwd, .ids = nothing, .valid_count = n, .dout = x, .dtable = table);
+  DO(b, add, .a = x, .b = x, .y = x);
+  DO(b, rmsnorm_fwd, .x = x, .weight = norm, .eps = 1e-5f, .y = x, .rstd = none);
+  DO(b, rmsnorm_bwd, .dy = x, .x = x, .weight = norm, .rstd = none, .dx = x, .dweight = dnorm);
+  DO(b, router_fwd, .x = x, .w = rw, .valid_count = n, .logits = logits, .prob = few,
+     .index = nothing, .aux_prob = aux, .aux_count = count, .load = load);
+  DO(b, router_bwd, .x = x, .w = rw, .valid_count = n, .logits = logits, .prob = few,
+     .index = nothing, .dprob = few, .dlogits = logits, .dx = x, .dw = drw);
+  DO(b, permute_plan, .index = nothing, .top_k = K, .expert_count = E, .offsets = offsets,
+     .row_source = nothing, .token_row = nothing);
+  DO(b, dispatch_fwd, .x = x, .row_source = nothing, .top_k = K, .xs = x);
+  DO(b, dispatch_bwd, .dxs = x, .token_row = nothing, .top_k = K, .dx = x);
+  DO(b, combine_fwd, .ys = x, .token_row = nothing, .prob = few, .top_k = K, .y = x);
+  DO(b, combine_bwd, .dy = x, .ys = x, .row_source = nothing, .prob = few, .top_k = K, .dys = x,
+     .dprob = few);
+  DO(b, scatter_add, .ys = x, .row_source = nothing, .prob = few, .top_k = K, .y = x);
+  DO(b, swiglu_fwd, .gate_up = act(b, NULL, 0, 2 * H), .h = x);
+  DO(b, swiglu_bwd, .dh = x, .gate_up = act(b, NULL, 0, 2 * H), .dgate_up = act(b, NULL, 0, 2 * H),
+     .h = x, .drow_prob = none);
+  DO(b, head_loss, .x = x, .w = w, .labels = nothing, .loss = none, .dx = x, .dw = dw);
+  keep_values(o, "dtable", values(b, &table), V * H, 0);
+  keep_values(o, "dweight", values(b, &dnorm), H, 0);
+  keep_values(o, "router's dw", values(b, &drw), E * H, 0);
+  keep_values(o, "head's dw", values(b, &dw), V * H, 0);
+  keep_values(o, "aux_prob", values(b, &aux), E, 0);
+  keep_ints(b, o, "load", load, E);
+  keep_ints(b, o, "offsets", offsets, E + 1);
+}
+
+BESIDE_CPU(no_rows)
 BESIDE_CPU(norms)
 BESIDE_CPU(router)
 BESIDE_CPU(router_of_most_experts)
@@ -277,10 +320,15 @@ BESIDE_CPU(many_segments)
 
 int main(void) {
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test(test_norms),          cmocka_unit_test(test_router),
-      cmocka_unit_test(test_permutation),    cmocka_unit_test(test_router_of_most_experts),
-      cmocka_unit_test(test_table_gradient), cmocka_unit_test(test_swiglu),
-      cmocka_unit_test(test_head),           cmocka_unit_test(test_head_in_chunks),
+      cmocka_unit_test(test_no_rows),
+      cmocka_unit_test(test_norms),
+      cmocka_unit_test(test_router),
+      cmocka_unit_test(test_permutation),
+      cmocka_unit_test(test_router_of_most_experts),
+      cmocka_unit_test(test_table_gradient),
+      cmocka_unit_test(test_swiglu),
+      cmocka_unit_test(test_head),
+      cmocka_unit_test(test_head_in_chunks),
       cmocka_unit_test(test_many_segments),
   };
   GPU_OR_SKIP();

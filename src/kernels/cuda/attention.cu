@@ -205,6 +205,7 @@ extern "C" mt_err mt_cuda_attention_fwd(struct mt_backend *be,
   MT_TRY(mt_cuda_scratch(be, "attention_fwd", s.bytes, &memory));
   MT_TRY(plan(cuda, &c, a, tile, &s, (char *)memory, &a->out, &a->lse));
   if (c.item_grid == 0) return MT_OK;
+  if (mma && mt_cuda_attention_sm90_takes(cuda, &c)) return mt_cuda_attention_sm90_fwd(cuda, &c);
   if (mma) return mt_cuda_attention_mma_fwd(cuda, &c);
   return mt_cuda_attention_simple_fwd(cuda, &c, a->qkv.dtype);
 }
@@ -242,6 +243,7 @@ extern "C" mt_err mt_cuda_attention_bwd(struct mt_backend *be,
         <<<(unsigned)blocks, ROW_THREADS, 0, cuda->stream>>>(c, f->cu_seqlens + f->sequence_count);
   });
   MT_TRY(mt_cuda_launched("attention_bwd: delta"));
+  if (mma && mt_cuda_attention_sm90_takes(cuda, &c)) return mt_cuda_attention_sm90_bwd(cuda, &c);
   if (mma) return mt_cuda_attention_mma_bwd(cuda, &c);
   return mt_cuda_attention_simple_bwd(cuda, &c, f->qkv.dtype);
 }
@@ -284,6 +286,7 @@ extern "C" mt_err mt_cuda_attention_cache(struct mt_backend *be,
   bool mma = on_tensor_cores(&c, a->qkv.dtype);
   int tile = mma ? ATTENTION_MMA_TILE : ATTENTION_SIMPLE_FWD_TILE;
   c.item_grid = (c.rows + tile - 1) / tile;
+  if (mma && mt_cuda_attention_sm90_takes(cuda, &c)) return mt_cuda_attention_sm90_fwd(cuda, &c);
   if (mma) return mt_cuda_attention_mma_fwd(cuda, &c);
   return mt_cuda_attention_simple_fwd(cuda, &c, a->qkv.dtype);
 }

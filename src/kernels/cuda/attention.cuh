@@ -80,6 +80,11 @@ mt_err mt_cuda_attention_simple_bwd(struct mt_cuda *cuda, const struct attention
 mt_err mt_cuda_attention_mma_fwd(struct mt_cuda *cuda, const struct attention_call *c);
 mt_err mt_cuda_attention_mma_bwd(struct mt_cuda *cuda, const struct attention_call *c);
 
+/* The same on Hopper, with wgmma; it takes head dimensions from 65 to 128. */
+bool mt_cuda_attention_sm90_takes(const struct mt_cuda *cuda, const struct attention_call *c);
+mt_err mt_cuda_attention_sm90_fwd(struct mt_cuda *cuda, const struct attention_call *c);
+mt_err mt_cuda_attention_sm90_bwd(struct mt_cuda *cuda, const struct attention_call *c);
+
 /* Few queries against a long cache, split over the cache. */
 enum { ATTENTION_DECODE_ROWS_MOST = 15 };
 size_t mt_cuda_attention_decode_bytes(int64_t heads, int64_t kv_heads, int64_t d);

@@ -91,6 +91,15 @@ __device__ __forceinline__ void add_row(float (&acc)[M][DP / 16], const float (&
   }
 }
 
+template <int DP>
+__device__ __forceinline__ void add_all(float (&acc)[2][DP / 16], const float (&x)[2][DP / 16]) {
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+#pragma unroll
+    for (int n = 0; n < DP / 16; n++) acc[i][n] += x[i][n];
+  }
+}
+
 template <int DP> struct fwd_shared {
   float q[ATTENTION_SIMPLE_FWD_TILE][DP];
   float k[KEYS][DP + 4]; /* 16 threads read 16 rows: 4 floats keep them in different banks */
@@ -236,12 +245,16 @@ __global__ void __launch_bounds__(THREADS) simple_dkv(const struct attention_cal
       __syncthreads();
       probabilities<DP>(sh, c, head, item.begin + first, rows, first, key0);
       __syncthreads();
+      /* Sums of a tile first: thousands of terms one by one would lose float32's last digits. */
+      float tk[2][DP / 16] = {}, tv[2][DP / 16] = {};
       for (int n = 0; n < BM; n++) {
         float2 p = *reinterpret_cast<const float2 *>(&sh.p[n][ty * 2]);
         float2 ds = *reinterpret_cast<const float2 *>(&sh.ds[n][ty * 2]);
-        add_row<DP>(dv, {p.x, p.y}, sh.dout[n], tx);
-        add_row<DP>(dk, {ds.x, ds.y}, sh.q[n], tx);
+        add_row<DP>(tv, {p.x, p.y}, sh.dout[n], tx);
+        add_row<DP>(tk, {ds.x, ds.y}, sh.q[n], tx);
       }
+      add_all<DP>(dk, tk);
+      add_all<DP>(dv, tv);
     }
   }
 #pragma unroll
@@ -277,10 +290,12 @@ __global__ void __launch_bounds__(THREADS) simple_dq(const struct attention_call
     __syncthreads();
     probabilities<DP>(sh, c, head, at, rows, row0, key0);
     __syncthreads();
+    float part[2][DP / 16] = {};
     for (int key = 0; key < KEYS; key++) {
       float w[2] = {sh.ds[ty * 2][key], sh.ds[ty * 2 + 1][key]};
-      add_row<DP>(dq, w, sh.k[key], tx);
+      add_row<DP>(part, w, sh.k[key], tx);
     }
+    add_all<DP>(dq, part);
   }
 #pragma unroll
   for (int i = 0; i < 2; i++) {

@@ -1,0 +1,350 @@
+/* Attention backward on Hopper, as attention_bwd.cu on other chips: dK and dV per tile of keys, dQ
+ * per tile of queries, no sum with two owners. What becomes a left operand (P, dS, and for dQ the
+ * queries themselves) stays in registers; a warpgroup copies, two multiply. */
+#include "kernels/cuda/sm90/attention_wgmma.cuh"
+
+namespace {
+
+/* dK, dV: a block has 128 keys of a group, a warpgroup 64, against tiles of 64 queries; scores are
+ * worked out keys by queries. */
+enum { KEYS = ATTENTION_MMA_TILE, QUERIES = 64, DKV_STAGES = 3 };
+
+struct dkv_shared {
+  tile<KEYS> k, v;
+  tile<QUERIES> q[DKV_STAGES], dout[DKV_STAGES];
+  float lse[DKV_STAGES][QUERIES], delta[DKV_STAGES][QUERIES];
+  ring_bars<DKV_STAGES> bars;
+  uint64_t kv_full;
+};
+
+/* A block's keys: positions [key0, key0 + keys) of the sequence that begins at row `begin`. */
+struct key_place {
+  int g, key0, keys, count, end;
+  int64_t begin;
+};
+
+__device__ __forceinline__ void dkv_copier(struct dkv_shared &sh, const struct attention_call &c,
+                                           const struct key_place &p) {
+  int64_t at_key = p.begin + p.key0;
+  copy_rows<KEYS>(sh.k, (const bf16 *)c.k + at_key * c.kv_ld + p.g * c.kv_group, c.kv_ld, p.keys,
+                  c.d);
+  copy_rows<KEYS>(sh.v, (const bf16 *)c.v + at_key * c.kv_ld + p.g * c.kv_group, c.kv_ld, p.keys,
+                  c.d);
+  barrier_arrive_after_copies(&sh.kv_full);
+  ring_at<DKV_STAGES> at;
+  for (int q = 0; q < c.r; q++) {
+    int head = p.g * c.r + q;
+    for (int first = p.key0; first < p.end; first += QUERIES, at.next()) {
+      int64_t row = p.begin + first;
+      int rows = p.count - first;
+      barrier_wait(&sh.bars.empty[at.stage], at.parity ^ 1);
+      copy_rows<QUERIES>(sh.q[at.stage],
+                         (const bf16 *)c.q + row * c.q_ld + p.g * c.q_group + q * c.d, c.q_ld, rows,
+                         c.d);
+      copy_rows<QUERIES>(sh.dout[at.stage], (const bf16 *)c.dout + row * c.dout_ld + head * c.d,
+                         c.dout_ld, rows, c.d);
+      copy_column<QUERIES>(sh.lse[at.stage], c.lse + row * c.lse_ld + head, c.lse_ld, rows);
+      copy_column<QUERIES>(sh.delta[at.stage], c.delta + row * (c.kv_heads * c.r) + head,
+                           c.kv_heads * c.r, rows);
+      barrier_arrive_after_copies(&sh.bars.full[at.stage]);
+    }
+  }
+  asm volatile("cp.async.wait_all;" ::: "memory");
+}
+
+/* p: from scores (keys `key` + lane/4 + 8 half, queries from `first`) to probabilities. */
+__device__ __forceinline__ void dkv_probabilities(float (&p)[32], const float *lse, int first,
+                                                  int key, const struct attention_call &c) {
+  int lane = threadIdx.x % 32;
+  float scale = c.scale * LOG2_E;
+#pragma unroll
+  for (int n = 0; n < QUERIES / 8; n++) {
+    float2 x = *reinterpret_cast<const float2 *>(&lse[8 * n + lane % 4 * 2]);
+    x.x *= LOG2_E;
+    x.y *= LOG2_E;
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+      p[4 * n + i] = exp2_fast(p[4 * n + i] * scale - (i % 2 ? x.y : x.x));
+  }
+  if (first < key + 15 || (c.window > 0 && first + QUERIES - 1 - key >= c.window)) {
+    int query = first + lane % 4 * 2;
+    key += lane / 4;
+#pragma unroll
+    for (int i = 0; i < 32; i++) {
+      if (!attention_sees(query + i / 4 * 8 + i % 2, key + i / 2 % 2 * 8, c.window)) p[i] = 0;
+    }
+  }
+}
+
+__device__ __forceinline__ void
+dkv_multiplier(struct dkv_shared &sh, const struct attention_call &c, const struct key_place &p) {
+  int row0 = threadIdx.x / WARPGROUP * 64, warp_row = threadIdx.x / 32 * 16,
+      lane = threadIdx.x % 32;
+  int mine = p.key0 + row0; /* this warpgroup's first key */
+  float dk[64], dv[64];
+#pragma unroll
+  for (int i = 0; i < 64; i++) dk[i] = dv[i] = 0;
+  barrier_wait_for_products(&sh.kv_full, 0);
+  ring_at<DKV_STAGES> at;
+  for (int q = 0; q < c.r; q++) {
+    for (int first = p.key0; first < p.end; first += QUERIES, at.next()) {
+      float s[32], dp[32];
+      uint32_t w[QUERIES / 16][4], ws[QUERIES / 16][4];
+      barrier_wait_for_products(&sh.bars.full[at.stage], at.parity);
+      if (first + QUERIES <= mine || (c.window > 0 && first - (mine + 63) >= c.window)) {
+        ring_release(sh.bars, at.stage);
+        continue;
+      }
+      products_begin();
+      score(s, sh.k, row0, sh.q[at.stage]);
+      products_commit();
+      score(dp, sh.v, row0, sh.dout[at.stage]);
+      products_commit();
+      products_wait<1>();
+      sums_ready(s);
+      dkv_probabilities(s, sh.lse[at.stage], first, p.key0 + warp_row, c);
+      as_left(w, s);
+      products_begin();
+      mix<QUERIES>(dv, w, sh.dout[at.stage]);
+      products_commit();
+      products_wait<1>();
+      sums_ready(dp);
+#pragma unroll
+      for (int n = 0; n < QUERIES / 8; n++) {
+        float2 delta = *reinterpret_cast<const float2 *>(&sh.delta[at.stage][8 * n + lane % 4 * 2]);
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+          dp[4 * n + i] = s[4 * n + i] * (dp[4 * n + i] - (i % 2 ? delta.y : delta.x));
+      }
+      as_left(ws, dp);
+      products_begin();
+      mix<QUERIES>(dk, ws, sh.q[at.stage]);
+      products_commit();
+      products_wait<0>();
+      sums_ready(dv);
+      sums_ready(dk);
+      left_ready(w);
+      left_ready(ws);
+      ring_release(sh.bars, at.stage);
+    }
+  }
+  int64_t to = (p.begin + p.key0 + warp_row) * c.dqkv_ld + p.g * c.kv_group;
+  float scale[2] = {c.scale, c.scale}, one[2] = {1, 1};
+  store_sums(dk, scale, (bf16 *)c.dk + to, c.dqkv_ld, p.keys - warp_row, c.d);
+  store_sums(dv, one, (bf16 *)c.dv + to, c.dqkv_ld, p.keys - warp_row, c.d);
+}
+
+/* Grid: tiles of keys x groups. */
+__global__ void __launch_bounds__(SM90_THREADS, 1) sm90_dkv(const struct attention_call c) {
+  extern __shared__ char raw[];
+  auto &sh = *reinterpret_cast<struct dkv_shared *>(((uintptr_t)raw + 1023) & ~(uintptr_t)1023);
+  struct attention_item item;
+  if (!attention_item_of<KEYS>(c, blockIdx.x / c.kv_heads, false, &item)) return;
+  struct key_place p = {
+      (int)blockIdx.x % c.kv_heads, item.tile * KEYS, 0, item.count, 0, item.begin};
+  p.keys = min((int)KEYS, item.count - p.key0);
+  p.end = attention_queries_end(p.key0 + p.keys - 1, item.count, c.window);
+  if (threadIdx.x == 0) {
+    ring_init(sh.bars);
+    barrier_init(&sh.kv_full, WARPGROUP);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  __syncthreads();
+  if (threadIdx.x >= 2 * WARPGROUP) {
+    registers_down<COPIER_REGISTERS>();
+    dkv_copier(sh, c, p);
+  } else {
+    registers_up<MULTIPLIER_REGISTERS>();
+    dkv_multiplier(sh, c, p);
+  }
+}
+
+/* dQ: blocks stay and take tiles of 128 queries of a head, a warpgroup 64, against tiles of 64
+ * keys. Queries and output gradients become fragments at once, so that the next tile's can come. */
+enum { DQ_QUERIES = ATTENTION_MMA_TILE, DQ_KEYS = 64, DQ_STAGES = 4 };
+
+struct dq_shared {
+  tile<DQ_QUERIES> q, dout;
+  tile<DQ_KEYS> k[DQ_STAGES], v[DQ_STAGES];
+  float lse[DQ_QUERIES], delta[DQ_QUERIES];
+  ring_bars<1> q_bars;
+  ring_bars<DQ_STAGES> bars;
+};
+
+struct query_place {
+  int head, g, row0, rows, lo, hi;
+  int64_t begin;
+};
+
+__device__ __forceinline__ bool find(const struct attention_call &c, int round, int count,
+                                     struct query_place *p) {
+  struct attention_item item;
+  int heads = c.kv_heads * c.r, unit;
+  if (!work_of(round, count * heads, &unit)) return false;
+  attention_item_of<DQ_QUERIES>(c, unit / heads, true, &item);
+  p->head = unit % heads;
+  p->g = p->head / c.r;
+  p->row0 = item.tile * DQ_QUERIES;
+  p->rows = min((int)DQ_QUERIES, item.count - p->row0);
+  p->begin = item.begin;
+  attention_keys(p->row0, p->row0 + p->rows - 1, c.window, &p->lo, &p->hi);
+  return true;
+}
+
+__device__ __forceinline__ void dq_copier(struct dq_shared &sh, const struct attention_call &c,
+                                          int count) {
+  ring_at<1> qa;
+  ring_at<DQ_STAGES> at;
+  struct query_place p;
+  for (int round = 0; find(c, round, count, &p); round++) {
+    int64_t row = p.begin + p.row0;
+    int heads = c.kv_heads * c.r;
+    barrier_wait(&sh.q_bars.empty[0], qa.parity ^ 1);
+    copy_rows<DQ_QUERIES>(sh.q,
+                          (const bf16 *)c.q + row * c.q_ld + p.g * c.q_group + p.head % c.r * c.d,
+                          c.q_ld, p.rows, c.d);
+    copy_rows<DQ_QUERIES>(sh.dout, (const bf16 *)c.dout + row * c.dout_ld + p.head * c.d, c.dout_ld,
+                          p.rows, c.d);
+    copy_column<DQ_QUERIES>(sh.lse, c.lse + row * c.lse_ld + p.head, c.lse_ld, p.rows);
+    copy_column<DQ_QUERIES>(sh.delta, c.delta + row * heads + p.head, heads, p.rows);
+    barrier_arrive_after_copies(&sh.q_bars.full[0]);
+    qa.next();
+    const bf16 *k = (const bf16 *)c.k + p.begin * c.kv_ld + p.g * c.kv_group;
+    const bf16 *v = (const bf16 *)c.v + p.begin * c.kv_ld + p.g * c.kv_group;
+    for (int key0 = (p.hi - 1) / DQ_KEYS * DQ_KEYS; key0 + DQ_KEYS > p.lo;
+         key0 -= DQ_KEYS, at.next()) {
+      barrier_wait(&sh.bars.empty[at.stage], at.parity ^ 1);
+      copy_rows<DQ_KEYS>(sh.k[at.stage], k + key0 * c.kv_ld, c.kv_ld, p.hi - key0, c.d);
+      copy_rows<DQ_KEYS>(sh.v[at.stage], v + key0 * c.kv_ld, c.kv_ld, p.hi - key0, c.d);
+      barrier_arrive_after_copies(&sh.bars.full[at.stage]);
+    }
+  }
+  asm volatile("cp.async.wait_all;" ::: "memory");
+}
+
+/* This warp's 16 rows of a tile as left operands. */
+template <int ROWS>
+__device__ __forceinline__ void load_left(uint32_t (&a)[DIM / 16][4], const tile<ROWS> &t,
+                                          int row0) {
+  int lane = threadIdx.x % 32, row = row0 + lane % 16;
+  uint32_t at = shared_address(&t) + (uint32_t)(row * 128);
+#pragma unroll
+  for (int k = 0; k < DIM / 16; k++) {
+    int piece = k % 4 * 2 + lane / 16;
+    fragment(a[k], at + k / 4 * half_bytes<ROWS> + (uint32_t)((piece ^ (row & 7)) << 4));
+  }
+}
+
+/* s: from scores of queries (from `first`, this warp's) against keys from key0 to probabilities. */
+__device__ __forceinline__ void dq_probabilities(float (&s)[32], const float (&lse)[2], int first,
+                                                 int key0, const struct attention_call &c) {
+  int lane = threadIdx.x % 32;
+  float scale = c.scale * LOG2_E;
+#pragma unroll
+  for (int i = 0; i < 32; i++) s[i] = exp2_fast(s[i] * scale - lse[i / 2 % 2]);
+  if (key0 + DQ_KEYS - 1 > first || (c.window > 0 && first + 15 - key0 >= c.window)) {
+    int query = first + lane / 4, key = key0 + lane % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < 32; i++) {
+      if (!attention_sees(query + i / 2 % 2 * 8, key + i / 4 * 8 + i % 2, c.window)) s[i] = 0;
+    }
+  }
+}
+
+__device__ __forceinline__ void dq_multiplier(struct dq_shared &sh, const struct attention_call &c,
+                                              int count) {
+  int warp_row = threadIdx.x / 32 * 16, lane = threadIdx.x % 32; /* 8 warps, 128 rows */
+  ring_at<1> qa;
+  ring_at<DQ_STAGES> at;
+  struct query_place p;
+  for (int round = 0; find(c, round, count, &p); round++) {
+    uint32_t q[DIM / 16][4], dout[DIM / 16][4], w[DQ_KEYS / 16][4];
+    float dq[64], lse[2], delta[2];
+    int before = -1; /* stage of the tile whose last product is under way */
+#pragma unroll
+    for (int i = 0; i < 64; i++) dq[i] = 0;
+    barrier_wait(&sh.q_bars.full[0], qa.parity);
+    load_left(q, sh.q, warp_row);
+    load_left(dout, sh.dout, warp_row);
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      lse[half] = sh.lse[warp_row + lane / 4 + 8 * half] * LOG2_E;
+      delta[half] = sh.delta[warp_row + lane / 4 + 8 * half];
+    }
+    __syncwarp();
+    ring_release(sh.q_bars, 0);
+    qa.next();
+    for (int key0 = (p.hi - 1) / DQ_KEYS * DQ_KEYS; key0 + DQ_KEYS > p.lo;
+         key0 -= DQ_KEYS, at.next()) {
+      float s[32], dp[32];
+      barrier_wait_for_products(&sh.bars.full[at.stage], at.parity);
+      products_begin();
+      score(s, q, sh.k[at.stage]);
+      products_commit();
+      score(dp, dout, sh.v[at.stage]);
+      products_commit();
+      products_wait<2>();
+      sums_ready(dq);
+      left_ready(w);
+      if (before >= 0) ring_release(sh.bars, before);
+      before = at.stage;
+      products_wait<1>();
+      sums_ready(s);
+      dq_probabilities(s, lse, p.row0 + warp_row, key0, c);
+      products_wait<0>();
+      sums_ready(dp);
+#pragma unroll
+      for (int i = 0; i < 32; i++) dp[i] = s[i] * (dp[i] - delta[i / 2 % 2]);
+      as_left(w, dp);
+      products_begin();
+      mix<DQ_KEYS>(dq, w, sh.k[at.stage]);
+      products_commit();
+    }
+    products_wait<0>();
+    sums_ready(dq);
+    if (before >= 0) ring_release(sh.bars, before);
+    float scale[2] = {c.scale, c.scale};
+    bf16 *to = (bf16 *)c.dq + (p.begin + p.row0 + warp_row) * c.dqkv_ld + p.g * c.q_group +
+               p.head % c.r * c.d;
+    store_sums(dq, scale, to, c.dqkv_ld, p.rows - warp_row, c.d);
+  }
+}
+
+__global__ void __launch_bounds__(SM90_THREADS, 1) sm90_dq(const struct attention_call c) {
+  extern __shared__ char raw[];
+  auto &sh = *reinterpret_cast<struct dq_shared *>(((uintptr_t)raw + 1023) & ~(uintptr_t)1023);
+  int count = *c.item_count;
+  if (threadIdx.x == 0) {
+    ring_init(sh.q_bars);
+    ring_init(sh.bars);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  __syncthreads();
+  if (threadIdx.x >= 2 * WARPGROUP) {
+    registers_down<COPIER_REGISTERS>();
+    dq_copier(sh, c, count);
+  } else {
+    registers_up<MULTIPLIER_REGISTERS>();
+    dq_multiplier(sh, c, count);
+  }
+}
+
+template <class K>
+mt_err launch(struct mt_cuda *cuda, K *kernel, int64_t grid, size_t bytes,
+              const struct attention_call *c) {
+  bytes += 1024; /* tiles begin at multiples of 1024 */
+  MT_TRY(mt_cuda_check(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes),
+      "attention_bwd"));
+  kernel<<<(unsigned)grid, SM90_THREADS, bytes, cuda->stream>>>(*c);
+  return mt_cuda_launched("attention_bwd");
+}
+
+} // namespace
+
+mt_err mt_cuda_attention_sm90_bwd(struct mt_cuda *cuda, const struct attention_call *c) {
+  int64_t grid = (int64_t)c->item_grid * c->kv_heads, units = grid * c->r;
+  MT_TRY(launch(cuda, sm90_dkv, grid, sizeof(struct dkv_shared), c));
+  return launch(cuda, sm90_dq, units < cuda->sm_count ? units : cuda->sm_count,
+                sizeof(struct dq_shared), c);
+}

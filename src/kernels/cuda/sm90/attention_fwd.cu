@@ -1,0 +1,221 @@
+/* Attention forward on Hopper (FlashAttention-3: Shah et al. 2024, arXiv:2407.08608, section 3).
+ * Blocks stay and take tiles of 128 queries of one head; a warpgroup copies, two multiply 64
+ * queries each. The next tile's scores are under way while this one's probabilities meet the
+ * values, and the exponentials run beside both. */
+#include "kernels/cuda/sm90/attention_wgmma.cuh"
+
+namespace {
+
+enum { BM = ATTENTION_MMA_TILE, BN = 128, STAGES = 2 };
+
+struct fwd_shared {
+  tile<BM> q;
+  tile<BN> k[STAGES], v[STAGES];
+  ring_bars<1> q_bars;
+  ring_bars<STAGES> k_bars, v_bars;
+};
+
+/* One tile of queries: where it is and the keys it sees. */
+struct place {
+  int head, g, rows, first, lo, hi;
+  int64_t row, begin; /* its first row; its sequence's */
+};
+
+__device__ __forceinline__ bool find(const struct attention_call &c, int round, int count,
+                                     struct place *p) {
+  struct attention_item item;
+  int heads = c.kv_heads * c.r, unit;
+  if (!work_of(round, count * heads, &unit)) return false;
+  attention_item_of<BM>(c, unit / heads, true, &item);
+  int row0 = item.tile * BM;
+  p->head = unit % heads;
+  p->g = p->head / c.r;
+  p->rows = min((int)BM, item.count - row0);
+  p->first = c.offset + row0;
+  p->row = item.begin + row0;
+  p->begin = item.begin;
+  attention_keys(p->first, p->first + p->rows - 1, c.window, &p->lo, &p->hi);
+  return true;
+}
+
+__device__ __forceinline__ void copier(struct fwd_shared &sh, const struct attention_call &c,
+                                       int count) {
+  ring_at<1> qa;
+  ring_at<STAGES> at;
+  struct place p;
+  for (int round = 0; find(c, round, count, &p); round++) {
+    const bf16 *k = (const bf16 *)c.k + p.begin * c.kv_ld + p.g * c.kv_group;
+    const bf16 *v = (const bf16 *)c.v + p.begin * c.kv_ld + p.g * c.kv_group;
+    barrier_wait(&sh.q_bars.empty[0], qa.parity ^ 1);
+    copy_rows<BM>(sh.q, (const bf16 *)c.q + p.row * c.q_ld + p.g * c.q_group + p.head % c.r * c.d,
+                  c.q_ld, p.rows, c.d);
+    barrier_arrive_after_copies(&sh.q_bars.full[0]);
+    qa.next();
+    for (int key0 = (p.hi - 1) / BN * BN; key0 + BN > p.lo; key0 -= BN) {
+      barrier_wait(&sh.k_bars.empty[at.stage], at.parity ^ 1);
+      copy_rows<BN>(sh.k[at.stage], k + key0 * c.kv_ld, c.kv_ld, p.hi - key0, c.d);
+      barrier_arrive_after_copies(&sh.k_bars.full[at.stage]);
+      barrier_wait(&sh.v_bars.empty[at.stage], at.parity ^ 1);
+      copy_rows<BN>(sh.v[at.stage], v + key0 * c.kv_ld, c.kv_ld, p.hi - key0, c.d);
+      barrier_arrive_after_copies(&sh.v_bars.full[at.stage]);
+      at.next();
+    }
+  }
+  asm volatile("cp.async.wait_all;" ::: "memory");
+}
+
+/* The running softmax of a thread's two rows. */
+struct rows_state {
+  float top[2], sum[2];
+};
+
+/* Scores of queries from `mine` (this warpgroup's first) against keys from key0 become
+ * probabilities relative to the largest so far; shrink: what earlier sums are to be multiplied by.
+ */
+__device__ __forceinline__ void softmax(float (&s)[64], struct rows_state &st, float (&shrink)[2],
+                                        int mine, int key0, int window, float scale) {
+  int lane = threadIdx.x % 32;
+  if (key0 + BN - 1 > mine || (window > 0 && mine + 63 - key0 >= window)) {
+    int query = mine + threadIdx.x % WARPGROUP / 32 * 16 + lane / 4, key = key0 + lane % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < 64; i++) {
+      if (!attention_sees(query + i / 2 % 2 * 8, key + i / 4 * 8 + i % 2, window)) s[i] = -INFINITY;
+    }
+  }
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    float top = st.top[half];
+#pragma unroll
+    for (int i = 2 * half; i < 64; i += 4) top = fmaxf(top, fmaxf(s[i], s[i + 1]));
+    top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
+    top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
+    float base = top == -INFINITY ? 0.0f : top * scale;
+    shrink[half] = exp2_fast(st.top[half] * scale - base);
+    st.top[half] = top;
+    float sum = 0;
+#pragma unroll
+    for (int i = 2 * half; i < 64; i += 4) {
+      s[i] = exp2_fast(s[i] * scale - base);
+      s[i + 1] = exp2_fast(s[i + 1] * scale - base);
+      sum += s[i] + s[i + 1];
+    }
+    st.sum[half] = st.sum[half] * shrink[half] + sum;
+  }
+}
+
+__device__ __forceinline__ void finish(const struct attention_call &c, const struct place &p,
+                                       const float (&o)[64], struct rows_state &st) {
+  int lane = threadIdx.x % 32, row0 = threadIdx.x / 32 * 16; /* 8 warps, 128 rows */
+  float inverse[2];
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    float sum = st.sum[half];
+    sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+    sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+    inverse[half] = 1.0f / sum;
+    int row = row0 + lane / 4 + 8 * half;
+    if (c.lse && lane % 4 == 0 && row < p.rows)
+      c.lse[(p.row + row) * c.lse_ld + p.head] = st.top[half] * c.scale + logf(sum);
+  }
+  store_sums(o, inverse, (bf16 *)c.out + (p.row + row0) * c.out_ld + p.head * c.d, c.out_ld,
+             p.rows - row0, c.d);
+}
+
+__device__ __forceinline__ void multiplier(struct fwd_shared &sh, const struct attention_call &c,
+                                           int count) {
+  int row0 = threadIdx.x / WARPGROUP * 64;
+  float scale = c.scale * LOG2_E;
+  ring_at<1> qa;
+  ring_at<STAGES> at;
+  struct place p;
+  for (int round = 0; find(c, round, count, &p); round++) {
+    float s[64], o[64], shrink[2];
+    uint32_t w[BN / 16][4];
+    struct rows_state st = {{-INFINITY, -INFINITY}, {0, 0}};
+    int key0 = (p.hi - 1) / BN * BN, mine = p.first + row0;
+#pragma unroll
+    for (int i = 0; i < 64; i++) o[i] = 0;
+    barrier_wait_for_products(&sh.q_bars.full[0], qa.parity);
+    barrier_wait_for_products(&sh.k_bars.full[at.stage], at.parity);
+    products_begin();
+    score(s, sh.q, row0, sh.k[at.stage]);
+    products_commit();
+    products_wait<0>();
+    sums_ready(s);
+    ring_release(sh.k_bars, at.stage);
+    softmax(s, st, shrink, mine, key0, c.window, scale);
+    as_left(w, s);
+    for (key0 -= BN; key0 + BN > p.lo; key0 -= BN) {
+      ring_at<STAGES> before = at;
+      at.next();
+      barrier_wait_for_products(&sh.k_bars.full[at.stage], at.parity);
+      products_begin();
+      score(s, sh.q, row0, sh.k[at.stage]);
+      products_commit();
+      barrier_wait_for_products(&sh.v_bars.full[before.stage], before.parity);
+      products_begin();
+      mix<BN>(o, w, sh.v[before.stage]);
+      products_commit();
+      products_wait<1>();
+      sums_ready(s);
+      ring_release(sh.k_bars, at.stage);
+      softmax(s, st, shrink, mine, key0, c.window, scale);
+      products_wait<0>();
+      sums_ready(o);
+      left_ready(w);
+      ring_release(sh.v_bars, before.stage);
+#pragma unroll
+      for (int i = 0; i < 64; i++) o[i] *= shrink[i / 2 % 2];
+      as_left(w, s);
+    }
+    ring_release(sh.q_bars, 0);
+    qa.next();
+    barrier_wait_for_products(&sh.v_bars.full[at.stage], at.parity);
+    products_begin();
+    mix<BN>(o, w, sh.v[at.stage]);
+    products_commit();
+    products_wait<0>();
+    sums_ready(o);
+    ring_release(sh.v_bars, at.stage);
+    at.next();
+    finish(c, p, o, st);
+  }
+}
+
+__global__ void __launch_bounds__(SM90_THREADS, 1) sm90_fwd(const struct attention_call c) {
+  extern __shared__ char raw[];
+  auto &sh = *reinterpret_cast<struct fwd_shared *>(((uintptr_t)raw + 1023) & ~(uintptr_t)1023);
+  int count = c.items ? *c.item_count : (c.rows + BM - 1) / BM;
+  if (threadIdx.x == 0) {
+    ring_init(sh.q_bars);
+    ring_init(sh.k_bars);
+    ring_init(sh.v_bars);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  __syncthreads();
+  if (threadIdx.x >= 2 * WARPGROUP) {
+    registers_down<COPIER_REGISTERS>();
+    copier(sh, c, count);
+  } else {
+    registers_up<MULTIPLIER_REGISTERS>();
+    multiplier(sh, c, count);
+  }
+}
+
+} // namespace
+
+bool mt_cuda_attention_sm90_takes(const struct mt_cuda *cuda, const struct attention_call *c) {
+  return !cuda->portable && cuda->capability == 90 && c->d > 64 &&
+         sizeof(struct fwd_shared) + 1024 <= cuda->shared_optin_bytes;
+}
+
+mt_err mt_cuda_attention_sm90_fwd(struct mt_cuda *cuda, const struct attention_call *c) {
+  size_t bytes = sizeof(struct fwd_shared) + 1024; /* tiles begin at multiples of 1024 */
+  MT_TRY(mt_cuda_check(
+      cudaFuncSetAttribute(sm90_fwd, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes),
+      "attention_fwd"));
+  int64_t units = (int64_t)c->item_grid * c->kv_heads * c->r;
+  int64_t grid = units < cuda->sm_count ? units : cuda->sm_count;
+  sm90_fwd<<<(unsigned)grid, SM90_THREADS, bytes, cuda->stream>>>(*c);
+  return mt_cuda_launched("attention_fwd");
+}

@@ -1,0 +1,264 @@
+/* Pieces of Hopper's attention kernels: tiles in the 128-byte swizzle, barriers between the warps
+ * that copy and those that multiply, warpgroup products (PTX ISA, "wgmma.mma_async", "mbarrier").
+ *
+ * Head dimension 128 (less is padded with zeros). A tile of ROWS rows lies as two halves of 64
+ * columns, [2][ROWS][64] bf16: a row of a half is 128 bytes, its 16-byte piece p at p ^ (row % 8).
+ *
+ * Copies are cp.async, not TMA: a sequence ends anywhere in the packed row, and what lies behind it
+ * must come as zeros, since 0 * NaN of the padding would spoil a sum. */
+#ifndef MT_KERNELS_CUDA_SM90_ATTENTION_WGMMA_CUH
+#define MT_KERNELS_CUDA_SM90_ATTENTION_WGMMA_CUH
+
+#include "kernels/cuda/attention_mma.cuh"
+
+/* A block: two warpgroups multiply, one copies. */
+enum { DIM = 128, WARPGROUP = 128, SM90_THREADS = 3 * WARPGROUP, MULTIPLIER_WARPS = 8 };
+/* Registers of a thread after the start; 65536 = 128 * (2 * 232 + 40) + what is left over. */
+enum { MULTIPLIER_REGISTERS = 240, COPIER_REGISTERS = 24 };
+
+template <int ROWS> struct tile { bf16 x[2][ROWS][64]; };
+template <int ROWS> constexpr uint32_t half_bytes = ROWS * 128;
+
+template <int N> __device__ __forceinline__ void registers_up() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
+}
+template <int N> __device__ __forceinline__ void registers_down() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
+}
+
+/* Barriers. */
+__device__ __forceinline__ void barrier_init(uint64_t *bar, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(bar)), "r"(arrivals)
+               : "memory");
+}
+__device__ __forceinline__ void barrier_arrive(uint64_t *bar) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(bar)) : "memory");
+}
+/* This thread's arrival, once all its copies so far are there. */
+__device__ __forceinline__ void barrier_arrive_after_copies(uint64_t *bar) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(bar))
+               : "memory");
+}
+__device__ __forceinline__ void barrier_wait(uint64_t *bar, uint32_t parity) {
+  uint32_t done;
+  do {
+    asm volatile("{\n .reg .pred p;\n"
+                 "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+                 "selp.u32 %0, 1, 0, p;\n}"
+                 : "=r"(done)
+                 : "r"(shared_address(bar)), "r"(parity)
+                 : "memory");
+  } while (!done);
+}
+/* For wgmma, which reads through another proxy than cp.async writes through. */
+__device__ __forceinline__ void barrier_wait_for_products(uint64_t *bar, uint32_t parity) {
+  barrier_wait(bar, parity);
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+/* A buffer of STAGES places, each filled and emptied in turn. */
+template <int STAGES> struct ring_bars { uint64_t full[STAGES], empty[STAGES]; };
+template <int STAGES> __device__ __forceinline__ void ring_init(ring_bars<STAGES> &r) {
+  for (int i = 0; i < STAGES; i++) {
+    barrier_init(&r.full[i], WARPGROUP);
+    barrier_init(&r.empty[i], MULTIPLIER_WARPS);
+  }
+}
+/* A position in it. The first round of filling must not wait: the copier's parity is the other. */
+template <int STAGES> struct ring_at {
+  int stage = 0;
+  uint32_t parity = 0;
+  __device__ __forceinline__ void next() {
+    if (++stage < STAGES) return;
+    stage = 0;
+    parity ^= 1;
+  }
+};
+template <int STAGES>
+__device__ __forceinline__ void ring_release(ring_bars<STAGES> &r, int stage) {
+  if (threadIdx.x % 32 == 0) barrier_arrive(&r.empty[stage]);
+}
+
+/* Starts copying rows of a head into a tile, zeros past `rows` and d; a warpgroup calls it. */
+template <int ROWS>
+__device__ __forceinline__ void copy_rows(tile<ROWS> &to, const bf16 *src, int64_t ld, int rows,
+                                          int d) {
+  int row = threadIdx.x % WARPGROUP / 16, piece = threadIdx.x % 16;
+  bool inside = piece * 8 < d;
+  uint32_t dst = shared_address(&to) + piece / 8 * half_bytes<ROWS> +
+                 (uint32_t)(row * 128 + ((piece % 8 ^ row) << 4));
+  const bf16 *from = src + row * ld + piece * 8;
+#pragma unroll
+  for (int i = 0; i < ROWS / 8; i++) {
+    bool real = inside && row + 8 * i < rows;
+    copy16(dst + i * 1024, real ? from : src, real);
+    from += 8 * ld;
+  }
+}
+
+/* One number of each of ROWS rows, zeros past `rows`. */
+template <int ROWS>
+__device__ __forceinline__ void copy_column(float *to, const float *src, int64_t ld, int rows) {
+  int row = threadIdx.x % WARPGROUP;
+  if (row < ROWS) copy4(shared_address(to + row), src + (row < rows ? row * ld : 0), row < rows);
+}
+
+/* Products. Sums of a warpgroup: 64 rows, thread's rows lane/4 and lane/4 + 8 of its warp's 16;
+ * d[4 n + i] is column 8 n + lane%4*2 + i%2 of row i/2. */
+__device__ __forceinline__ void products_begin() {
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void products_commit() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+template <int LEFT> __device__ __forceinline__ void products_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
+}
+/* The compiler must not read sums before this point, where their products are done. */
+template <int N> __device__ __forceinline__ void sums_ready(float (&d)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
+}
+template <int N> __device__ __forceinline__ void left_ready(uint32_t (&a)[N][4]) {
+#pragma unroll
+  for (int i = 0; i < N; i++) {
+#pragma unroll
+    for (int j = 0; j < 4; j++) asm volatile("" : "+r"(a[i][j])::"memory");
+  }
+}
+
+/* Groups of 8 rows are 1024 bytes apart; `apart`: bytes between the halves, where the depth runs
+ * down the rows. */
+__device__ __forceinline__ uint64_t tile_descriptor(uint32_t start, uint32_t apart) {
+  return (uint64_t)((start & 0x3ffff) >> 4) | (uint64_t)(apart >> 4) << 16 |
+         (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
+}
+
+#define MT_SUMS_4(d, i) "+f"(d[(i)]), "+f"(d[(i) + 1]), "+f"(d[(i) + 2]), "+f"(d[(i) + 3])
+#define MT_SUMS_16(d, i)                                                                           \
+  MT_SUMS_4(d, (i)), MT_SUMS_4(d, (i) + 4), MT_SUMS_4(d, (i) + 8), MT_SUMS_4(d, (i) + 12)
+#define MT_NAMES_32                                                                                \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                         \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define MT_NAMES_64                                                                                \
+  MT_NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+              "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+
+/* d += a b^T (or =), 16 deep: a, b descriptors of tiles whose rows the depth runs along. */
+__device__ __forceinline__ void wgmma_ss(float (&d)[64], uint64_t a, uint64_t b, int add) {
+  asm volatile("{\n .reg .pred p;\n setp.ne.b32 p, %66, 0;\n"
+               "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" MT_NAMES_64
+               "}, %64, %65, p, 1, 1, 0, 0;\n}\n"
+               : MT_SUMS_16(d, 0), MT_SUMS_16(d, 16), MT_SUMS_16(d, 32), MT_SUMS_16(d, 48)
+               : "l"(a), "l"(b), "r"(add));
+}
+__device__ __forceinline__ void wgmma_ss(float (&d)[32], uint64_t a, uint64_t b, int add) {
+  asm volatile("{\n .reg .pred p;\n setp.ne.b32 p, %34, 0;\n"
+               "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" MT_NAMES_32
+               "}, %32, %33, p, 1, 1, 0, 0;\n}\n"
+               : MT_SUMS_16(d, 0), MT_SUMS_16(d, 16)
+               : "l"(a), "l"(b), "r"(add));
+}
+/* The same with a in registers. */
+__device__ __forceinline__ void wgmma_rs(float (&d)[32], const uint32_t (&a)[4], uint64_t b,
+                                         int add) {
+  asm volatile("{\n .reg .pred p;\n setp.ne.b32 p, %37, 0;\n"
+               "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" MT_NAMES_32
+               "}, {%32, %33, %34, %35}, %36, p, 1, 1, 0;\n}\n"
+               : MT_SUMS_16(d, 0), MT_SUMS_16(d, 16)
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
+}
+/* d += a b, b a tile whose columns the depth runs along. */
+__device__ __forceinline__ void wgmma_rs_turned(float (&d)[64], const uint32_t (&a)[4],
+                                                uint64_t b) {
+  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" MT_NAMES_64
+               "}, {%64, %65, %66, %67}, %68, 1, 1, 1, 1;\n"
+               : MT_SUMS_16(d, 0), MT_SUMS_16(d, 16), MT_SUMS_16(d, 32), MT_SUMS_16(d, 48)
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+/* d = rows [row0, row0 + 64) of a . all rows of b (2 N of them). */
+template <int N, int A_ROWS, int B_ROWS>
+__device__ __forceinline__ void score(float (&d)[N], const tile<A_ROWS> &a, int row0,
+                                      const tile<B_ROWS> &b) {
+  static_assert(N * 2 == B_ROWS, "a column each");
+  uint32_t sa = shared_address(&a) + (uint32_t)(row0 * 128), sb = shared_address(&b);
+#pragma unroll
+  for (int k = 0; k < DIM / 16; k++) {
+    wgmma_ss(d, tile_descriptor(sa + k / 4 * half_bytes<A_ROWS> + k % 4 * 32, 0),
+             tile_descriptor(sb + k / 4 * half_bytes<B_ROWS> + k % 4 * 32, 0), k > 0);
+  }
+}
+template <int N, int B_ROWS>
+__device__ __forceinline__ void score(float (&d)[N], const uint32_t (&a)[DIM / 16][4],
+                                      const tile<B_ROWS> &b) {
+  static_assert(N * 2 == B_ROWS, "a column each");
+  uint32_t sb = shared_address(&b);
+#pragma unroll
+  for (int k = 0; k < DIM / 16; k++)
+    wgmma_rs(d, a[k], tile_descriptor(sb + k / 4 * half_bytes<B_ROWS> + k % 4 * 32, 0), k > 0);
+}
+/* d += w . rows of b. */
+template <int ROWS>
+__device__ __forceinline__ void mix(float (&d)[64], const uint32_t (&w)[ROWS / 16][4],
+                                    const tile<ROWS> &b) {
+  uint32_t sb = shared_address(&b);
+#pragma unroll
+  for (int k = 0; k < ROWS / 16; k++)
+    wgmma_rs_turned(d, w[k], tile_descriptor(sb + k * 2048, half_bytes<ROWS>));
+}
+
+/* Sums, or what became of them, as left operands. */
+template <int N>
+__device__ __forceinline__ void as_left(uint32_t (&a)[N / 8][4], const float (&d)[N]) {
+#pragma unroll
+  for (int k = 0; k < N / 8; k++) {
+#pragma unroll
+    for (int j = 0; j < 4; j++) a[k][j] = pack_two(d[8 * k + 2 * j], d[8 * k + 2 * j + 1]);
+  }
+}
+
+/* The sums' rows, times a factor each, as bf16 rows to `dst` (this warp's first). Four lanes have a
+ * row's pieces between them and turn them around, so that each has 16 bytes to write. */
+__device__ __forceinline__ void store_sums(const float (&sums)[64], const float (&factor)[2],
+                                           bf16 *dst, int64_t ld, int rows, int d) {
+  int lane = threadIdx.x % 32, j = lane % 4;
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    int row = lane / 4 + 8 * half;
+#pragma unroll
+    for (int n = 0; n < DIM / 8; n += 4) {
+      uint32_t x[4];
+#pragma unroll
+      for (int m = 0; m < 4; m++) {
+        const float *s = &sums[4 * (n + m) + 2 * half];
+        x[m] = pack_two(s[0] * factor[half], s[1] * factor[half]);
+      }
+#pragma unroll
+      for (int bit = 1; bit < 4; bit *= 2) {
+#pragma unroll
+        for (int m = 0; m < 4; m++) {
+          if (m & bit) continue;
+          uint32_t y = __shfl_xor_sync(0xffffffffu, j & bit ? x[m] : x[m + bit], bit);
+          if (j & bit)
+            x[m] = y;
+          else
+            x[m + bit] = y;
+        }
+      }
+      int column = (n + j) * 8;
+      if (row < rows && column < d)
+        *reinterpret_cast<uint4 *>(dst + row * ld + column) = make_uint4(x[0], x[1], x[2], x[3]);
+    }
+  }
+}
+
+/* Which work a block that stays has in its round-th round, of `total` units, the longest first:
+ * there and back over the blocks, so that none always has the longer one. */
+__device__ __forceinline__ bool work_of(int round, int total, int *unit) {
+  int at = round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
+  *unit = round * gridDim.x + at;
+  return *unit < total;
+}
+
+#endif
