@@ -9,6 +9,7 @@ struct shape {
   int t, g, r, d, window;
   int sequences; /* of the lengths below, then repeated lengths */
   int lengths[8];
+  double slack; /* of the recipe's tolerance, which is for sums of some hundred terms; 0: 1 */
 };
 
 static const struct shape shapes[] = {
@@ -20,7 +21,7 @@ static const struct shape shapes[] = {
     {"two-groups-80", 330, 2, 3, 80, 0, 2, {200, 129}},
     {"two-groups-24", 330, 2, 1, 24, 40, 3, {0, 200, 129}},
     {"unaligned-12", 100, 2, 2, 12, 0, 2, {70, 20}},
-    {"long-128", 1300, 1, 1, 128, 0, 1, {1290}},
+    {"long-128", 1300, 1, 1, 128, 0, 1, {1290}, 2},
     {"many", 3300, 1, 1, 8, 0, 1500, {1, 2, 0, 3, 5, 1, 3, 2}},
     {"all-padding", 70, 1, 2, 64, 0, 3, {0}},
 };
@@ -134,9 +135,10 @@ static uint64_t packed_case(const char *backend, const char *recipe, const struc
   expect_zero_rows(&c, &x.out, valid);
   expect_zero_rows(&c, &x.lse, valid);
   expect_zero_rows(&c, &x.dqkv, valid);
-  if (!again && !(c.worst <= c.recipe->op_tolerance)) {
+  double tolerance = c.recipe->op_tolerance * (z->slack > 0 ? z->slack : 1);
+  if (!again && !(c.worst <= tolerance)) {
     print_error("%s %s %s: %s is off by %.3g of %.1g\n", backend, recipe, z->name, c.worst_name,
-                c.worst, c.recipe->op_tolerance);
+                c.worst, tolerance);
     (*failures)++;
   } else if (!again) {
     print_message("  %-13s %s %-13s worst error %.2e of %.0e\n", backend, recipe, z->name, c.worst,

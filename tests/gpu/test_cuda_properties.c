@@ -122,7 +122,7 @@ static void router_at(struct bed *b, struct outputs *o, int t, int valid, int h,
      .prob = prob, .index = index, .dprob = stat(b, normals(b, (int64_t)t * k, 1), t, k),
      .aux_grad = stat_vec(b, normals(b, e, 0.1), e), .dlogits = dlogits, .dx = dx,
      .accumulate_dx = 1, .dw = dw);
-  keep(b, o, "dx", dx, 2);
+  keep(b, o, "dx", dx, dx_slack);
   keep(b, o, "dw", dw, 8);
 }
 
@@ -200,7 +200,8 @@ static void swiglu(struct bed *b, struct outputs *o) {
   keep_values(o, "drow_prob", values(b, &dprob), ROWS, 4);
 }
 
-static void head_at(struct bed *b, struct outputs *o, int t, int64_t v, int h) {
+/* dx sums over the vocabulary, in another order on each backend. */
+static void head_at(struct bed *b, struct outputs *o, int t, int64_t v, int h, double dx_slack) {
   int32_t *labels = host_mem(b, sizeof *labels * (size_t)t);
   for (int i = 0; i < t; i++) {
     labels[i] = i % 5 == 2 ? -100 : (int32_t)mt_rng_below(&b->rng, (uint32_t)v);
@@ -214,17 +215,17 @@ static void head_at(struct bed *b, struct outputs *o, int t, int64_t v, int h) {
        .loss = loss, .correct = correct, .dx = dx, .dw = dw, .accumulate = acc);
   }
   keep(b, o, "loss", loss, 2);
-  keep(b, o, "dx", dx, 2);
+  keep(b, o, "dx", dx, dx_slack);
   keep(b, o, "dw", dw, 2);
   keep_ints(b, o, "correct", correct, t);
 }
 
 static void head(struct bed *b, struct outputs *o) {
-  head_at(b, o, 300, 32000, 256);
+  head_at(b, o, 300, 32000, 256, 2);
 }
 
 static void head_in_chunks(struct bed *b, struct outputs *o) {
-  head_at(b, o, 700, 262144 - 3, 16); /* 512 rows a chunk, V no multiple of a vector */
+  head_at(b, o, 700, 262144 - 3, 16, 4); /* 512 rows a chunk, V no multiple of a vector */
 }
 
 /* Segments of one array: most start where no vector may. */
