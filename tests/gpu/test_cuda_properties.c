@@ -122,7 +122,7 @@ static void router_at(struct bed *b, struct outputs *o, int t, int valid, int h,
      .prob = prob, .index = index, .dprob = stat(b, normals(b, (int64_t)t * k, 1), t, k),
      .aux_grad = stat_vec(b, normals(b, e, 0.1), e), .dlogits = dlogits, .dx = dx,
      .accumulate_dx = 1, .dw = dw);
-  keep(b, o, "dx", dx, dx_slack);
+  keep(b, o, "dx", dx, 2);
   keep(b, o, "dw", dw, 8);
 }
 
