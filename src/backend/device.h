@@ -24,7 +24,8 @@ struct mt_backend {
   int thread_count; /* host threads that operations may use */
   void *workspace;  /* set by the owner to workspace_bytes(limits), aligned to 256 */
   size_t workspace_size_bytes;
-  void *impl; /* the backend's own state, or NULL */
+  void *impl;    /* the backend's own state, or NULL */
+  void *profile; /* of whoever times the operations (train/profile.h), or NULL */
 
   /* Bytes that the operations need at most within the limits; a pure function. */
   size_t (*workspace_bytes)(const struct mt_backend *be, const struct mt_limits *limits);

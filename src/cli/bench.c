@@ -50,6 +50,11 @@ static const struct mt_option rows[] = {
     MT_ROWS_DEVICE(S),
     MT_ROW_EXPERTS(S, .initial = "grouped"),
     MT_ROW_BLOCKS(S, .initial = "fused"),
+    {.flag = "ops",
+     .type = MT_OPT_FLAG,
+     .offset = AT(ops),
+     .help = "Add a table of the operations, each timed on its own in further steps: time, rate, "
+             "share of the step, and time over the floor that the measured ceilings give."},
     MT_ROW_SEED(S, "Decides weights and tokens."),
     MT_ROW_JSON(S),
     {.group = "The model's sizes",

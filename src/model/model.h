@@ -55,9 +55,9 @@ struct mt_model {
   void *host_rows;     /* host [T] of 8 bytes: read-backs per token */
   int64_t *load;       /* host [layers,E] (+=): routed choices per expert; the caller zeroes it */
   int lowest_learning; /* layers below it hold no learning parameter; -1: the embedding learns */
-  double phase_s[MT_PHASE_COUNT];    /* (+=) seconds; the caller zeroes it */
-  int mark_count;                    /* stamps of the backend since mt_phase_collect */
-  signed char mark_phase[MT_STAMPS]; /* what ended at each; -1: nothing, time begins here */
+  double phase_s[MT_PHASE_COUNT];        /* (+=) seconds; the caller zeroes it */
+  int mark_count;                        /* stamps of the backend since mt_phase_collect */
+  signed char mark_phase[MT_STAMPS / 2]; /* what ended at each; -1: nothing, time begins here */
   /* Called in backward once a parameter's gradient of this micro-batch is complete. */
   void (*grad_ready)(void *context, struct mt_param *param);
   void *grad_ready_context;

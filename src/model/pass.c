@@ -11,7 +11,7 @@ void mt_grad_ready(struct mt_model *m, struct mt_param *param) {
 static mt_err mark(struct mt_model *m, int phase) {
   m->mark_phase[m->mark_count] = (signed char)phase;
   MT_TRY(m->be->stamp(m->be, m->mark_count++));
-  if (m->mark_count < MT_STAMPS) return MT_OK;
+  if (m->mark_count < (int)sizeof m->mark_phase) return MT_OK;
   MT_TRY(mt_phase_collect(m));
   return mark(m, -1);
 }

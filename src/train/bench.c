@@ -9,6 +9,7 @@
 #include "base/rng.h"
 #include "kernels/registry.h"
 #include "train/commands.h"
+#include "train/profile.h"
 #include "train/session.h"
 #include "train/step.h"
 
@@ -76,6 +77,20 @@ static mt_err yardstick_ms(struct yardstick *y, double *ms) {
                y->n);
   }
   *ms = (mt_now_s() - begin) * 1e3;
+  return MT_OK;
+}
+
+/* Bytes a second of y = a + b over the yardstick's matrices, the median of several. */
+static mt_err copy_rate(struct yardstick *y, double *bytes_per_s) {
+  enum { RUNS = 9 };
+  double seconds[RUNS];
+  for (int i = 0; i < RUNS; i++) {
+    MT_TRY(y->be->stamp(y->be, 0));
+    MT_TRY(y->be->ops.add(y->be, &(struct mt_add_args){.a = y->a, .b = y->b, .y = y->c}));
+    MT_TRY(y->be->stamp(y->be, 1));
+    MT_TRY(y->be->stamp_read(y->be, 0, 1, &seconds[i]));
+  }
+  *bytes_per_s = 3.0 * (double)mt_bytes(&y->a) / median(seconds, RUNS);
   return MT_OK;
 }
 
@@ -161,6 +176,32 @@ done:
   return err;
 }
 
+/* Further steps with every operation timed. */
+static mt_err operations(const struct mt_bench_options *o, struct mt_model *m,
+                         struct mt_optimizer *opt, struct mt_batch *batch, struct yardstick *y,
+                         double yard_ms) {
+  enum { STEPS = 3 };
+  struct mt_profile p;
+  struct mt_ceilings c = {.flops_per_s =
+                              2.0 * (double)y->n * (double)y->n * (double)y->n / (yard_ms * 1e-3)};
+  MT_TRY(copy_rate(y, &c.bytes_per_s));
+  mt_profile_begin(&p, m->be, o->max_seq_length);
+  mt_err err = MT_OK;
+  for (int i = 0; !err && i < STEPS; i++) {
+    struct mt_step_result r;
+    err = mt_step_run(m, opt, &batch, 1, &r);
+  }
+  MT_TRY(mt_profile_end(&p));
+  MT_TRY(err);
+  if (o->json)
+    printf(", \"copy_gb_per_s\": %.1f, \"ops\": {", c.bytes_per_s * 1e-9);
+  else
+    printf("copy        %.0f GB/s (read and written)\n\n", c.bytes_per_s * 1e-9);
+  mt_profile_print(&p, STEPS, c, o->json);
+  if (o->json) printf("}");
+  return MT_OK;
+}
+
 static double gib(size_t bytes) {
   return (double)bytes / (1 << 30);
 }
@@ -173,6 +214,7 @@ static void report(const struct mt_bench_options *o, const struct mt_model *m, d
   double flops = tokens * mt_model_flops_per_token(&m->config, o->max_seq_length);
   double rate = flops / ms * 1e-6;
   int steps = (int)o->train_steps;
+  struct mt_memory memory = mt_model_memory(m);
   if (o->json) {
     printf("{\"step_ms\": %.3f, \"tokens_per_s\": %.1f, \"model_gflops\": %.1f, \"sgemm_gflops\": "
            "%.1f, \"share\": %.4f, \"threads\": %d, \"phase_ms\": {",
@@ -181,7 +223,8 @@ static void report(const struct mt_bench_options *o, const struct mt_model *m, d
       printf("%s\"%s\": %.3f", p ? ", " : "", mt_phase_name((enum mt_phase)p),
              m->phase_s[p] * 1e3 / steps);
     }
-    printf("}}\n");
+    printf("}, \"memory_bytes\": %zu",
+           memory.parameters + memory.gradients + memory.optimizer + memory.activations);
     return;
   }
   printf("model       hidden %d, ffn %d, %d experts, top-%d, %d layers, vocabulary %d, %s\n",
@@ -203,7 +246,6 @@ static void report(const struct mt_bench_options *o, const struct mt_model *m, d
          "share       %.1f%%\n",
          rate, product, sgemm, (long long)y->n, (long long)y->n, (long long)y->n, steps,
          100 * rate / sgemm);
-  struct mt_memory memory = mt_model_memory(m);
   printf(
       "memory      %.2f GiB: parameters %.2f, gradients %.2f, optimizer %.2f, activations %.2f\n",
       gib(memory.parameters + memory.gradients + memory.optimizer + memory.activations),
@@ -246,13 +288,16 @@ mt_err mt_bench_run(const struct mt_bench_options *o) {
     if (i == o->warmup_steps) memset(m.phase_s, 0, sizeof m.phase_s);
     MT_GO(mt_step_run(&m, &opt, micro, 1, &r));
     MT_GO(be.sync(&be));
-    double step_ms = (mt_now_s() - begin) * 1e3, yard_ms;
-    MT_GO(yardstick_ms(&yard, &yard_ms));
+    double step_ms = (mt_now_s() - begin) * 1e3, turn_ms;
+    MT_GO(yardstick_ms(&yard, &turn_ms));
     if (i < o->warmup_steps) continue;
     ms[i - o->warmup_steps] = step_ms;
-    sgemm[i - o->warmup_steps] = yard_ms;
+    sgemm[i - o->warmup_steps] = turn_ms;
   }
-  report(o, &m, median(ms, (int)o->train_steps), &yard, median(sgemm, (int)o->train_steps));
+  double yard_ms = median(sgemm, (int)o->train_steps);
+  report(o, &m, median(ms, (int)o->train_steps), &yard, yard_ms);
+  if (o->ops) MT_GO(operations(o, &m, &opt, &b, &yard, yard_ms));
+  if (o->json) printf("}\n");
 done:
   yardstick_free(&yard);
   free(sgemm);

@@ -109,6 +109,7 @@ struct mt_bench_options {
   struct mt_device_options device;
   int experts, blocks;
   uint64_t seed;
+  bool ops;  /* a table of the operations too, from steps of their own */
   bool json; /* one JSON object on stdout instead of lines */
 };
 
