@@ -336,6 +336,18 @@ mt_err mt_check_head_loss(const struct mt_head_loss_args *a) {
   return MT_OK;
 }
 
+mt_err mt_check_tally(const struct mt_tally_args *a) {
+  const char *op = "tally";
+  if (!a->correct || !a->sums || (a->load_count > 0 && (!a->load || !a->load_sums))) {
+    return mt_fail(MT_EINVAL, "%s: an array is missing", op);
+  }
+  if (a->loss.rank != 1 || mt_count(&a->aux) != 1 || a->aux.dtype != a->loss.dtype) {
+    return mt_fail(MT_ESHAPE, "%s: loss of rank %d, aux of %lld elements", op, a->loss.rank,
+                   (long long)mt_count(&a->aux));
+  }
+  return MT_OK;
+}
+
 mt_err mt_check_sumsq(const struct mt_sumsq_args *a) {
   const char *op = "sumsq";
   PTR(out);

@@ -57,6 +57,7 @@ enum { MT_OPS_MAX_EXPERTS = 512, MT_OPS_MAX_TOP_K = 16 };
   X(swiglu_fwd)                                                                                    \
   X(swiglu_bwd)                                                                                    \
   X(head_loss)                                                                                     \
+  X(tally)                                                                                         \
   X(sumsq)                                                                                         \
   X(adamw)
 
@@ -330,6 +331,21 @@ struct mt_head_loss_args {
   int32_t *correct;      /* [T] (=): 1 where the label has the largest logit, or NULL */
   struct mt_tensor dx;   /* act [T,H] (=), or NULL: no backward */
   struct mt_tensor dw;   /* grad [V,H] (acc), or NULL */
+  int accumulate;
+};
+
+/* A micro-batch's numbers, added up for its step's report so that the host need not read them one
+ * by one: sums[0] = sum of loss in float64, sums[1] = how many are correct, sums[2] = aux_weight
+ * times aux; load_sums[i] = load[i]. In an order that does not depend on the number of threads. */
+struct mt_tally_args {
+  struct mt_tensor loss;  /* stat [T] */
+  const int32_t *correct; /* [T] */
+  struct mt_tensor aux;   /* stat [1] */
+  double aux_weight;
+  double *sums;        /* [3] (acc) */
+  const int32_t *load; /* [load_count] */
+  int32_t *load_sums;  /* [load_count] (acc) */
+  int64_t load_count;
   int accumulate;
 };
 

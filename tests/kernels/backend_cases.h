@@ -461,6 +461,20 @@ static void case_head_loss(struct bench_case *c, const struct size *z, int acc) 
   expect_ints(c, "correct", &correct);
 }
 
+static void case_tally(struct bench_case *c, const struct size *z, int acc) {
+  struct dual_ints correct = random_ids(c, z->t, 2), load = random_ids(c, z->e, 900);
+  struct dual_ints load_sums = random_ids(c, z->e, 900);
+  struct dual loss = S("loss", 'r', 1, z->t, 0, 0), aux = S("aux", 'r', 1, 1, 0, 0);
+  struct dual sums = dual(c, "sums", MT_F64, acc ? 'r' : 'n', 1, 3, 0, 0);
+  ARGS(tally, T(loss, loss); T(aux, aux); N(aux_weight, 0.3); N(accumulate, acc);
+       N(load_count, z->e); dev.correct = correct.dev; ref.correct = correct.ref;
+       dev.load = load.dev; ref.load = load.ref; dev.load_sums = load_sums.dev;
+       ref.load_sums = load_sums.ref; dev.sums = sums.dev.data; ref.sums = sums.ref.data;)
+  RUN(tally);
+  expect(c, &sums);
+  expect_ints(c, "load_sums", &load_sums);
+}
+
 static void case_sumsq(struct bench_case *c, const struct size *z, int acc) {
   (void)acc;
   struct dual x = G("x", 'r', 1, z->t, z->h, 0), y = G("y", 'r', 1, z->e, z->f, z->h);

@@ -92,3 +92,19 @@ mt_err mt_ref_adamw(struct mt_backend *be, const struct mt_adamw_args *a) {
   }
   return MT_OK;
 }
+
+mt_err mt_ref_tally(struct mt_backend *be, const struct mt_tally_args *a) {
+  (void)be;
+  MT_TRY(mt_check_tally(a));
+  double loss = 0, correct = 0;
+  for (int64_t t = 0; t < a->loss.dim[0]; t++) {
+    loss += ref_at(&a->loss, t);
+    correct += a->correct[t];
+  }
+  const double sums[3] = {loss, correct, a->aux_weight * ref_at(&a->aux, 0)};
+  for (int i = 0; i < 3; i++) a->sums[i] = (a->accumulate ? a->sums[i] : 0) + sums[i];
+  for (int64_t i = 0; i < a->load_count; i++) {
+    a->load_sums[i] = (a->accumulate ? a->load_sums[i] : 0) + a->load[i];
+  }
+  return MT_OK;
+}
