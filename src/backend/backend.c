@@ -1,5 +1,6 @@
 #include "backend/device.h"
 
+#include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <time.h>
@@ -53,6 +54,23 @@ static mt_err host_stamp_read(struct mt_backend *be, int from, int to, double *s
   return MT_OK;
 }
 
+static mt_err host_stamp_wait(struct mt_backend *be, int slot) {
+  (void)be;
+  (void)slot;
+  return MT_OK;
+}
+
+static mt_err host_calloc(struct mt_backend *be, size_t size_bytes, void **out) {
+  (void)be;
+  *out = calloc(1, size_bytes ? size_bytes : 1);
+  return *out ? MT_OK : mt_fail(MT_ENOMEM, "%zu bytes", size_bytes);
+}
+
+static void host_release(struct mt_backend *be, void *p) {
+  (void)be;
+  free(p);
+}
+
 void mt_backend_use_host_memory(struct mt_backend *be) {
   be->mem_alloc = host_alloc;
   be->mem_free = host_free;
@@ -62,6 +80,11 @@ void mt_backend_use_host_memory(struct mt_backend *be) {
   be->sync = host_sync;
   be->stamp = host_stamp;
   be->stamp_read = host_stamp_read;
+  be->stamp_wait = host_stamp_wait;
+  be->download_later = host_copy;
+  be->host_alloc = host_calloc;
+  be->host_free = host_release;
+  be->steps_ahead = 1;
 }
 
 void mt_backend_destroy(struct mt_backend *be) {

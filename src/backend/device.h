@@ -15,7 +15,7 @@ struct mt_limits {
 };
 
 /* Marks on the backend's clock that exist at a time. */
-enum { MT_STAMPS = 1024 };
+enum { MT_STAMPS = 4096 };
 
 struct mt_backend {
   const char *name;     /* "ref", "cpu", "cuda", "cuda-portable" */
@@ -34,12 +34,20 @@ struct mt_backend {
   /* Host to device, device to host; download waits for the stream. */
   mt_err (*upload)(struct mt_backend *be, void *dst, const void *src, size_t size_bytes);
   mt_err (*download)(struct mt_backend *be, void *dst, const void *src, size_t size_bytes);
+  /* As download, but returns at once: dst, which must be from host_alloc, holds the bytes once a
+   * stamp taken afterwards has been waited for. */
+  mt_err (*download_later)(struct mt_backend *be, void *dst, const void *src, size_t size_bytes);
+  mt_err (*host_alloc)(struct mt_backend *be, size_t size_bytes, void **out); /* zeroed */
+  void (*host_free)(struct mt_backend *be, void *p);
   mt_err (*zero)(struct mt_backend *be, void *p, size_t size_bytes);
   mt_err (*sync)(struct mt_backend *be);
   /* Marks slot [0, MT_STAMPS) at this point of the stream; and the seconds from one marked slot to
    * a later one, waiting until the stream has passed it. */
   mt_err (*stamp)(struct mt_backend *be, int slot);
+  mt_err (*stamp_wait)(struct mt_backend *be, int slot);
   mt_err (*stamp_read)(struct mt_backend *be, int from, int to, double *seconds);
+  /* Steps that may be under way at a time: 1 where operations are done when they return. */
+  int steps_ahead;
   double host_stamp_s[MT_STAMPS]; /* of backends on the host */
   void (*destroy)(struct mt_backend *be);
 };

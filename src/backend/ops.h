@@ -369,7 +369,8 @@ struct mt_adamw_segment {
  * w *= 1 - lr*wd; m = b1 m + (1-b1) g; v = b2 v + (1-b2) g^2;
  * w -= lr/(1-b1^step) * m / (sqrt(v)/sqrt(1-b2^step) + eps).
  * g is first scaled by clip/(norm + 1e-6) where norm = sqrt(*grad_sumsq) is larger (torch's
- * clip_grad_norm_); clip <= 0 or grad_sumsq NULL: no scaling. */
+ * clip_grad_norm_); clip <= 0 or grad_sumsq NULL: no scaling. Nothing is changed where *grad_sumsq
+ * is not finite: the host, which learns of it later, finds the weights as they were. */
 struct mt_adamw_args {
   const struct mt_adamw_segment *segments; /* host array */
   int segment_count;

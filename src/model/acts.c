@@ -56,7 +56,6 @@ static mt_err layer_layout(struct mt_layer_acts *l, const struct mt_config *c,
   MT_TRY(take_ints(arena, &l->route.offsets, e + 1));
   MT_TRY(take_ints(arena, &l->route.row_source, r));
   MT_TRY(take_ints(arena, &l->route.token_row, r));
-  MT_TRY(take_ints(arena, &l->load, e));
   l->route.top_k = c->top_k;
   l->route.expert_count = c->experts;
   return MT_OK;
@@ -89,6 +88,7 @@ mt_err mt_acts_layout(struct mt_acts *a, const struct mt_config *c, const struct
                       const struct mt_backend *be, const struct mt_acts_options *options,
                       struct mt_arena *arena) {
   int64_t t = options->token_capacity, e = c->experts;
+  struct mt_tensor sums;
   enum mt_dtype act = recipe->act, stat = recipe->stat;
   *a = (struct mt_acts){.options = *options, .layer_count = c->layers};
   a->layer = calloc((size_t)c->layers, sizeof *a->layer);
@@ -100,13 +100,16 @@ mt_err mt_acts_layout(struct mt_acts *a, const struct mt_config *c, const struct
   MT_TRY(take_ints(arena, &a->valid_count, 1));
   MT_TRY(take(arena, &a->cos, mt_mat(NULL, stat, t, c->head_dim / 2)));
   MT_TRY(take(arena, &a->sin, mt_mat(NULL, stat, t, c->head_dim / 2)));
+  MT_TRY(take(arena, &sums, mt_vec(NULL, MT_F64, 3)));
+  a->sums = sums.data;
+  MT_TRY(take_ints(arena, &a->loads, c->layers * e));
+  MT_TRY(take_ints(arena, &a->load_sums, c->layers * e));
   for (int l = 0; l < c->layers; l++) {
     if (options->training || l == 0)
       MT_TRY(layer_layout(&a->layer[l], c, recipe, options, arena));
     else
       a->layer[l] = a->layer[0];
-    /* The load of every layer is read after the pass. */
-    if (!options->training && l > 0) MT_TRY(take_ints(arena, &a->layer[l].load, e));
+    a->layer[l].load = a->loads ? a->loads + l * e : NULL;
   }
   MT_TRY(take(arena, &a->sf, mt_mat(NULL, act, t, c->hidden)));
   MT_TRY(take(arena, &a->xf, mt_mat(NULL, act, t, c->hidden)));

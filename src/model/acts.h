@@ -29,7 +29,7 @@ struct mt_layer_acts {
   struct mt_tensor ys;      /* act [R,H] expert outputs; backward leaves dys, then dxs here. One for
                                all layers where backward does not need them (keep_outputs) */
   struct mt_tensor row_prob; /* stat [R] routing probability of each row, without keep_outputs */
-  int32_t *load;             /* [E] */
+  int32_t *load;             /* [E], a row of mt_acts.loads */
 };
 
 struct mt_acts_options {
@@ -51,6 +51,9 @@ struct mt_acts {
   int32_t *aux_count;                            /* [E] */
   struct mt_tensor loss;                         /* stat [T] */
   int32_t *correct;                              /* [T] */
+  /* What the host reads of a step: see tally in backend/ops.h. */
+  double *sums;               /* [3] */
+  int32_t *loads, *load_sums; /* [layers,E] */
   /* Scratch. */
   struct mt_tensor branch; /* act [T,H]: output of a block on its way to the residual stream */
   struct mt_tensor ds;     /* act [T,H]: gradient of the residual stream (training) */

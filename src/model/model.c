@@ -112,9 +112,7 @@ static mt_err host_tables(struct mt_model *m) {
   m->inv_freq = calloc((size_t)half, sizeof *m->inv_freq);
   m->host_route = calloc((size_t)m->config.experts + 1, sizeof *m->host_route);
   m->host_rows = calloc((size_t)m->options.token_capacity, sizeof(double));
-  m->load = calloc((size_t)m->config.layers * (size_t)m->config.experts, sizeof *m->load);
-  if (!m->inv_freq || !m->host_route || !m->host_rows || !m->load)
-    return mt_fail(MT_ENOMEM, "host tables");
+  if (!m->inv_freq || !m->host_route || !m->host_rows) return mt_fail(MT_ENOMEM, "host tables");
   for (int i = 0; i < half; i++) {
     m->inv_freq[i] = pow(m->config.rope_theta, -2.0 * i / m->config.head_dim);
   }
@@ -156,7 +154,6 @@ void mt_model_destroy(struct mt_model *m) {
   free(m->inv_freq);
   free(m->host_route);
   free(m->host_rows);
-  free(m->load);
   *m = (struct mt_model){0};
 }
 

@@ -27,6 +27,14 @@ enum mt_phase {
 };
 const char *mt_phase_name(enum mt_phase phase);
 
+/* Marks on the backend's clock: what ended at each. The first stamps of the clock are given out in
+ * windows of this many, one to a step under way; what comes after a full window is not noted. */
+enum { MT_MARKS = 511, MT_MARKS_WINDOW = 512 };
+struct mt_marks {
+  int first, count;
+  signed char phase[MT_MARKS]; /* -1: nothing, time begins here */
+};
+
 struct mt_model_options {
   enum mt_experts_strategy experts;
   enum mt_blocks_strategy blocks;
@@ -50,14 +58,11 @@ struct mt_model {
   struct mt_acts acts;
   struct mt_exchange exchange;
   struct mt_arena parameters, gradients, optimizer, activations;
-  double *inv_freq;    /* host [D/2] */
-  int32_t *host_route; /* host [E+1]: counts read back by the loop over experts */
-  void *host_rows;     /* host [T] of 8 bytes: read-backs per token */
-  int64_t *load;       /* host [layers,E] (+=): routed choices per expert; the caller zeroes it */
-  int lowest_learning; /* layers below it hold no learning parameter; -1: the embedding learns */
-  double phase_s[MT_PHASE_COUNT];        /* (+=) seconds; the caller zeroes it */
-  int mark_count;                        /* stamps of the backend since mt_phase_collect */
-  signed char mark_phase[MT_STAMPS / 2]; /* what ended at each; -1: nothing, time begins here */
+  double *inv_freq;       /* host [D/2] */
+  int32_t *host_route;    /* host [E+1]: counts read back by the loop over experts */
+  void *host_rows;        /* host [T] of 8 bytes: read-backs per token */
+  int lowest_learning;    /* layers below it hold no learning parameter; -1: the embedding learns */
+  struct mt_marks *marks; /* where phases are noted, or NULL */
   /* Called in backward once a parameter's gradient of this micro-batch is complete. */
   void (*grad_ready)(void *context, struct mt_param *param);
   void *grad_ready_context;
@@ -96,16 +101,23 @@ struct mt_loss {
 /* Forward and backward (train: gradients land in params' grad, acc) or forward alone (eval).
  * loss (=) is read back to the host. Errors: MT_ESHAPE when the batch exceeds the capacities. */
 mt_err mt_model_train_pass(struct mt_model *m, const struct mt_pass *pass, struct mt_loss *loss);
+/* The train pass without waiting: its numbers are tallied (acc by pass->accumulate) in acts.sums
+ * and acts.load_sums. */
+mt_err mt_model_train_pass_later(struct mt_model *m, const struct mt_pass *pass);
 mt_err mt_model_eval_pass(struct mt_model *m, const struct mt_batch *batch, struct mt_loss *loss);
 
 /* Logits of rows [begin, begin+count) of the last forward's tokens: out (=) host [count, V] F32.
  * For inspection and tests; copies through the activation scratch, a few rows at a time. */
 mt_err mt_model_logits(struct mt_model *m, int64_t begin, int64_t count, float *out);
 
-/* Ends a phase that began at the last mark (or the forward's begin), on the backend's clock; what
- * it took reaches phase_s with mt_phase_collect, which waits for the last mark. */
+/* Phases are noted in marks from here on, where the first begins; first is the caller's, the rest
+ * is set. */
+mt_err mt_phase_begin(struct mt_model *m, struct mt_marks *marks);
+/* Ends a phase that began at the last mark, on the backend's clock. */
 mt_err mt_phase_mark(struct mt_model *m, enum mt_phase phase);
-mt_err mt_phase_collect(struct mt_model *m);
+/* Seconds of each phase (+=) between the marks, which are then forgotten; waits for the last. */
+mt_err mt_phase_collect(struct mt_backend *be, struct mt_marks *marks,
+                        double phase_s[MT_PHASE_COUNT]);
 
 /* Model FLOPs of training one token at sequence length S (docs/math.md, "FLOP count"). */
 double mt_model_flops_per_token(const struct mt_config *c, double sequence_length);

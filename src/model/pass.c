@@ -8,26 +8,29 @@ void mt_grad_ready(struct mt_model *m, struct mt_param *param) {
   if (m->grad_ready && param->learns) m->grad_ready(m->grad_ready_context, param);
 }
 
-static mt_err mark(struct mt_model *m, int phase) {
-  m->mark_phase[m->mark_count] = (signed char)phase;
-  MT_TRY(m->be->stamp(m->be, m->mark_count++));
-  if (m->mark_count < (int)sizeof m->mark_phase) return MT_OK;
-  MT_TRY(mt_phase_collect(m));
-  return mark(m, -1);
+mt_err mt_phase_begin(struct mt_model *m, struct mt_marks *marks) {
+  m->marks = marks;
+  marks->count = 1;
+  marks->phase[0] = -1;
+  return m->be->stamp(m->be, marks->first);
 }
 
 mt_err mt_phase_mark(struct mt_model *m, enum mt_phase phase) {
-  return mark(m, (int)phase);
+  struct mt_marks *k = m->marks;
+  if (!k || k->count == MT_MARKS) return MT_OK;
+  k->phase[k->count] = (signed char)phase;
+  return m->be->stamp(m->be, k->first + k->count++);
 }
 
-mt_err mt_phase_collect(struct mt_model *m) {
-  for (int i = 1; i < m->mark_count; i++) {
+mt_err mt_phase_collect(struct mt_backend *be, struct mt_marks *marks,
+                        double phase_s[MT_PHASE_COUNT]) {
+  for (int i = 1; i < marks->count; i++) {
     double seconds;
-    if (m->mark_phase[i] < 0) continue;
-    MT_TRY(m->be->stamp_read(m->be, i - 1, i, &seconds));
-    m->phase_s[m->mark_phase[i]] += seconds;
+    if (marks->phase[i] < 0) continue;
+    MT_TRY(be->stamp_read(be, marks->first + i - 1, marks->first + i, &seconds));
+    phase_s[marks->phase[i]] += seconds;
   }
-  m->mark_count = 0;
+  marks->count = 0;
   return MT_OK;
 }
 
@@ -37,7 +40,6 @@ mt_err mt_stream_open(struct mt_model *m, const struct mt_view *v) {
   int64_t t = v->tokens;
   be->workspace = a->workspace;
   be->workspace_size_bytes = a->workspace_size_bytes;
-  MT_TRY(mark(m, -1));
   MT_TRY(be->ops.rope_table(be, &(struct mt_rope_table_args){.positions = a->positions,
                                                              .inv_freq = m->inv_freq,
                                                              .cos = mt_top(a->cos, t),
@@ -146,22 +148,13 @@ static mt_err read_loss(struct mt_model *m, const struct mt_batch *batch, struct
   return MT_OK;
 }
 
-static mt_err read_load(struct mt_model *m) {
-  int experts = m->config.experts;
-  for (int l = 0; l < m->config.layers; l++) {
-    MT_TRY(m->be->download(m->be, m->host_route, m->acts.layer[l].load,
-                           (size_t)experts * sizeof(int32_t)));
-    for (int e = 0; e < experts; e++) m->load[(size_t)l * experts + e] += m->host_route[e];
-  }
-  return MT_OK;
-}
-
 static mt_err open_view(struct mt_model *m, const struct mt_batch *batch, struct mt_view *v) {
   *v = (struct mt_view){.tokens = batch->token_count, .sequences = batch->sequence_count};
   return mt_acts_load(&m->acts, m->be, batch);
 }
 
-mt_err mt_model_train_pass(struct mt_model *m, const struct mt_pass *pass, struct mt_loss *loss) {
+mt_err mt_model_train_pass_later(struct mt_model *m, const struct mt_pass *pass) {
+  struct mt_acts *a = &m->acts;
   struct mt_view v;
   if (!m->options.training) return mt_fail(MT_EINVAL, "this model was built for inference");
   MT_TRY(open_view(m, pass->batch, &v));
@@ -169,7 +162,20 @@ mt_err mt_model_train_pass(struct mt_model *m, const struct mt_pass *pass, struc
   MT_TRY(forward(m, &v, pass->aux_weight));
   MT_TRY(head(m, &v, true, pass->loss_scale));
   MT_TRY(backward(m, &v));
-  MT_TRY(read_load(m));
+  return m->be->ops.tally(
+      m->be, &(struct mt_tally_args){.loss = mt_top(a->loss, v.tokens),
+                                     .correct = a->correct,
+                                     .aux = a->aux_loss,
+                                     .aux_weight = pass->aux_weight,
+                                     .sums = a->sums,
+                                     .load = a->loads,
+                                     .load_sums = a->load_sums,
+                                     .load_count = (int64_t)m->config.layers * m->config.experts,
+                                     .accumulate = pass->accumulate});
+}
+
+mt_err mt_model_train_pass(struct mt_model *m, const struct mt_pass *pass, struct mt_loss *loss) {
+  MT_TRY(mt_model_train_pass_later(m, pass));
   return read_loss(m, pass->batch, loss);
 }
 
@@ -178,8 +184,6 @@ mt_err mt_model_eval_pass(struct mt_model *m, const struct mt_batch *batch, stru
   MT_TRY(open_view(m, batch, &v));
   MT_TRY(forward(m, &v, 1.0));
   MT_TRY(head(m, &v, false, 0.0));
-  m->mark_count = 0; /* an evaluation is no part of a step's time */
-  MT_TRY(read_load(m));
   return read_loss(m, batch, loss);
 }
 

@@ -177,19 +177,18 @@ done:
 }
 
 /* Further steps with every operation timed. */
-static mt_err operations(const struct mt_bench_options *o, struct mt_model *m,
-                         struct mt_optimizer *opt, struct mt_batch *batch, struct yardstick *y,
-                         double yard_ms) {
+static mt_err operations(const struct mt_bench_options *o, struct mt_step_queue *q,
+                         struct mt_batch *batch, struct yardstick *y, double yard_ms) {
   enum { STEPS = 3 };
   struct mt_profile p;
   struct mt_ceilings c = {.flops_per_s =
                               2.0 * (double)y->n * (double)y->n * (double)y->n / (yard_ms * 1e-3)};
   MT_TRY(copy_rate(y, &c.bytes_per_s));
-  mt_profile_begin(&p, m->be, o->max_seq_length);
+  mt_profile_begin(&p, q->model->be, o->max_seq_length);
   mt_err err = MT_OK;
   for (int i = 0; !err && i < STEPS; i++) {
     struct mt_step_result r;
-    err = mt_step_run(m, opt, &batch, 1, &r);
+    err = mt_step_run(q, &batch, 1, &r);
   }
   MT_TRY(mt_profile_end(&p));
   MT_TRY(err);
@@ -207,7 +206,7 @@ static double gib(size_t bytes) {
 }
 
 static void report(const struct mt_bench_options *o, const struct mt_model *m, double ms,
-                   const struct yardstick *y, double yard_ms) {
+                   const double *phase_s, const struct yardstick *y, double yard_ms) {
   const char *product = on_gpu(m->be) ? "product" : "dnnl_sgemm";
   double n = (double)y->n, sgemm = 2 * n * n * n / yard_ms * 1e-6;
   double tokens = (double)o->batch_size * o->max_seq_length;
@@ -221,7 +220,7 @@ static void report(const struct mt_bench_options *o, const struct mt_model *m, d
            ms, tokens / ms * 1e3, rate, sgemm, rate / sgemm, m->be->thread_count);
     for (int p = 0; p < MT_PHASE_COUNT; p++) {
       printf("%s\"%s\": %.3f", p ? ", " : "", mt_phase_name((enum mt_phase)p),
-             m->phase_s[p] * 1e3 / steps);
+             phase_s[p] * 1e3 / steps);
     }
     printf("}, \"memory_bytes\": %zu",
            memory.parameters + memory.gradients + memory.optimizer + memory.activations);
@@ -237,7 +236,7 @@ static void report(const struct mt_bench_options *o, const struct mt_model *m, d
     printf("%d threads\n", m->be->thread_count);
   printf("step        %.1f ms (median of %d), %.0f tokens/s\n", ms, steps, tokens / ms * 1e3);
   for (int p = 0; p < MT_PHASE_COUNT; p++) {
-    double part = m->phase_s[p] * 1e3 / steps;
+    double part = phase_s[p] * 1e3 / steps;
     if (part > 0)
       printf("  %-20s %8.1f ms  %4.1f%%\n", mt_phase_name((enum mt_phase)p), part, 100 * part / ms);
   }
@@ -258,7 +257,9 @@ mt_err mt_bench_run(const struct mt_bench_options *o) {
   struct mt_model m = {0};
   struct mt_batch b = {0};
   struct mt_optimizer opt = {0};
+  struct mt_step_queue q = {0};
   struct yardstick yard = {0};
+  double phase_s[MT_PHASE_COUNT] = {0};
   double *ms = NULL, *sgemm = NULL;
   mt_err err;
   struct mt_optimizer_options oo = {.lr = 1e-5,
@@ -273,6 +274,7 @@ mt_err mt_bench_run(const struct mt_bench_options *o) {
   MT_GO(random_model(&m, &be, recipe, o));
   MT_GO(random_batch(&b, o));
   MT_GO(mt_optimizer_create(&opt, &m, &oo));
+  MT_GO(mt_step_queue_create(&q, &opt));
   MT_GO(yardstick_make(&yard, &be, recipe));
   ms = calloc((size_t)o->train_steps + 1, sizeof *ms);
   sgemm = calloc((size_t)o->train_steps + 1, sizeof *sgemm);
@@ -283,22 +285,20 @@ mt_err mt_bench_run(const struct mt_bench_options *o) {
   struct mt_batch *micro[] = {&b};
   for (int64_t i = 0; i < o->warmup_steps + o->train_steps; i++) {
     struct mt_step_result r;
-    MT_GO(be.sync(&be));
-    double begin = mt_now_s();
-    if (i == o->warmup_steps) memset(m.phase_s, 0, sizeof m.phase_s);
-    MT_GO(mt_step_run(&m, &opt, micro, 1, &r));
-    MT_GO(be.sync(&be));
-    double step_ms = (mt_now_s() - begin) * 1e3, turn_ms;
+    double turn_ms;
+    MT_GO(mt_step_run(&q, micro, 1, &r));
     MT_GO(yardstick_ms(&yard, &turn_ms));
     if (i < o->warmup_steps) continue;
-    ms[i - o->warmup_steps] = step_ms;
+    ms[i - o->warmup_steps] = r.ms;
+    for (int p = 0; p < MT_PHASE_COUNT; p++) phase_s[p] += r.phase_s[p];
     sgemm[i - o->warmup_steps] = turn_ms;
   }
   double yard_ms = median(sgemm, (int)o->train_steps);
-  report(o, &m, median(ms, (int)o->train_steps), &yard, yard_ms);
-  if (o->ops) MT_GO(operations(o, &m, &opt, &b, &yard, yard_ms));
+  report(o, &m, median(ms, (int)o->train_steps), phase_s, &yard, yard_ms);
+  if (o->ops) MT_GO(operations(o, &q, &b, &yard, yard_ms));
   if (o->json) printf("}\n");
 done:
+  mt_step_queue_destroy(&q);
   yardstick_free(&yard);
   free(sgemm);
   free(ms);

@@ -52,13 +52,13 @@ static mt_err flushed(struct mt_metrics *m) {
   return mt_fail(MT_EIO, "cannot write metrics.jsonl: %s", strerror(errno));
 }
 
-mt_err mt_metrics_step(struct mt_metrics *m, int64_t step, const struct mt_step_result *r,
-                       const struct mt_model *model, double step_ms, bool timed) {
+mt_err mt_metrics_step(struct mt_metrics *m, const struct mt_step_result *r,
+                       const struct mt_model *model, bool timed) {
   FILE *f = m->file;
   struct rusage usage;
   struct mt_memory memory = mt_model_memory(model);
-  if (timed && m->count < m->capacity) m->step_ms[m->count++] = step_ms;
-  fprintf(f, "{\"step\":%lld,", (long long)step);
+  if (timed && m->count < m->capacity) m->step_ms[m->count++] = r->ms;
+  fprintf(f, "{\"step\":%lld,", (long long)r->step);
   number(f, "loss", r->loss);
   number(f, "cross_entropy", r->cross_entropy);
   number(f, "aux", r->aux);
@@ -67,18 +67,17 @@ mt_err mt_metrics_step(struct mt_metrics *m, int64_t step, const struct mt_step_
   number(f, "accuracy", (double)r->correct_count / (double)r->target_count);
   fprintf(f, "\"tokens\":%lld,\"targets\":%lld,", (long long)r->token_count,
           (long long)r->target_count);
-  number(f, "tokens_per_s", (double)r->token_count / step_ms * 1e3);
-  number(f, "step_ms", step_ms);
+  number(f, "tokens_per_s", (double)r->token_count / r->ms * 1e3);
+  number(f, "step_ms", r->ms);
   fputs("\"phase_ms\":{", f);
   for (int p = 0; p < MT_PHASE_COUNT; p++) {
-    fprintf(f, "%s\"%s\":%.4g", p ? "," : "", mt_phase_name((enum mt_phase)p),
-            model->phase_s[p] * 1e3);
+    fprintf(f, "%s\"%s\":%.4g", p ? "," : "", mt_phase_name((enum mt_phase)p), r->phase_s[p] * 1e3);
   }
   fputs("},\"expert_load\":[", f);
   for (int l = 0; l < model->config.layers; l++) {
     fputs(l ? ",[" : "[", f);
     for (int e = 0; e < model->config.experts; e++) {
-      fprintf(f, e ? ",%lld" : "%lld", (long long)model->load[l * model->config.experts + e]);
+      fprintf(f, e ? ",%lld" : "%lld", (long long)r->load[l * model->config.experts + e]);
     }
     fputc(']', f);
   }

@@ -18,8 +18,8 @@ struct mt_metrics {
 mt_err mt_metrics_open(struct mt_metrics *m, const char *dir, int64_t keep_steps, bool resume,
                        int64_t timed_steps);
 /* Writes a step; timed: its time counts for the median. Errors: MT_EIO (disk full). */
-mt_err mt_metrics_step(struct mt_metrics *m, int64_t step, const struct mt_step_result *r,
-                       const struct mt_model *model, double step_ms, bool timed);
+mt_err mt_metrics_step(struct mt_metrics *m, const struct mt_step_result *r,
+                       const struct mt_model *model, bool timed);
 mt_err mt_metrics_evaluation(struct mt_metrics *m, int64_t step, const struct mt_evaluation *e);
 /* Median of the timed steps; 0 when there is none. Sorts them. */
 double mt_metrics_median_ms(struct mt_metrics *m);

@@ -58,14 +58,11 @@ void mt_optimizer_destroy(struct mt_optimizer *o) {
   *o = (struct mt_optimizer){0};
 }
 
-mt_err mt_optimizer_norm(struct mt_optimizer *o, double *norm) {
+mt_err mt_optimizer_norm(struct mt_optimizer *o) {
   struct mt_backend *be = o->model->be;
-  MT_TRY(be->ops.sumsq(be, &(struct mt_sumsq_args){.tensors = o->grads,
+  return be->ops.sumsq(be, &(struct mt_sumsq_args){.tensors = o->grads,
                                                    .tensor_count = o->segment_count,
-                                                   .out = o->grad_sumsq}));
-  MT_TRY(be->download(be, norm, o->grad_sumsq, sizeof *norm));
-  *norm = sqrt(*norm);
-  return MT_OK;
+                                                   .out = o->grad_sumsq});
 }
 
 mt_err mt_optimizer_update(struct mt_optimizer *o, double *lr) {

@@ -32,10 +32,11 @@ mt_err mt_optimizer_create(struct mt_optimizer *o, struct mt_model *m,
                            const struct mt_optimizer_options *options);
 void mt_optimizer_destroy(struct mt_optimizer *o);
 
-/* Global L2 norm of all gradients: (=) *norm. */
-mt_err mt_optimizer_norm(struct mt_optimizer *o, double *norm);
+/* Sum of squares of all gradients: (=) *grad_sumsq, on the device. */
+mt_err mt_optimizer_norm(struct mt_optimizer *o);
 
-/* One update with the gradients as they are, clipped by the norm last computed. */
+/* One update with the gradients as they are, clipped by the norm last computed; none where that is
+ * not finite. *lr (=) is its learning rate. */
 mt_err mt_optimizer_update(struct mt_optimizer *o, double *lr);
 
 #endif

@@ -16,9 +16,11 @@ struct run {
   struct mt_dataset *data, *eval_data;
   struct mt_loader loader, eval_loader;
   struct mt_optimizer optimizer;
+  struct mt_step_queue queue;
   struct mt_metrics metrics;
   struct mt_progress progress;
   int64_t total_steps;
+  double begin_s;                    /* of the first step */
   char last_checkpoint[MT_PATH_MAX]; /* "" before the first */
 };
 
@@ -123,7 +125,8 @@ static mt_err open_optimizer(struct run *r) {
   mt_info("run      %lld steps of %d samples (%.2f epochs), warm-up %lld, learning rate %g",
           (long long)r->total_steps, o->batch_size * o->grad_accum,
           (double)r->total_steps / (double)per_epoch, (long long)o->warmup_steps, o->lr);
-  return mt_optimizer_create(&r->optimizer, &r->s.model, &oo);
+  MT_TRY(mt_optimizer_create(&r->optimizer, &r->s.model, &oo));
+  return mt_step_queue_create(&r->queue, &r->optimizer);
 }
 
 /* What was asked and what was found, for whoever opens the directory later. */
@@ -190,59 +193,64 @@ static mt_err save(struct run *r) {
 }
 
 /* Names the samples of the step that went wrong, and what is left. */
-static mt_err numeric_failure(const struct run *r) {
-  char lines[256] = "", why[256];
+static mt_err numeric_failure(const struct run *r, const struct mt_step_result *step) {
+  char lines[512] = "", why[256];
   size_t used = 0;
   snprintf(why, sizeof why, "%s", mt_error_message());
-  for (int m = 0; m < r->loader.options.micro_batches; m++) {
-    const struct mt_batch *b = &r->loader.batch[m];
-    for (int i = 0; i < b->sequence_count && used < sizeof lines - 24; i++) {
-      used += (size_t)snprintf(lines + used, sizeof lines - used, " %lld", (long long)b->lines[i]);
-    }
+  for (int i = 0; i < step->line_count && used < sizeof lines - 24; i++) {
+    used += (size_t)snprintf(lines + used, sizeof lines - used, " %lld", (long long)step->lines[i]);
   }
   return mt_fail(MT_ENUMERIC,
                  "step %lld: %s; lines of %s in this step:%s; last good checkpoint: %s",
-                 (long long)r->optimizer.step + 1, why, r->o->data, lines,
+                 (long long)step->step, why, r->o->data, lines,
                  *r->last_checkpoint ? r->last_checkpoint : "none yet");
 }
 
-static mt_err one_step(struct run *r, double begin_s) {
+static mt_err take_step(struct run *r) {
   struct mt_step_result result;
-  struct mt_model *m = &r->s.model;
-  double start = mt_now_s();
-  memset(m->phase_s, 0, sizeof m->phase_s);
-  memset(m->load, 0, (size_t)m->config.layers * (size_t)m->config.experts * sizeof *m->load);
-  MT_TRY(mt_loader_next(&r->loader));
-  m->phase_s[MT_PHASE_DATA] = mt_now_s() - start;
-  mt_err err = mt_step_run(m, &r->optimizer, r->loader.list, r->o->grad_accum, &result);
-  if (err == MT_ENUMERIC) return numeric_failure(r);
+  mt_err err = mt_step_take(&r->queue, &result);
+  if (err == MT_ENUMERIC) return numeric_failure(r, &result);
   if (err) return err;
-  double now = mt_now_s(), ms = (now - start) * 1e3;
-  int64_t step = r->optimizer.step;
-  MT_TRY(mt_metrics_step(&r->metrics, step, &result, m, ms, step > r->o->warmup_steps));
-  mt_progress_show(&r->progress,
-                   &(struct mt_progress_step){.step = step,
-                                              .loss = result.loss,
-                                              .grad_norm = result.grad_norm,
-                                              .lr = result.lr,
-                                              .tokens_per_s = (double)result.token_count / ms * 1e3,
-                                              .elapsed_s = now - begin_s});
+  MT_TRY(mt_metrics_step(&r->metrics, &result, &r->s.model, result.step > r->o->warmup_steps));
+  mt_progress_show(&r->progress, &(struct mt_progress_step){
+                                     .step = result.step,
+                                     .loss = result.loss,
+                                     .grad_norm = result.grad_norm,
+                                     .lr = result.lr,
+                                     .tokens_per_s = (double)result.token_count / result.ms * 1e3,
+                                     .elapsed_s = mt_now_s() - r->begin_s});
   return MT_OK;
+}
+
+static mt_err take_all(struct run *r) {
+  while (r->queue.count > 0) MT_TRY(take_step(r));
+  return MT_OK;
+}
+
+/* Launches a step, and takes the oldest once as many are under way as may be. */
+static mt_err one_step(struct run *r) {
+  MT_TRY(mt_step_begin(&r->queue));
+  MT_TRY(mt_loader_next(&r->loader));
+  MT_TRY(mt_step_launch(&r->queue, r->loader.list, r->o->grad_accum));
+  return mt_step_full(&r->queue) ? take_step(r) : MT_OK;
 }
 
 static mt_err steps(struct run *r) {
   const struct mt_train_options *o = r->o;
-  double begin = mt_now_s();
+  r->begin_s = mt_now_s();
   mt_progress_begin(&r->progress, 2, r->optimizer.step, r->total_steps, o->log_every);
   while (r->optimizer.step < r->total_steps && !stop_signal) {
-    MT_TRY(one_step(r, begin));
+    MT_TRY(one_step(r));
     int64_t step = r->optimizer.step;
     struct mt_evaluation e;
     bool last = step == r->total_steps;
-    if (r->eval_data && o->eval_every && step % o->eval_every == 0 && !last)
-      MT_TRY(evaluate(r, &e));
-    if (o->save_every && step % o->save_every == 0 && !last) MT_TRY(save(r));
+    bool look = r->eval_data && o->eval_every && step % o->eval_every == 0 && !last;
+    bool keep = o->save_every && step % o->save_every == 0 && !last;
+    if (look || keep) MT_TRY(take_all(r));
+    if (look) MT_TRY(evaluate(r, &e));
+    if (keep) MT_TRY(save(r));
   }
+  MT_TRY(take_all(r));
   mt_progress_break(&r->progress);
   return MT_OK;
 }
@@ -303,6 +311,7 @@ mt_err mt_train_run(const struct mt_train_options *options) {
   mt_err err = train(&r);
   mt_progress_break(&r.progress);
   mt_metrics_close(&r.metrics);
+  mt_step_queue_destroy(&r.queue);
   if (r.optimizer.model) mt_optimizer_destroy(&r.optimizer);
   mt_loader_destroy(&r.loader);
   mt_loader_destroy(&r.eval_loader);

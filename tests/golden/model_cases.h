@@ -208,6 +208,7 @@ static void run_case(const char *dir, const struct bounds *b, struct mt_model_op
   struct mt_loss loss;
   struct mt_step_result r;
   struct mt_optimizer o;
+  struct mt_step_queue q;
   snprintf(g.dir, sizeof g.dir, "%s", dir);
   open_case(&g, b, options);
   const json_t *betas = json_object_get(json_object_get(g.json, "adamw"), "betas");
@@ -221,13 +222,14 @@ static void run_case(const char *dir, const struct bounds *b, struct mt_model_op
   print_message("  %s, %s %s, experts %d, blocks %d\n", dir, b->backend, b->recipe,
                 (int)options.experts, (int)options.blocks);
   OK(mt_optimizer_create(&o, &g.m, &oo));
+  OK(mt_step_queue_create(&q, &o));
   OK(mt_model_eval_pass(&g.m, &g.batch, &loss));
   check_logits(&g, b);
   struct mt_batch *micro[] = {&g.batch};
   OK(mt_step_gradients(&g.m, micro, 1, &r));
   print_message("    gradients %.2f of the bound\n", check_params(&g, "grad.", true, b->gradient));
   for (size_t step = 0; step < 4; step++) {
-    OK(mt_step_run(&g.m, &o, micro, 1, &r));
+    OK(mt_step_run(&q, micro, 1, &r));
     double dl = fabs(r.loss - series(&g, "losses", step)),
            norm = series(&g, "grad_norms_before_clip", step);
     double dc = fabs(r.cross_entropy - series(&g, "cross_entropy", step)),
@@ -238,6 +240,7 @@ static void run_case(const char *dir, const struct bounds *b, struct mt_model_op
   }
   print_message("    parameters after four steps %.2f of the bound\n",
                 check_params(&g, "after4.", false, b->after));
+  mt_step_queue_destroy(&q);
   mt_optimizer_destroy(&o);
   close_case(&g);
 }

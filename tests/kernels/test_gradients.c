@@ -484,7 +484,8 @@ static const case_fn cases[] = {
 enum { CASES = sizeof cases / sizeof *cases };
 
 /* Inference, and what comes after the gradient. Every other operation must have run in a case. */
-static const char *const without_gradient[] = {"kv_append", "attention_cache", "sumsq", "adamw"};
+static const char *const without_gradient[] = {"kv_append", "attention_cache", "tally", "sumsq",
+                                               "adamw"};
 
 static bool has_gradient(const char *op) {
   for (size_t i = 0; i < sizeof without_gradient / sizeof *without_gradient; i++) {

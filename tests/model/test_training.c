@@ -53,6 +53,7 @@ static void nothing_allocates_after_the_first_step(void **state) {
   for (int way = 0; way < 4; way++) {
     struct small_model s;
     struct mt_optimizer o;
+    struct mt_step_queue q;
     struct small_batch b;
     struct mt_optimizer_options oo = adam(1e-3);
     struct mt_config c = small_config();
@@ -62,15 +63,17 @@ static void nothing_allocates_after_the_first_step(void **state) {
     mo.blocks = (enum mt_blocks_strategy)(way >> 1);
     small_open(&s, "cpu", way & 1 ? "fp32" : "bf16", &c, mo);
     OK(mt_optimizer_create(&o, &s.m, &oo));
+    OK(mt_step_queue_create(&q, &o));
     struct mt_batch *micro[] = {&b.b};
     long before = 0;
     for (int step = 0; step < 4; step++) {
       small_batch(&b, c.vocab, (uint64_t)step);
       if (step == 1) before = allocations;
-      OK(mt_step_run(&s.m, &o, micro, 1, &r));
-      OK(mt_metrics_step(&metrics, step + 1, &r, &s.m, 1.0, true));
+      OK(mt_step_run(&q, micro, 1, &r));
+      OK(mt_metrics_step(&metrics, &r, &s.m, true));
     }
     assert_int_equal(allocations, before);
+    mt_step_queue_destroy(&q);
     mt_optimizer_destroy(&o);
     small_close(&s);
   }
@@ -151,20 +154,23 @@ static void not_a_number_stops_before_the_update(void **state) {
   (void)state;
   struct small_model s;
   struct mt_optimizer o;
+  struct mt_step_queue q;
   struct small_batch b;
   struct mt_optimizer_options oo = adam(1e-3);
   struct mt_config c = small_config();
   struct mt_step_result r;
   small_open(&s, "cpu", "fp32", &c, grouped);
   OK(mt_optimizer_create(&o, &s.m, &oo));
+  OK(mt_step_queue_create(&q, &o));
   small_batch(&b, c.vocab, 1);
   struct mt_batch *micro[] = {&b.b};
   float *w = mt_params_find(&s.m.params, MT_PARAM_DOWN, 1)->master.data;
   float *other = mt_params_find(&s.m.params, MT_PARAM_QKV, 0)->master.data, kept = other[3];
   for (int i = 0; i < 5 * 12 * 10; i++) w[i] = i % 3 ? w[i] : NAN;
-  FAILS(mt_step_run(&s.m, &o, micro, 1, &r), MT_ENUMERIC, "nan");
+  FAILS(mt_step_run(&q, micro, 1, &r), MT_ENUMERIC, "nan");
   assert_true(other[3] == kept);
   assert_int_equal(o.step, 0);
+  mt_step_queue_destroy(&q);
   mt_optimizer_destroy(&o);
   small_close(&s);
 }

@@ -103,6 +103,7 @@ static void update_block(const struct mt_adamw_segment *s, int64_t begin, int64_
 
 mt_err mt_cpu_adamw(struct mt_backend *be, const struct mt_adamw_args *a) {
   MT_TRY(mt_check_adamw(a));
+  if (a->grad_sumsq && !isfinite(*a->grad_sumsq)) return MT_OK;
   double scale = 1;
   if (a->clip > 0 && a->grad_sumsq) scale = fmin(1.0, a->clip / (sqrt(*a->grad_sumsq) + 1e-6));
   for (int i = 0; i < a->segment_count; i++) {

@@ -95,6 +95,24 @@ static mt_err download(struct mt_backend *be, void *dst, const void *src, size_t
   return mt_cuda_check(cudaStreamSynchronize(mt_cuda_of(be)->stream), "download");
 }
 
+static mt_err download_later(struct mt_backend *be, void *dst, const void *src, size_t size_bytes) {
+  return mt_cuda_check(
+      cudaMemcpyAsync(dst, src, size_bytes, cudaMemcpyDeviceToHost, mt_cuda_of(be)->stream),
+      "download");
+}
+
+static mt_err host_alloc(struct mt_backend *be, size_t size_bytes, void **out) {
+  (void)be;
+  MT_TRY(mt_cuda_check(cudaMallocHost(out, size_bytes ? size_bytes : 1), "pinned memory"));
+  memset(*out, 0, size_bytes);
+  return MT_OK;
+}
+
+static void host_free(struct mt_backend *be, void *p) {
+  (void)be;
+  if (p) (void)cudaFreeHost(p);
+}
+
 static mt_err zero(struct mt_backend *be, void *p, size_t size_bytes) {
   if (size_bytes == 0) return MT_OK;
   return mt_cuda_check(cudaMemsetAsync(p, 0, size_bytes, mt_cuda_of(be)->stream), "zero");
@@ -108,6 +126,10 @@ static mt_err stamp(struct mt_backend *be, int slot) {
   struct mt_cuda *c = mt_cuda_of(be);
   if (!c->stamps[slot]) MT_TRY(mt_cuda_check(cudaEventCreate(&c->stamps[slot]), "stamp"));
   return mt_cuda_check(cudaEventRecord(c->stamps[slot], c->stream), "stamp");
+}
+
+static mt_err stamp_wait(struct mt_backend *be, int slot) {
+  return mt_cuda_check(cudaEventSynchronize(mt_cuda_of(be)->stamps[slot]), "waiting for the GPU");
 }
 
 static mt_err stamp_read(struct mt_backend *be, int from, int to, double *seconds) {
@@ -203,6 +225,11 @@ extern "C" mt_err mt_backend_cuda_create(struct mt_backend *be, bool portable) {
   be->sync = sync_stream;
   be->stamp = stamp;
   be->stamp_read = stamp_read;
+  be->stamp_wait = stamp_wait;
+  be->download_later = download_later;
+  be->host_alloc = host_alloc;
+  be->host_free = host_free;
+  be->steps_ahead = 3;
 done:
   if (err) mt_backend_destroy(be);
   return err;

@@ -120,7 +120,7 @@ extern "C" mt_err mt_cuda_sumsq(struct mt_backend *be, const struct mt_sumsq_arg
 struct update {
   float beta1, beta2, step_size, root_c2, eps, keep;
   double clip;
-  const double *grad_sumsq; /* [1] or NULL: no scaling */
+  const double *grad_sumsq; /* [1] or NULL */
 };
 
 struct update_list {
@@ -205,17 +205,21 @@ __device__ __forceinline__ void adamw_tile(const struct update_segment &s, const
   adamw_run<G, 1, 1>(s, u, whole, end);
 }
 
-/* One block a tile. torch's clip_grad_norm_: a norm that is not a number scales nothing here, as in
- * the other backends. */
+/* One block a tile. A norm that is not finite changes nothing. */
 __global__ void __launch_bounds__(UPDATE_THREADS)
     adamw_tiles(const __grid_constant__ update_list l) {
   __shared__ float shared_scale;
   if (threadIdx.x == 0) {
     double scale = 1;
-    if (l.u.grad_sumsq) scale = fmin(1.0, l.u.clip / (sqrt(*l.u.grad_sumsq) + 1e-6));
+    if (l.u.grad_sumsq) {
+      double sumsq = *l.u.grad_sumsq;
+      if (l.u.clip > 0) scale = fmin(1.0, l.u.clip / (sqrt(sumsq) + 1e-6));
+      if (!isfinite(sumsq)) scale = -1;
+    }
     shared_scale = (float)scale;
   }
   __syncthreads();
+  if (shared_scale < 0) return;
   int e = entry_of(l.first_tile, l.count, blockIdx.x);
   int64_t begin = (blockIdx.x - l.first_tile[e]) * UPDATE_TILE, end = begin + UPDATE_TILE;
   if (end > l.n[e]) end = l.n[e];
@@ -265,7 +269,7 @@ extern "C" mt_err mt_cuda_adamw(struct mt_backend *be, const struct mt_adamw_arg
   l.u.eps = (float)a->eps;
   l.u.keep = (float)(1 - a->lr * a->weight_decay);
   l.u.clip = a->clip;
-  l.u.grad_sumsq = a->clip > 0 ? a->grad_sumsq : NULL;
+  l.u.grad_sumsq = a->grad_sumsq;
   for (int i = 0; i < a->segment_count; i++) {
     list_segment(&l, &a->segments[i]);
     if (l.count < UPDATE_SEGMENTS && i + 1 < a->segment_count) continue;

@@ -73,6 +73,7 @@ mt_err mt_ref_sumsq(struct mt_backend *be, const struct mt_sumsq_args *a) {
 mt_err mt_ref_adamw(struct mt_backend *be, const struct mt_adamw_args *a) {
   (void)be;
   MT_TRY(mt_check_adamw(a));
+  if (a->grad_sumsq && !isfinite(*a->grad_sumsq)) return MT_OK;
   double scale = 1, c1 = 1 - pow(a->beta1, (double)a->step),
          c2 = 1 - pow(a->beta2, (double)a->step);
   if (a->clip > 0 && a->grad_sumsq) scale = fmin(1.0, a->clip / (sqrt(*a->grad_sumsq) + 1e-6));
