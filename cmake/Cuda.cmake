@@ -56,3 +56,13 @@ endif()
 set_target_properties(moetune PROPERTIES CUDA_ARCHITECTURES OFF)
 target_compile_definitions(moetune PRIVATE MOETUNE_WITH_CUDA)
 target_link_libraries(moetune PUBLIC CUDA::cublasLt CUDA::cudart_static)
+
+# bench/*.cu: built on request (ninja grouped_gemm), run by hand.
+file(GLOB cuda_bench_sources CONFIGURE_DEPENDS bench/*.cu)
+foreach(source ${cuda_bench_sources})
+  get_filename_component(name ${source} NAME_WE)
+  add_executable(${name} EXCLUDE_FROM_ALL ${source})
+  target_compile_options(${name} PRIVATE ${cuda_flags} ${all_archs})
+  target_link_libraries(${name} PRIVATE moetune)
+  set_target_properties(${name} PROPERTIES CUDA_ARCHITECTURES OFF)
+endforeach()
