@@ -59,47 +59,99 @@ __device__ __forceinline__ void barrier_wait(uint32_t bar, uint32_t parity) {
 __device__ __forceinline__ void prefetch_map(const CUtensorMap *map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
-/* A box at coordinates (c0 the contiguous one) to dst in this block, or, the _both forms, to the
+/* A box at coordinates (c0 the contiguous one) to dst in this block, or, where BOTH is set, to the
  * same place in both blocks of a cluster of two; each block's barrier counts its own bytes. */
-#define MT_TMA     "cp.async.bulk.tensor"
-#define MT_TMA_HOW ".shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+#define MT_TMA_LOAD(rank)                                                                          \
+  "cp.async.bulk.tensor." rank ".shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+template <bool BOTH>
 __device__ __forceinline__ void tma_2d(uint32_t dst, const CUtensorMap *map, uint32_t bar, int c0,
                                        int c1) {
-  asm volatile(MT_TMA ".2d" MT_TMA_HOW " [%0], [%1, {%3, %4}], [%2];" ::"r"(dst), "l"(map),
-               "r"(bar), "r"(c0), "r"(c1)
-               : "memory");
+  if (BOTH) {
+    asm volatile(MT_TMA_LOAD("2d") ".multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(dst),
+                 "l"(map), "r"(bar), "r"(c0), "r"(c1), "h"((uint16_t)3)
+                 : "memory");
+  } else {
+    asm volatile(MT_TMA_LOAD("2d") " [%0], [%1, {%3, %4}], [%2];" ::"r"(dst), "l"(map), "r"(bar),
+                 "r"(c0), "r"(c1)
+                 : "memory");
+  }
 }
-__device__ __forceinline__ void tma_2d_both(uint32_t dst, const CUtensorMap *map, uint32_t bar,
-                                            int c0, int c1) {
-  asm volatile(MT_TMA ".2d" MT_TMA_HOW
-                      ".multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(dst),
-               "l"(map), "r"(bar), "r"(c0), "r"(c1), "h"((uint16_t)3)
-               : "memory");
-}
+template <bool BOTH>
 __device__ __forceinline__ void tma_3d(uint32_t dst, const CUtensorMap *map, uint32_t bar, int c0,
                                        int c1, int c2) {
-  asm volatile(MT_TMA ".3d" MT_TMA_HOW " [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(dst), "l"(map),
-               "r"(bar), "r"(c0), "r"(c1), "r"(c2)
-               : "memory");
+  if (BOTH) {
+    asm volatile(
+        MT_TMA_LOAD("3d") ".multicast::cluster [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(dst),
+        "l"(map), "r"(bar), "r"(c0), "r"(c1), "r"(c2), "h"((uint16_t)3)
+        : "memory");
+  } else {
+    asm volatile(MT_TMA_LOAD("3d") " [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(dst), "l"(map),
+                 "r"(bar), "r"(c0), "r"(c1), "r"(c2)
+                 : "memory");
+  }
 }
-__device__ __forceinline__ void tma_3d_both(uint32_t dst, const CUtensorMap *map, uint32_t bar,
-                                            int c0, int c1, int c2) {
-  asm volatile(MT_TMA ".3d" MT_TMA_HOW
-                      ".multicast::cluster [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(dst),
-               "l"(map), "r"(bar), "r"(c0), "r"(c1), "r"(c2), "h"((uint16_t)3)
-               : "memory");
-}
+template <bool BOTH>
 __device__ __forceinline__ void tma_4d(uint32_t dst, const CUtensorMap *map, uint32_t bar, int c0,
                                        int c1, int c2, int c3) {
-  asm volatile(MT_TMA ".4d" MT_TMA_HOW " [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(dst), "l"(map),
-               "r"(bar), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+  if (BOTH) {
+    asm volatile(
+        MT_TMA_LOAD("4d") ".multicast::cluster [%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(dst),
+        "l"(map), "r"(bar), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "h"((uint16_t)3)
+        : "memory");
+  } else {
+    asm volatile(MT_TMA_LOAD("4d") " [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(dst), "l"(map),
+                 "r"(bar), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+                 : "memory");
+  }
+}
+
+/* The other way: a box of shared memory to global memory, or added to it there (float32; the sum is
+ * made in the L2 cache). What lies outside the tensor is not written. The thread that starts copies
+ * closes them with tma_commit and waits with tma_read_done before their memory is written again. */
+__device__ __forceinline__ void tma_put_3d(const CUtensorMap *map, uint32_t src, int c0, int c1,
+                                           int c2) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(
+          map),
+      "r"(src), "r"(c0), "r"(c1), "r"(c2)
+      : "memory");
+}
+__device__ __forceinline__ void tma_add_3d(const CUtensorMap *map, uint32_t src, int c0, int c1,
+                                           int c2) {
+  asm volatile("cp.reduce.async.bulk.tensor.3d.global.shared::cta.add.tile.bulk_group "
+               "[%0, {%2, %3, %4}], [%1];" ::"l"(map),
+               "r"(src), "r"(c0), "r"(c1), "r"(c2)
                : "memory");
 }
-__device__ __forceinline__ void tma_4d_both(uint32_t dst, const CUtensorMap *map, uint32_t bar,
-                                            int c0, int c1, int c2, int c3) {
-  asm volatile(MT_TMA ".4d" MT_TMA_HOW
-                      ".multicast::cluster [%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(dst),
-               "l"(map), "r"(bar), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "h"((uint16_t)3)
+__device__ __forceinline__ void tma_put_4d(const CUtensorMap *map, uint32_t src, int c0, int c1,
+                                           int c2, int c3) {
+  asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group "
+               "[%0, {%2, %3, %4, %5}], [%1];" ::"l"(map),
+               "r"(src), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+               : "memory");
+}
+__device__ __forceinline__ void tma_commit() {
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+__device__ __forceinline__ void tma_read_done() {
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+__device__ __forceinline__ void tma_all_done() {
+  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+}
+/* Makes this thread's ordinary writes to shared memory visible to TMA; a barrier must follow. */
+__device__ __forceinline__ void writes_for_tma() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+/* Barrier of `threads` threads, id 1 to 15. */
+__device__ __forceinline__ void part_sync(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+/* Four 8x8 matrices of bf16 from the layout of a product's sums; lane l names the place of row l %
+ * 8 of matrix l / 8. */
+__device__ __forceinline__ void store_matrices(uint32_t to, const uint32_t (&v)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to),
+               "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3])
                : "memory");
 }
 
@@ -139,8 +191,8 @@ template <int N> __device__ __forceinline__ void sums_ready(float (&d)[N]) {
 #define MT_SUMS_64(d, i)                                                                           \
   MT_SUMS_16(d, (i)), MT_SUMS_16(d, (i) + 16), MT_SUMS_16(d, (i) + 32), MT_SUMS_16(d, (i) + 48)
 
-/* d [64 x 256 of the warpgroup] += a b, or = where add is 0; *_MN: that operand's depth is not what
- * lies contiguously. */
+/* d [64 x 256, 192 or 128 of the warpgroup] += a b, or = where add is 0; *_MN: that operand's depth
+ * is not what lies contiguously. */
 template <int A_MN, int B_MN>
 __device__ __forceinline__ void wgmma(float (&d)[128], uint64_t a, uint64_t b, int add) {
   asm volatile(
@@ -159,8 +211,20 @@ __device__ __forceinline__ void wgmma(float (&d)[128], uint64_t a, uint64_t b, i
       : MT_SUMS_64(d, 0), MT_SUMS_64(d, 64)
       : "l"(a), "l"(b), "r"(add), "n"(A_MN), "n"(B_MN));
 }
-/* d [64 x 128 of the warpgroup] += a b, or = where add is 0; *_MN: that operand's depth is not what
- * lies contiguously. */
+template <int A_MN, int B_MN>
+__device__ __forceinline__ void wgmma(float (&d)[96], uint64_t a, uint64_t b, int add) {
+  asm volatile("{\n .reg .pred p;\n setp.ne.b32 p, %98, 0;\n"
+               "wgmma.mma_async.sync.aligned.m64n192k16.f32.bf16.bf16 {"
+               "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+               "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+               "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+               "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
+               "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
+               "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+               "}, %96, %97, p, 1, 1, %99, %100;\n}\n"
+               : MT_SUMS_64(d, 0), MT_SUMS_16(d, 64), MT_SUMS_16(d, 80)
+               : "l"(a), "l"(b), "r"(add), "n"(A_MN), "n"(B_MN));
+}
 template <int A_MN, int B_MN>
 __device__ __forceinline__ void wgmma(float (&d)[64], uint64_t a, uint64_t b, int add) {
   asm volatile("{\n .reg .pred p;\n setp.ne.b32 p, %66, 0;\n"
