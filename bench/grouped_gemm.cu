@@ -234,6 +234,7 @@ static void all_of(struct bench *b, const struct size *z) {
 
 int main(int argc, char **argv) {
   static const struct size sizes[] = {
+      {"8x 64 rows", 64, 4096, 14336, 8, 0},
       {"8x 4096 rows", 4096, 4096, 14336, 8, 0},
       {"8x 4096 skew", 4096, 4096, 14336, 8, 0.7},
       {"8x 16384 rows", 16384, 4096, 14336, 8, 0},

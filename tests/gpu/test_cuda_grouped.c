@@ -1,6 +1,6 @@
-/* Grouped products of the CUDA backend, with the chip's own kernels and the portable ones, against
- * float64 sums of the same rounded inputs. Around the data lies NaN: rows past the last group and
- * columns past the views, which must neither leak in nor be written. */
+/* Grouped and dense products of the CUDA backend, with the chip's own kernels and the portable
+ * ones, against float64 sums of the same rounded inputs. Around the data lies NaN: rows past the
+ * last group and columns past the views, which must neither leak in nor be written. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -15,12 +15,13 @@
 #include "gpu/gpu.h"
 
 enum kind { FWD, DGRAD, WGRAD, KINDS };
-enum rows_of { MIXED, ONE_EXPERT, EVEN, RANDOM, NONE };
+enum rows_of { MIXED, ONE_EXPERT, EVEN, RANDOM, NONE, DENSE, DENSE_ONE };
 enum { GROUPS_MOST = 160, SLACK_ROWS = 37, WORK_MOST = 4000000 };
 
 static const char *const kind_name[] = {"fwd", "dgrad", "wgrad"};
 
-/* A weight is [groups, n, k]; pad: columns between the rows of the activations' views. */
+/* A weight is [groups, n, k], or without groups (DENSE) [n, k]; pad: columns between the rows of
+ * the activations' views. */
 struct shape {
   enum rows_of rows;
   int groups, n, k, pad;
@@ -30,7 +31,9 @@ static const struct shape shapes[] = {
     {MIXED, 8, 768, 2048, 16}, {ONE_EXPERT, 8, 2048, 256, 0}, {ONE_EXPERT, 8, 520, 768, 8},
     {EVEN, 8, 1536, 512, 0},   {RANDOM, 130, 256, 192, 0},    {RANDOM, 8, 2048, 768, 0},
     {NONE, 4, 256, 128, 0},    {RANDOM, 8, 200, 72, 3},       {MIXED, 8, 67, 131, 5},
-    {RANDOM, 1, 640, 320, 0},  {RANDOM, 3, 8, 8, 0},
+    {RANDOM, 1, 640, 320, 0},  {RANDOM, 3, 8, 8, 0},          {DENSE, 1, 512, 264, 8},
+    {DENSE, 1, 67, 131, 0},    {DENSE, 1, 128, 384, 3},       {DENSE_ONE, 1, 640, 80, 0},
+    {DENSE, 1, 1, 8, 1},
 };
 
 #define OK(call)                                                                                   \
@@ -111,6 +114,8 @@ static int fill_offsets(int32_t *offsets, const struct shape *s, struct mt_rng *
     at += s->rows == MIXED        ? mixed[g % 8]
           : s->rows == ONE_EXPERT ? (g == 3 ? 1100 : 0)
           : s->rows == EVEN       ? 256
+          : s->rows == DENSE      ? 333
+          : s->rows == DENSE_ONE  ? 1
           : s->rows == RANDOM     ? (int)mt_rng_below(rng, s->groups > 16 ? 40 : 420)
                                   : 0;
   }
@@ -122,7 +127,7 @@ struct product {
   enum kind kind;
   struct both x, w, y; /* activations [R,k], weight [G*n,k], activations [R,n] */
   int32_t offsets[GROUPS_MOST + 1];
-  int32_t *dev_offsets;
+  int32_t *dev_offsets; /* NULL: dense */
   int groups, accumulate;
 };
 
@@ -133,8 +138,10 @@ static struct both *output(struct product *p) {
 static void run(struct mt_backend *be, struct product *p) {
   struct both *out = output(p);
   struct mt_tensor w = p->w.dev;
-  w.rank = 3;
-  w.dim[0] = p->groups, w.dim[1] = p->w.rows / p->groups, w.dim[2] = p->w.cols;
+  if (p->dev_offsets) {
+    w.rank = 3;
+    w.dim[0] = p->groups, w.dim[1] = p->w.rows / p->groups, w.dim[2] = p->w.cols;
+  }
   OK(be->upload(be, out->dev.data, out->was, out->bytes));
   if (p->kind == FWD) {
     struct mt_linear_fwd_args a = {.x = p->x.dev, .w = w, .y = p->y.dev, .offsets = p->dev_offsets};
@@ -252,7 +259,8 @@ static int64_t strays(struct product *p) {
 static double try_one(struct mt_backend *be, const struct shape *s, enum kind kind,
                       enum mt_dtype act, int accumulate, struct mt_rng *rng) {
   struct product p = {.kind = kind, .groups = s->groups, .accumulate = accumulate};
-  int64_t filled = fill_offsets(p.offsets, s, rng), rows = filled + SLACK_ROWS;
+  bool dense = s->rows == DENSE || s->rows == DENSE_ONE;
+  int64_t filled = fill_offsets(p.offsets, s, rng), rows = filled + (dense ? 0 : SLACK_ROWS);
   int64_t w_rows = (int64_t)s->groups * s->n;
   bool wgrad = kind == WGRAD;
   p.x = make(be, rng, act, rows, s->k, s->pad, kind == DGRAD && !accumulate ? 0 : filled);
@@ -263,7 +271,7 @@ static double try_one(struct mt_backend *be, const struct shape *s, enum kind ki
   void *data;
   OK(be->mem_alloc(be, offsets_bytes, &data));
   OK(be->upload(be, data, p.offsets, offsets_bytes));
-  p.dev_offsets = data;
+  p.dev_offsets = dense ? NULL : data;
 
   struct both *out = output(&p);
   run(be, &p);
@@ -276,11 +284,11 @@ static double try_one(struct mt_backend *be, const struct shape *s, enum kind ki
   free(first);
   double limit = out->dtype == MT_BF16 ? 6e-3 : 1e-5;
   if (!(error <= limit) || stray || !same) {
-    print_error("%s %s %s groups %d n %d k %d pad %d rows %d acc %d: error %.2g of %.0g, %lld "
+    print_error("%s %s %s %s groups %d n %d k %d pad %d rows %d acc %d: error %.2g of %.0g, %lld "
                 "strays, %s\n",
-                be->name, mt_dtype_name(act), kind_name[kind], s->groups, s->n, s->k, s->pad,
-                (int)filled, accumulate, error, limit, (long long)stray,
-                same ? "repeats" : "DIFFERS from run to run");
+                be->name, mt_dtype_name(act), kind_name[kind], dense ? "dense" : "grouped",
+                s->groups, s->n, s->k, s->pad, (int)filled, accumulate, error, limit,
+                (long long)stray, same ? "repeats" : "DIFFERS from run to run");
     error = INFINITY;
   }
   be->mem_free(be, data, offsets_bytes);
@@ -294,6 +302,19 @@ static void all_shapes(const char *backend, enum mt_dtype act) {
   struct mt_backend be;
   int failures = 0;
   OK(mt_backend_create(&be, backend, 1));
+  struct mt_limits limits = {.tokens = 512,
+                             .rows = 2048,
+                             .hidden = 64,
+                             .ffn = 64,
+                             .experts = 8,
+                             .top_k = 2,
+                             .vocab = 64,
+                             .heads = 2,
+                             .kv_heads = 2,
+                             .head_dim = 64,
+                             .act = act};
+  be.workspace_size_bytes = be.workspace_bytes(&be, &limits);
+  OK(be.mem_alloc(&be, be.workspace_size_bytes, &be.workspace));
   for (int kind = 0; kind < KINDS; kind++) {
     double worst = 0;
     for (size_t i = 0; i < shapes_tried; i++) {
@@ -309,6 +330,7 @@ static void all_shapes(const char *backend, enum mt_dtype act) {
     print_message("  %-13s %-4s %-5s worst error %.2e\n", backend, mt_dtype_name(act),
                   kind_name[kind], worst);
   }
+  be.mem_free(&be, be.workspace, be.workspace_size_bytes);
   mt_backend_destroy(&be);
   assert_int_equal(failures, 0);
 }
@@ -316,6 +338,11 @@ static void all_shapes(const char *backend, enum mt_dtype act) {
 static void native_bf16(void **state) {
   (void)state;
   all_shapes("cuda", MT_BF16);
+}
+
+static void native_f32(void **state) {
+  (void)state;
+  all_shapes("cuda", MT_F32);
 }
 
 static void portable_bf16(void **state) {
@@ -334,6 +361,7 @@ int main(int argc, char **argv) {
       cmocka_unit_test(portable_bf16),
       cmocka_unit_test(portable_f32),
       cmocka_unit_test(native_bf16),
+      cmocka_unit_test(native_f32),
   };
   GPU_OR_SKIP();
   if (argc > 1 && (size_t)strtoul(argv[1], NULL, 10) < shapes_tried)

@@ -191,7 +191,7 @@ template <int N> __device__ __forceinline__ void sums_ready(float (&d)[N]) {
 #define MT_SUMS_64(d, i)                                                                           \
   MT_SUMS_16(d, (i)), MT_SUMS_16(d, (i) + 16), MT_SUMS_16(d, (i) + 32), MT_SUMS_16(d, (i) + 48)
 
-/* d [64 x 256, 192 or 128 of the warpgroup] += a b, or = where add is 0; *_MN: that operand's depth
+/* d [64 x 256 or 128 of the warpgroup] += a b, or = where add is 0; *_MN: that operand's depth
  * is not what lies contiguously. */
 template <int A_MN, int B_MN>
 __device__ __forceinline__ void wgmma(float (&d)[128], uint64_t a, uint64_t b, int add) {
@@ -210,20 +210,6 @@ __device__ __forceinline__ void wgmma(float (&d)[128], uint64_t a, uint64_t b, i
       "}, %128, %129, p, 1, 1, %131, %132;\n}\n"
       : MT_SUMS_64(d, 0), MT_SUMS_64(d, 64)
       : "l"(a), "l"(b), "r"(add), "n"(A_MN), "n"(B_MN));
-}
-template <int A_MN, int B_MN>
-__device__ __forceinline__ void wgmma(float (&d)[96], uint64_t a, uint64_t b, int add) {
-  asm volatile("{\n .reg .pred p;\n setp.ne.b32 p, %98, 0;\n"
-               "wgmma.mma_async.sync.aligned.m64n192k16.f32.bf16.bf16 {"
-               "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-               "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-               "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-               "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
-               "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
-               "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
-               "}, %96, %97, p, 1, 1, %99, %100;\n}\n"
-               : MT_SUMS_64(d, 0), MT_SUMS_16(d, 64), MT_SUMS_16(d, 80)
-               : "l"(a), "l"(b), "r"(add), "n"(A_MN), "n"(B_MN));
 }
 template <int A_MN, int B_MN>
 __device__ __forceinline__ void wgmma(float (&d)[64], uint64_t a, uint64_t b, int add) {
