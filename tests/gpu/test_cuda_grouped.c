@@ -28,8 +28,8 @@ struct shape {
 };
 static const struct shape shapes[] = {
     {MIXED, 8, 128, 256, 0},   {MIXED, 8, 512, 264, 8},       {MIXED, 8, 264, 512, 0},
-    {MIXED, 8, 768, 2048, 16}, {ONE_EXPERT, 8, 2048, 256, 0}, {ONE_EXPERT, 8, 520, 768, 8},
-    {EVEN, 8, 1536, 512, 0},   {RANDOM, 130, 256, 192, 0},    {RANDOM, 8, 2048, 768, 0},
+    {MIXED, 8, 136, 2048, 16}, {ONE_EXPERT, 4, 2600, 136, 0}, {ONE_EXPERT, 4, 520, 768, 8},
+    {EVEN, 4, 768, 512, 0},    {RANDOM, 130, 136, 72, 0},     {RANDOM, 3, 2048, 768, 0},
     {NONE, 4, 256, 128, 0},    {RANDOM, 8, 200, 72, 3},       {MIXED, 8, 67, 131, 5},
     {RANDOM, 1, 640, 320, 0},  {RANDOM, 3, 8, 8, 0},          {DENSE, 1, 512, 264, 8},
     {DENSE, 1, 67, 131, 0},    {DENSE, 1, 128, 384, 3},       {DENSE_ONE, 1, 640, 80, 0},
@@ -112,7 +112,7 @@ static int fill_offsets(int32_t *offsets, const struct shape *s, struct mt_rng *
   for (int g = 0; g < s->groups; g++) {
     offsets[g] = at;
     at += s->rows == MIXED        ? mixed[g % 8]
-          : s->rows == ONE_EXPERT ? (g == 3 ? 1100 : 0)
+          : s->rows == ONE_EXPERT ? (g == 3 ? 2600 : 0)
           : s->rows == EVEN       ? 256
           : s->rows == DENSE      ? 333
           : s->rows == DENSE_ONE  ? 1
