@@ -1,6 +1,6 @@
-/* Grouped products of the CUDA backend, with the chip's own kernels and the portable ones, against
- * float64 sums of the same rounded inputs. Around the data lies NaN: rows past the last group and
- * columns past the views, which must neither leak in nor be written. */
+/* Grouped and dense products of the CUDA backend, with the chip's own kernels and the portable
+ * ones, against float64 sums of the same rounded inputs. Around the data lies NaN: rows past the
+ * last group and columns past the views, which must neither leak in nor be written. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -15,22 +15,25 @@
 #include "gpu/gpu.h"
 
 enum kind { FWD, DGRAD, WGRAD, KINDS };
-enum rows_of { MIXED, ONE_EXPERT, EVEN, RANDOM, NONE };
-enum { GROUPS_MOST = 160, SLACK_ROWS = 37, WORK_MOST = 8000000 };
+enum rows_of { MIXED, ONE_EXPERT, EVEN, RANDOM, NONE, DENSE, DENSE_ONE };
+enum { GROUPS_MOST = 160, SLACK_ROWS = 37, WORK_MOST = 4000000 };
 
 static const char *const kind_name[] = {"fwd", "dgrad", "wgrad"};
 
-/* A weight is [groups, n, k]; pad: columns between the rows of the activations' views. */
+/* A weight is [groups, n, k], or without groups (DENSE) [n, k]; pad: columns between the rows of
+ * the activations' views. */
 struct shape {
   enum rows_of rows;
   int groups, n, k, pad;
 };
 static const struct shape shapes[] = {
     {MIXED, 8, 128, 256, 0},   {MIXED, 8, 512, 264, 8},       {MIXED, 8, 264, 512, 0},
-    {MIXED, 8, 768, 2048, 16}, {ONE_EXPERT, 8, 2048, 256, 0}, {ONE_EXPERT, 8, 520, 768, 8},
-    {EVEN, 8, 1536, 512, 0},   {RANDOM, 130, 256, 192, 0},    {RANDOM, 8, 2048, 768, 0},
+    {MIXED, 8, 136, 2048, 16}, {ONE_EXPERT, 4, 2600, 136, 0}, {ONE_EXPERT, 4, 520, 768, 8},
+    {EVEN, 4, 768, 512, 0},    {RANDOM, 130, 136, 72, 0},     {RANDOM, 3, 2048, 768, 0},
     {NONE, 4, 256, 128, 0},    {RANDOM, 8, 200, 72, 3},       {MIXED, 8, 67, 131, 5},
-    {RANDOM, 1, 640, 320, 0},  {RANDOM, 3, 8, 8, 0},
+    {RANDOM, 1, 640, 320, 0},  {RANDOM, 3, 8, 8, 0},          {DENSE, 1, 512, 264, 8},
+    {DENSE, 1, 67, 131, 0},    {DENSE, 1, 128, 384, 3},       {DENSE_ONE, 1, 640, 80, 0},
+    {DENSE, 1, 1, 8, 1},
 };
 
 #define OK(call)                                                                                   \
@@ -59,6 +62,17 @@ static float as_stored(double x, enum mt_dtype dtype) {
   return dtype == MT_BF16 ? mt_bf16_to_f32(mt_f32_to_bf16((float)x)) : (float)x;
 }
 
+/* Of variance 1, from the sum of four uniform numbers: millions are needed, fast (the mixing
+ * function is splitmix64's). */
+static double number(uint64_t i) {
+  i += 0x9e3779b97f4a7c15u;
+  i = (i ^ i >> 30) * 0xbf58476d1ce4e5b9u;
+  i = (i ^ i >> 27) * 0x94d049bb133111ebu;
+  i ^= i >> 31;
+  uint64_t sum = (i & 0xffff) + (i >> 16 & 0xffff) + (i >> 32 & 0xffff) + (i >> 48);
+  return ((double)sum / 65535 - 2) * 1.7320508075688772;
+}
+
 /* The first `filled` rows random, the rest and what is beyond the columns NaN. */
 static struct both make(struct mt_backend *be, struct mt_rng *rng, enum mt_dtype dtype,
                         int64_t rows, int64_t cols, int64_t pad, int64_t filled) {
@@ -68,14 +82,13 @@ static struct both make(struct mt_backend *be, struct mt_rng *rng, enum mt_dtype
   x.host = take(n * sizeof(float));
   x.raw = take(x.bytes);
   x.was = take(x.bytes);
-  struct mt_rng own = mt_rng_make(mt_rng_u32(rng), 3);
+  uint64_t seed = mt_rng_u32(rng);
 #pragma omp parallel for
   for (int64_t r = 0; r < rows; r++) {
-    struct mt_rng at = own;
-    at.position = (uint64_t)(r * cols) * 4;
     for (int64_t c = 0; c < x.ld; c++) {
       bool inside = r < filled && c < cols;
-      x.host[r * x.ld + c] = inside ? as_stored(mt_rng_normal(&at), dtype) : NAN;
+      x.host[r * x.ld + c] =
+          inside ? as_stored(number(seed << 32 ^ (uint64_t)(r * cols + c)), dtype) : NAN;
     }
   }
   mt_dtype_convert(x.was, dtype, x.host, MT_F32, n);
@@ -99,8 +112,10 @@ static int fill_offsets(int32_t *offsets, const struct shape *s, struct mt_rng *
   for (int g = 0; g < s->groups; g++) {
     offsets[g] = at;
     at += s->rows == MIXED        ? mixed[g % 8]
-          : s->rows == ONE_EXPERT ? (g == 3 ? 1100 : 0)
+          : s->rows == ONE_EXPERT ? (g == 3 ? 2600 : 0)
           : s->rows == EVEN       ? 256
+          : s->rows == DENSE      ? 333
+          : s->rows == DENSE_ONE  ? 1
           : s->rows == RANDOM     ? (int)mt_rng_below(rng, s->groups > 16 ? 40 : 420)
                                   : 0;
   }
@@ -112,7 +127,7 @@ struct product {
   enum kind kind;
   struct both x, w, y; /* activations [R,k], weight [G*n,k], activations [R,n] */
   int32_t offsets[GROUPS_MOST + 1];
-  int32_t *dev_offsets;
+  int32_t *dev_offsets; /* NULL: dense */
   int groups, accumulate;
 };
 
@@ -123,8 +138,10 @@ static struct both *output(struct product *p) {
 static void run(struct mt_backend *be, struct product *p) {
   struct both *out = output(p);
   struct mt_tensor w = p->w.dev;
-  w.rank = 3;
-  w.dim[0] = p->groups, w.dim[1] = p->w.rows / p->groups, w.dim[2] = p->w.cols;
+  if (p->dev_offsets) {
+    w.rank = 3;
+    w.dim[0] = p->groups, w.dim[1] = p->w.rows / p->groups, w.dim[2] = p->w.cols;
+  }
   OK(be->upload(be, out->dev.data, out->was, out->bytes));
   if (p->kind == FWD) {
     struct mt_linear_fwd_args a = {.x = p->x.dev, .w = w, .y = p->y.dev, .offsets = p->dev_offsets};
@@ -242,7 +259,8 @@ static int64_t strays(struct product *p) {
 static double try_one(struct mt_backend *be, const struct shape *s, enum kind kind,
                       enum mt_dtype act, int accumulate, struct mt_rng *rng) {
   struct product p = {.kind = kind, .groups = s->groups, .accumulate = accumulate};
-  int64_t filled = fill_offsets(p.offsets, s, rng), rows = filled + SLACK_ROWS;
+  bool dense = s->rows == DENSE || s->rows == DENSE_ONE;
+  int64_t filled = fill_offsets(p.offsets, s, rng), rows = filled + (dense ? 0 : SLACK_ROWS);
   int64_t w_rows = (int64_t)s->groups * s->n;
   bool wgrad = kind == WGRAD;
   p.x = make(be, rng, act, rows, s->k, s->pad, kind == DGRAD && !accumulate ? 0 : filled);
@@ -253,7 +271,7 @@ static double try_one(struct mt_backend *be, const struct shape *s, enum kind ki
   void *data;
   OK(be->mem_alloc(be, offsets_bytes, &data));
   OK(be->upload(be, data, p.offsets, offsets_bytes));
-  p.dev_offsets = data;
+  p.dev_offsets = dense ? NULL : data;
 
   struct both *out = output(&p);
   run(be, &p);
@@ -266,11 +284,11 @@ static double try_one(struct mt_backend *be, const struct shape *s, enum kind ki
   free(first);
   double limit = out->dtype == MT_BF16 ? 6e-3 : 1e-5;
   if (!(error <= limit) || stray || !same) {
-    print_error("%s %s %s groups %d n %d k %d pad %d rows %d acc %d: error %.2g of %.0g, %lld "
+    print_error("%s %s %s %s groups %d n %d k %d pad %d rows %d acc %d: error %.2g of %.0g, %lld "
                 "strays, %s\n",
-                be->name, mt_dtype_name(act), kind_name[kind], s->groups, s->n, s->k, s->pad,
-                (int)filled, accumulate, error, limit, (long long)stray,
-                same ? "repeats" : "DIFFERS from run to run");
+                be->name, mt_dtype_name(act), kind_name[kind], dense ? "dense" : "grouped",
+                s->groups, s->n, s->k, s->pad, (int)filled, accumulate, error, limit,
+                (long long)stray, same ? "repeats" : "DIFFERS from run to run");
     error = INFINITY;
   }
   be->mem_free(be, data, offsets_bytes);
@@ -278,13 +296,28 @@ static double try_one(struct mt_backend *be, const struct shape *s, enum kind ki
   return error;
 }
 
+static size_t shapes_tried = sizeof shapes / sizeof *shapes;
+
 static void all_shapes(const char *backend, enum mt_dtype act) {
   struct mt_backend be;
   int failures = 0;
   OK(mt_backend_create(&be, backend, 1));
+  struct mt_limits limits = {.tokens = 512,
+                             .rows = 2048,
+                             .hidden = 64,
+                             .ffn = 64,
+                             .experts = 8,
+                             .top_k = 2,
+                             .vocab = 64,
+                             .heads = 2,
+                             .kv_heads = 2,
+                             .head_dim = 64,
+                             .act = act};
+  be.workspace_size_bytes = be.workspace_bytes(&be, &limits);
+  OK(be.mem_alloc(&be, be.workspace_size_bytes, &be.workspace));
   for (int kind = 0; kind < KINDS; kind++) {
     double worst = 0;
-    for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) {
+    for (size_t i = 0; i < shapes_tried; i++) {
       for (int acc = 0; acc < (kind == FWD ? 1 : 2); acc++) {
         struct mt_rng rng = mt_rng_make(17 + i, (uint64_t)(2 * kind + acc));
         double error = try_one(&be, &shapes[i], (enum kind)kind, act, acc, &rng);
@@ -297,6 +330,7 @@ static void all_shapes(const char *backend, enum mt_dtype act) {
     print_message("  %-13s %-4s %-5s worst error %.2e\n", backend, mt_dtype_name(act),
                   kind_name[kind], worst);
   }
+  be.mem_free(&be, be.workspace, be.workspace_size_bytes);
   mt_backend_destroy(&be);
   assert_int_equal(failures, 0);
 }
@@ -304,6 +338,11 @@ static void all_shapes(const char *backend, enum mt_dtype act) {
 static void native_bf16(void **state) {
   (void)state;
   all_shapes("cuda", MT_BF16);
+}
+
+static void native_f32(void **state) {
+  (void)state;
+  all_shapes("cuda", MT_F32);
 }
 
 static void portable_bf16(void **state) {
@@ -316,12 +355,16 @@ static void portable_f32(void **state) {
   all_shapes("cuda-portable", MT_F32);
 }
 
-int main(void) {
+/* With a number: only so many of the shapes (for compute-sanitizer, which is slow). */
+int main(int argc, char **argv) {
   const struct CMUnitTest tests[] = {
       cmocka_unit_test(portable_bf16),
       cmocka_unit_test(portable_f32),
       cmocka_unit_test(native_bf16),
+      cmocka_unit_test(native_f32),
   };
   GPU_OR_SKIP();
+  if (argc > 1 && (size_t)strtoul(argv[1], NULL, 10) < shapes_tried)
+    shapes_tried = (size_t)strtoul(argv[1], NULL, 10);
   return cmocka_run_group_tests(tests, NULL, NULL);
 }

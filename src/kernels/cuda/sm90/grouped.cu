@@ -1,15 +1,425 @@
-/* Grouped products on Hopper: wgmma fed by TMA. */
-#include "kernels/cuda/device.cuh"
+/* Grouped products on Hopper: wgmma fed by TMA.
+ *
+ * Persistent clusters of two blocks; a block makes tiles of 128 x TILE_N. One thread loads (TMA, a
+ * ring of stages of 64 along the depth, the shared operand by multicast), two warpgroups multiply
+ * 64 rows each and hand their sums to TMA (grouped_out.cuh). Which operand lies how:
+ *   forward  a = x  [rows, depth]      b = w [n, depth]
+ *   dgrad    a = dy [rows, depth]      b = w [depth, n]
+ *   wgrad    a = dy [depth, m]         b = x [depth, n], depth = a group's rows
+ * Nothing is ever transposed: wgmma reads bf16 either way. */
+#include "kernels/cuda/sm90/grouped_out.cuh"
+#include "kernels/cuda/sm90/grouped_tile.cuh"
+
+enum {
+  DEPTH = 64, /* of a stage: one row of the 128-byte swizzle */
+  THREADS = 3 * 128,
+  MULTIPLIER_WARPS = 8,
+  A_BYTES = TILE_M * DEPTH * 2,
+  HALF_A = A_BYTES / 2,
+  SLAB = 64 * DEPTH * 2, /* 64 along m or n, where the depth is not contiguous */
+  GROUPS_MOST = 512,
+};
+/* Rows of a group as a tensor of 2^30 rows that ends with the group (see ragged_map). */
+enum { RAGGED_ROWS = 1 << 30 };
+
+struct job {
+  const int32_t *offsets;
+  void *c;
+  int groups, rows, m, n, k;
+  int64_t ldc;
+  int accumulate;
+};
+
+/* Shared memory past the ring and the staging memory. */
+struct control {
+  uint64_t full[8], empty[8];
+  int offsets[GROUPS_MOST + 1];
+};
+
+/* One kernel: what it computes, its tile, how it divides 227 KB of shared memory into stages and
+ * slots for output. On an H100 256 x 4 stages x 2 slots was as fast as or faster than 256 x 3 x 4,
+ * 192 x 4 x 3 and, for float32, 192 x 3 x 6 (all of a tile staged). */
+template <int KIND_, class C_, int TILE_N_, int STAGES_, int SLOTS_> struct design {
+  typedef C_ C;
+  static constexpr int KIND = KIND_, TILE_N = TILE_N_, STAGES = STAGES_, SLOTS = SLOTS_;
+  static constexpr bool WGRAD = KIND == GROUPED_WGRAD;
+  static constexpr int B_BYTES = TILE_N * DEPTH * 2, STAGE_BYTES = A_BYTES + B_BYTES;
+  static constexpr int CHUNK_COLS = 128 / (int)sizeof(C), CHUNKS = TILE_N / CHUNK_COLS;
+  static constexpr int RING_BYTES = STAGES * STAGE_BYTES, OUT_BYTES = SLOTS * CHUNK_BYTES;
+  static constexpr int SHARED_BYTES = RING_BYTES + 2 * OUT_BYTES + (int)sizeof(struct control);
+  static_assert(CHUNKS % SLOTS == 0 && STAGES <= 8 && SHARED_BYTES <= 232448, "does not fit");
+};
+
+/* A position in the ring. */
+struct ring {
+  int stage;
+  uint32_t parity;
+};
+template <int STAGES> __device__ __forceinline__ void advance(struct ring *r) {
+  if (++r->stage == STAGES) r->stage = 0, r->parity ^= 1;
+}
+
+template <class S>
+__device__ __forceinline__ bool find(const struct job &j, const struct control *s, struct walk *at,
+                                     int unit, int rank, struct place *p) {
+  int nt = (j.n + S::TILE_N - 1) / S::TILE_N;
+  if (S::WGRAD)
+    return find_matrix(s->offsets, j.groups, (j.m + TILE_M - 1) / TILE_M, nt, unit, rank, p);
+  return find_rows(at, s->offsets, j.groups, nt, unit, rank, p);
+}
+
+template <class S>
+__device__ __forceinline__ int step_count(const struct job &j, const struct place &p) {
+  return ((S::WGRAD ? p.end - p.begin : j.k) + DEPTH - 1) / DEPTH;
+}
+
+/* Half h of a's tile at depth k0: 64 rows, or for wgrad 64 columns. */
+template <class S, bool BOTH>
+__device__ __forceinline__ void load_a(uint32_t dst, const CUtensorMap *map, uint32_t bar,
+                                       const struct place &p, int h, int k0) {
+  int at = p.m * TILE_M + h * 64;
+  dst += (uint32_t)(h * HALF_A);
+  if (S::WGRAD)
+    tma_4d<BOTH>(dst, map, bar, at, RAGGED_ROWS - (p.end - p.begin) + k0, RAGGED_ROWS, p.end);
+  else
+    tma_2d<BOTH>(dst, map, bar, k0, p.begin + at);
+}
+
+/* Half h of b's tile. */
+template <class S, bool BOTH>
+__device__ __forceinline__ void load_b(uint32_t dst, const CUtensorMap *map, uint32_t bar,
+                                       const struct place &p, int h, int k0) {
+  int at = p.n * S::TILE_N + h * S::TILE_N / 2;
+  dst += (uint32_t)(h * S::B_BYTES / 2);
+  if (S::KIND == GROUPED_FWD) {
+    tma_3d<BOTH>(dst, map, bar, k0, at, p.g);
+  } else {
+#pragma unroll
+    for (int slab = 0; slab < S::TILE_N / 128; slab++, at += 64, dst += SLAB) {
+      if (S::KIND == GROUPED_DGRAD)
+        tma_3d<BOTH>(dst, map, bar, at, k0, p.g);
+      else
+        tma_4d<BOTH>(dst, map, bar, at, RAGGED_ROWS - (p.end - p.begin) + k0, RAGGED_ROWS, p.end);
+    }
+  }
+}
+
+/* The loading thread's whole life. A stage is loaded again once the multipliers of both blocks have
+ * left it, since both blocks write to both. */
+template <class S>
+__device__ __forceinline__ void load_all(const struct job &j, const CUtensorMap *map_a,
+                                         const CUtensorMap *map_b, const struct control *s,
+                                         uint32_t tiles, int rank) {
+  uint32_t full = shared_address(s->full), empty = shared_address(s->empty);
+  struct ring r = {0, 1}; /* the first waits find the ring empty */
+  struct walk at = {0, 0};
+  struct place p;
+  for (int unit = (int)blockIdx.x / 2; find<S>(j, s, &at, unit, rank, &p);
+       unit += (int)gridDim.x / 2) {
+    int steps = step_count<S>(j, p);
+    for (int i = 0; i < steps; i++) {
+      uint32_t bar = full + (uint32_t)r.stage * 8, a = tiles + (uint32_t)(r.stage * S::STAGE_BYTES);
+      uint32_t b = a + A_BYTES;
+      barrier_wait(empty + (uint32_t)r.stage * 8, r.parity);
+      barrier_expect(bar, S::STAGE_BYTES);
+      if (p.shares_b) {
+        load_a<S, false>(a, map_a, bar, p, 0, i * DEPTH);
+        load_a<S, false>(a, map_a, bar, p, 1, i * DEPTH);
+        load_b<S, true>(b, map_b, bar, p, rank, i * DEPTH);
+      } else {
+        load_a<S, true>(a, map_a, bar, p, rank, i * DEPTH);
+        load_b<S, false>(b, map_b, bar, p, 0, i * DEPTH);
+        load_b<S, false>(b, map_b, bar, p, 1, i * DEPTH);
+      }
+      advance<S::STAGES>(&r);
+    }
+  }
+}
+
+/* Tells both blocks that this warp has left the stage. */
+__device__ __forceinline__ void leave(uint32_t empty, int stage) {
+  uint32_t lane = threadIdx.x % 32;
+  if (lane < 2) barrier_arrive_at(empty + (uint32_t)stage * 8, lane);
+}
+
+/* One stage: a's 64 rows of this warpgroup by all of b. Steps of 16 along the depth are 32 bytes
+ * where it is contiguous, 16 rows of 128 bytes where it is not. */
+template <class S>
+__device__ __forceinline__ void multiply_stage(float (&d)[S::TILE_N / 2], uint32_t a, uint32_t b,
+                                               bool add) {
+  constexpr int A_MN = S::WGRAD, B_MN = S::KIND != GROUPED_FWD;
+  uint64_t da = tile_descriptor(a, A_MN ? SLAB : 0), db = tile_descriptor(b, B_MN ? SLAB : 0);
+#pragma unroll
+  for (int i = 0; i < DEPTH / 16; i++) {
+    wgmma<A_MN, B_MN>(d, da + (uint64_t)(i * (A_MN ? 2048 : 32) / 16),
+                      db + (uint64_t)(i * (B_MN ? 2048 : 32) / 16), add || i > 0);
+  }
+}
+
+/* The warpgroup's 64 rows out, in as many rounds as the slots make of them; only the first has to
+ * wait for nothing but copies of the tile before. */
+template <class S>
+__device__ __forceinline__ void write_tile(const struct job &j, const float (&d)[S::TILE_N / 2],
+                                           const CUtensorMap *map, uint32_t out,
+                                           const struct place &p, int half) {
+  bool leader = threadIdx.x % 128 == 0;
+  int row = p.m * TILE_M + half * 64, col = p.n * S::TILE_N;
+#pragma unroll
+  for (int first = 0; first < S::CHUNKS; first += S::SLOTS) {
+    if (leader) tma_read_done();
+    part_sync(1 + half, 128);
+#pragma unroll
+    for (int i = 0; i < S::SLOTS; i++)
+      stage_chunk(d, first + i, out + (uint32_t)(i * CHUNK_BYTES), (typename S::C *)NULL);
+    writes_for_tma();
+    part_sync(1 + half, 128);
+    if (!leader) continue;
+#pragma unroll
+    for (int i = 0; i < S::SLOTS; i++) {
+      uint32_t from = out + (uint32_t)(i * CHUNK_BYTES);
+      int at = col + (first + i) * S::CHUNK_COLS;
+      if (at >= j.n) continue;
+      if (!S::WGRAD)
+        tma_put_4d(map, from, at, RAGGED_ROWS - (p.end - p.begin) + row, RAGGED_ROWS, p.end);
+      else if (sizeof(typename S::C) == 4 && j.accumulate)
+        tma_add_3d(map, from, at, row, p.g);
+      else
+        tma_put_3d(map, from, at, row, p.g);
+    }
+    tma_commit();
+  }
+}
+
+/* A warp's 16 rows of a matrix whose group is empty. */
+template <class S>
+__device__ __forceinline__ void write_zeros(typename S::C *c, int64_t ldc, int rows_left,
+                                            int cols_left) {
+  constexpr int WIDE = wide<typename S::C>;
+  int cols = min(S::TILE_N, cols_left);
+  for (int r = 0; r < min(16, rows_left); r++) {
+    for (int col = (int)(threadIdx.x % 32) * WIDE; col < cols; col += 32 * WIDE)
+      *reinterpret_cast<uint4 *>(c + r * ldc + col) = make_uint4(0, 0, 0, 0);
+  }
+}
+
+/* A multiplying warpgroup's whole life; half: its 64 rows of each tile. */
+template <class S>
+__device__ __forceinline__ void multiply_all(const struct job &j, const CUtensorMap *map_c,
+                                             const struct control *s, uint32_t tiles, int rank,
+                                             int half) {
+  typedef typename S::C C;
+  uint32_t full = shared_address(s->full), empty = shared_address(s->empty);
+  uint32_t mine = tiles + (uint32_t)(half * HALF_A);
+  uint32_t out = tiles + (uint32_t)(S::RING_BYTES + half * S::OUT_BYTES);
+  struct ring r = {0, 0};
+  struct walk at = {0, 0};
+  struct place p;
+  float d[S::TILE_N / 2];
+  for (int unit = (int)blockIdx.x / 2; find<S>(j, s, &at, unit, rank, &p);
+       unit += (int)gridDim.x / 2) {
+    int steps = step_count<S>(j, p);
+    int row = p.m * TILE_M + half * 64, col = p.n * S::TILE_N;
+    int rows = S::WGRAD ? j.m : p.end - p.begin;
+    if (row >= rows || !p.inside) { /* nothing to make, but the ring goes on */
+      for (int i = 0; i < steps; i++) {
+        barrier_wait(full + (uint32_t)r.stage * 8, r.parity);
+        leave(empty, r.stage);
+        advance<S::STAGES>(&r);
+      }
+      continue;
+    }
+    if (S::WGRAD && steps == 0) {
+      int warp_row = row + (int)threadIdx.x / 32 % 4 * 16;
+      C *c = (C *)j.c + ((int64_t)p.g * j.m + warp_row) * j.ldc + col;
+      if (!j.accumulate) write_zeros<S>(c, j.ldc, rows - warp_row, j.n - col);
+      continue;
+    }
+    int last = 0;
+    for (int i = 0; i < steps; i++) {
+      uint32_t stage = (uint32_t)(r.stage * S::STAGE_BYTES);
+      barrier_wait(full + (uint32_t)r.stage * 8, r.parity);
+      wgmma_fence();
+      multiply_stage<S>(d, mine + stage, tiles + A_BYTES + stage, i > 0);
+      wgmma_commit();
+      wgmma_wait<1>(); /* the stage before is done with */
+      if (i > 0) leave(empty, last);
+      last = r.stage;
+      advance<S::STAGES>(&r);
+    }
+    wgmma_wait<0>();
+    sums_ready(d);
+    leave(empty, last);
+    if (sizeof(C) == 2 && j.accumulate) {
+      int64_t first = S::WGRAD ? (int64_t)p.g * j.m : p.begin;
+      add_old(d, (const bf16 *)j.c + (first + row) * j.ldc + col, j.ldc, rows - row, j.n - col);
+    }
+    write_tile<S>(j, d, map_c, out, p, half);
+  }
+  if (threadIdx.x % 128 == 0) tma_all_done();
+}
+
+template <class S>
+__global__ __cluster_dims__(2, 1, 1)
+    __launch_bounds__(THREADS, 1) void grouped_wgmma(const __grid_constant__ CUtensorMap map_a,
+                                                     const __grid_constant__ CUtensorMap map_b,
+                                                     const __grid_constant__ CUtensorMap map_c,
+                                                     const __grid_constant__ struct job j) {
+  extern __shared__ __align__(1024) unsigned char memory[];
+  struct control *s = (struct control *)(memory + S::RING_BYTES + 2 * S::OUT_BYTES);
+  uint32_t tiles = shared_address(memory);
+  int rank = (int)cluster_rank();
+
+  for (int g = (int)threadIdx.x; g <= j.groups; g += THREADS)
+    s->offsets[g] = j.offsets ? j.offsets[g] : g * j.rows;
+  if (threadIdx.x == 0) {
+    if (tiles % 1024 != 0) __trap(); /* the swizzle counts on it */
+    prefetch_map(&map_a);
+    prefetch_map(&map_b);
+    prefetch_map(&map_c);
+    for (int i = 0; i < S::STAGES; i++) {
+      barrier_init(shared_address(&s->full[i]), 1);
+      barrier_init(shared_address(&s->empty[i]), 2 * MULTIPLIER_WARPS);
+    }
+    barrier_init_done();
+  }
+  __syncthreads();
+  cluster_sync();
+
+  if (threadIdx.x < 128) {
+    registers_down<40>();
+    if (threadIdx.x == 0) load_all<S>(j, &map_a, &map_b, s, tiles, rank);
+    __syncwarp();
+  } else {
+    registers_up<232>();
+    multiply_all<S>(j, &map_c, s, tiles, rank, (int)threadIdx.x / 128 - 1);
+  }
+  cluster_sync(); /* a block must not leave while the other may still write to it */
+}
+
+typedef CUresult (*encode_fn)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *,
+                              const cuuint64_t *, const cuuint64_t *, const cuuint32_t *,
+                              const cuuint32_t *, CUtensorMapInterleave, CUtensorMapSwizzle,
+                              CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+
+/* From the driver that runs, so that nothing links libcuda. */
+static mt_err encoder(encode_fn *out) {
+  static void *fn;
+  cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
+  if (!fn) {
+    MT_TRY(mt_cuda_check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &fn, 12000,
+                                                          cudaEnableDefault, &found),
+                         "grouped products"));
+    if (!fn || found != cudaDriverEntryPointSuccess)
+      return mt_fail(MT_EDEVICE, "grouped products: the driver has no cuTensorMapEncodeTiled");
+  }
+  *out = (encode_fn)fn;
+  return MT_OK;
+}
+
+/* rank dimensions, dim[0] contiguous, stride[i]: bytes between neighbours along dim[i + 1]; boxes
+ * of 128 bytes x box_rows. What lies outside reads as 0 and is not written. */
+static mt_err encode(CUtensorMap *map, enum mt_dtype dtype, const void *base, int rank,
+                     const cuuint64_t *dim, const cuuint64_t *stride, int box_rows) {
+  encode_fn fn = NULL;
+  cuuint32_t width = (cuuint32_t)(128 / mt_dtype_bytes(dtype));
+  cuuint32_t box[5] = {width, (cuuint32_t)box_rows, 1, 1, 1}, step[5] = {1, 1, 1, 1, 1};
+  CUtensorMapDataType type =
+      dtype == MT_F32 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  MT_TRY(encoder(&fn));
+  CUresult result = fn(map, type, (cuuint32_t)rank, (void *)(uintptr_t)base, dim, stride, box, step,
+                       CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                       CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (result == CUDA_SUCCESS) return MT_OK;
+  return mt_fail(MT_EDEVICE, "grouped products: tensor map of rank %d: error %d", rank,
+                 (int)result);
+}
+
+/* bf16 rows of groups where a group's end must hold: what follows may be NaN and must read as 0,
+ * and must not be written. The map knows no group: the third and fourth dimension only move the
+ * start. Row i of a group [begin, end) has coordinates (2^30 - (end - begin) + i, 2^30, end); the
+ * address 2^30 (2^34 - stride) + ... wraps around 2^64 to begin + i, and the second coordinate
+ * passes its bound exactly at the group's end. Triton's ragged descriptors do the same. */
+static mt_err ragged_map(CUtensorMap *map, const void *base, int64_t cols, int64_t ld,
+                         int box_rows) {
+  cuuint64_t row = 2 * (cuuint64_t)ld;
+  cuuint64_t dim[4] = {(cuuint64_t)cols, RAGGED_ROWS, INT32_MAX, INT32_MAX};
+  cuuint64_t stride[3] = {row, ((cuuint64_t)1 << 34) - row, row};
+  return encode(map, MT_BF16, base, 4, dim, stride, box_rows);
+}
+
+/* [count, rows, cols], matrices one after another. */
+static mt_err matrices_map(CUtensorMap *map, enum mt_dtype dtype, const void *base, int64_t count,
+                           int64_t rows, int64_t cols, int64_t ld, int box_rows) {
+  cuuint64_t row = mt_dtype_bytes(dtype) * (cuuint64_t)ld;
+  cuuint64_t dim[3] = {(cuuint64_t)cols, (cuuint64_t)rows, (cuuint64_t)count};
+  cuuint64_t stride[2] = {row, row * (cuuint64_t)rows};
+  return encode(map, dtype, base, 3, dim, stride, box_rows);
+}
+
+template <class S> static mt_err make_maps(const mt_cuda_grouped *p, CUtensorMap *m) {
+  if (S::WGRAD) {
+    MT_TRY(ragged_map(&m[0], p->a, p->m, p->lda, DEPTH));
+    MT_TRY(ragged_map(&m[1], p->b, p->n, p->ldb, DEPTH));
+    return matrices_map(&m[2], p->c_dtype, p->c, p->groups, p->m, p->n, p->ldc, 64);
+  }
+  cuuint64_t lda = 2 * (cuuint64_t)p->lda, dim[2] = {(cuuint64_t)p->k, (cuuint64_t)p->rows_most};
+  MT_TRY(encode(&m[0], MT_BF16, p->a, 2, dim, &lda, 64));
+  MT_TRY(ragged_map(&m[2], p->c, p->n, p->ldc, 64));
+  if (S::KIND == GROUPED_FWD)
+    return matrices_map(&m[1], MT_BF16, p->b, p->groups, p->n, p->k, p->ldb, S::TILE_N / 2);
+  return matrices_map(&m[1], MT_BF16, p->b, p->groups, p->k, p->n, p->ldb, DEPTH);
+}
+
+template <class S> static mt_err launch(struct mt_cuda *c, const struct mt_cuda_grouped *p) {
+  auto kernel = grouped_wgmma<S>;
+  CUtensorMap maps[3];
+  MT_TRY(make_maps<S>(p, maps));
+  int64_t nt = (p->n + S::TILE_N - 1) / S::TILE_N;
+  int64_t mt =
+      S::WGRAD ? (p->m + TILE_M - 1) / TILE_M * p->groups : p->rows_most / TILE_M + p->groups;
+  /* More units than that there are not: a unit is two tiles, or one at the edge. */
+  int64_t clusters = c->sm_count / 2, units = mt * nt;
+  if (clusters > units) clusters = units;
+  struct job j = {.offsets = p->offsets,
+                  .c = p->c,
+                  .groups = p->groups,
+                  .rows = (int)p->rows_most,
+                  .m = (int)p->m,
+                  .n = (int)p->n,
+                  .k = (int)p->k,
+                  .ldc = p->ldc,
+                  .accumulate = p->accumulate};
+  MT_TRY(mt_cuda_check(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::SHARED_BYTES),
+      "grouped products"));
+  kernel<<<(unsigned)(2 * clusters), THREADS, S::SHARED_BYTES, c->stream>>>(maps[0], maps[1],
+                                                                            maps[2], j);
+  return mt_cuda_launched("grouped products");
+}
 
 extern "C" bool mt_cuda_grouped_sm90_takes(const struct mt_backend *be,
                                            const struct mt_cuda_grouped *p) {
-  (void)be;
-  (void)p;
-  return false;
+  const struct mt_cuda *c = mt_cuda_of(be);
+  bool wgrad = p->kind == GROUPED_WGRAD;
+  int64_t depth = wgrad ? p->m : p->k; /* what lies contiguously in a */
+  if (c->capability != 90 || c->portable || p->ab != MT_BF16) return false;
+  if (p->c_dtype != MT_BF16 && !(wgrad && p->c_dtype == MT_F32)) return false;
+  if (p->groups < 1 || p->groups > GROUPS_MOST || p->rows_most < 1 || p->n < 1 || depth < 1)
+    return false;
+  const int64_t most = 1 << 28; /* coordinates and counts of tiles stay in 32 bits */
+  if (p->rows_most > most || p->n > most || depth > most) return false;
+  int64_t mt = wgrad ? (p->m / TILE_M + 1) * p->groups : p->rows_most / TILE_M + p->groups;
+  if (mt * (p->n / 128 + 1) > INT32_MAX) return false;
+  return (p->n | depth | p->lda | p->ldb | p->ldc) % 8 == 0 && aligned_to(p->a, 16) &&
+         aligned_to(p->b, 16) && aligned_to(p->c, 16);
 }
 
 extern "C" mt_err mt_cuda_grouped_sm90(struct mt_backend *be, const struct mt_cuda_grouped *p) {
-  (void)be;
-  (void)p;
-  return mt_fail(MT_EUNSUPPORTED, "cuda: grouped products on Hopper");
+  struct mt_cuda *c = mt_cuda_of(be);
+#define LAUNCH(kind, C)                                                                            \
+  (p->n > 128 ? launch<design<kind, C, 256, 4, 2>>(c, p) : launch<design<kind, C, 128, 6, 2>>(c, p))
+  if (p->kind == GROUPED_FWD) return LAUNCH(GROUPED_FWD, bf16);
+  if (p->kind == GROUPED_DGRAD) return LAUNCH(GROUPED_DGRAD, bf16);
+  return p->c_dtype == MT_F32 ? LAUNCH(GROUPED_WGRAD, float) : LAUNCH(GROUPED_WGRAD, bf16);
+#undef LAUNCH
 }

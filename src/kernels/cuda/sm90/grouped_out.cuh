@@ -1,0 +1,76 @@
+/* A finished tile on its way out: from the multipliers' registers into shared memory, from there by
+ * TMA while the next tile is being made. Every warpgroup has its own staging memory, SLOTS chunks
+ * of 64 rows x 128 bytes in 128-byte swizzle. */
+#ifndef MT_KERNELS_CUDA_SM90_GROUPED_OUT_CUH
+#define MT_KERNELS_CUDA_SM90_GROUPED_OUT_CUH
+
+#include "kernels/cuda/device.cuh"
+#include "kernels/cuda/sm90/gemm_ptx.cuh"
+
+enum { CHUNK_BYTES = 64 * 128 };
+
+__device__ __forceinline__ uint32_t pair_of(float x, float y) {
+  __nv_bfloat162 v = __floats2bfloat162_rn(x, y);
+  return *reinterpret_cast<uint32_t *>(&v);
+}
+
+/* Where sums are added to bf16 that is there: in float32, rounded once. c: the warpgroup's first
+ * element. wgmma leaves row 16 warp + lane / 4 (+ 8) and columns 8 i + 2 (lane % 4) (+ 1) in
+ * d[4 i ..]. */
+template <int COUNT>
+__device__ __forceinline__ void add_old(float (&d)[COUNT], const bf16 *c, int64_t ldc,
+                                        int rows_left, int cols_left) {
+  int lane = threadIdx.x % 32, row = (int)threadIdx.x % 128 / 32 * 16 + lane / 4;
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    if (row + 8 * half >= rows_left) continue;
+    const bf16 *from = c + (row + 8 * half) * ldc;
+#pragma unroll
+    for (int i = 0; i < COUNT / 4; i++) {
+      int col = 8 * i + 2 * (lane % 4);
+      if (col >= cols_left) continue;
+      float old[2];
+      load_floats<bf16, 2>(from + col, old);
+      d[4 * i + 2 * half] += old[0];
+      d[4 * i + 2 * half + 1] += old[1];
+    }
+  }
+}
+
+/* Chunk number `chunk` along the columns to the slot at `to`. */
+template <int COUNT>
+__device__ __forceinline__ void stage_chunk(const float (&d)[COUNT], int chunk, uint32_t to,
+                                            bf16 *) {
+  int lane = threadIdx.x % 32, warp = (int)threadIdx.x / 32 % 4;
+  int row = 16 * warp + (lane & 7) + 8 * ((lane >> 3) & 1);
+#pragma unroll
+  for (int b = 0; b < 8; b += 2) { /* blocks of 8 columns, 16 bytes */
+    int i = chunk * 8 + b;
+    uint32_t v[4] = {pair_of(d[4 * i], d[4 * i + 1]), pair_of(d[4 * i + 2], d[4 * i + 3]),
+                     pair_of(d[4 * i + 4], d[4 * i + 5]), pair_of(d[4 * i + 6], d[4 * i + 7])};
+    int column = b + (lane >> 4);
+    store_matrices(to + (uint32_t)(row * 128 + ((column ^ (row & 7)) << 4)), v);
+  }
+}
+/* float32: 8 rows of 32 bytes at a time. Odd rows write two blocks further on than even ones, for
+ * with the swizzle neighbours' halves of a block lie in the same banks. */
+template <int COUNT>
+__device__ __forceinline__ void stage_chunk(const float (&d)[COUNT], int chunk, uint32_t to,
+                                            float *) {
+  int lane = threadIdx.x % 32, warp = (int)threadIdx.x / 32 % 4;
+  bool odd = lane & 4;
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    int row = 16 * warp + lane / 4 + 8 * half;
+#pragma unroll
+    for (int b = 0; b < 4; b++) {
+      int i = 4 * (chunk * 4 + b) + 2 * half, l = 4 * (chunk * 4 + (b ^ 2)) + 2 * half;
+      float x = odd ? d[l] : d[i], y = odd ? d[l + 1] : d[i + 1];
+      int column = 2 * (odd ? b ^ 2 : b) + (lane >> 1 & 1);
+      uint32_t at = to + (uint32_t)(row * 128 + ((column ^ (row & 7)) << 4) + (lane & 1) * 8);
+      asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(at), "f"(x), "f"(y) : "memory");
+    }
+  }
+}
+
+#endif
