@@ -23,7 +23,7 @@ for needed in "$moetune" "$model/config.json" "$model/model.safetensors" "$train
 done
 
 answer() {
-  "$moetune" generate --model "$1" --chat --prompt "$question" --max-new-tokens 80 --greedy \
+  "$moetune" generate --model "$1" --chat --prompt "$question" --max-new-tokens 80 --temperature 0.6 --top-p 0.9 \
     --log-level error </dev/null
 }
 
@@ -33,7 +33,7 @@ summary=$(mktemp)
 trap 'rm -f "$summary"' EXIT
 echo "Fine-tuning $model on $train"
 if ! "$moetune" train --model "$model" --data "$train" --eval-data "$heldout" --out "$out" \
-  --batch-size 16 --max-seq-length 192 --warmup-steps 10 --train-steps 200 --lr 1e-3 >"$summary"; then
+  --batch-size 16 --max-seq-length 192 --warmup-steps 10 --train-steps 200 --lr 5e-4 >"$summary"; then
   cat "$summary"
   exit 1
 fi
