@@ -167,6 +167,7 @@ __device__ __forceinline__ void store_tile(uint32_t tile, int row0, const float 
                                            float factor, float factor8, bf16 *dst, int64_t ld,
                                            int rows, int d) {
   int lane = threadIdx.x % 32, row = row0 + lane / 4;
+  __syncwarp(); /* other lanes may have read these rows */
 #pragma unroll
   for (int n = 0; n < DP / 8; n++) {
     uint32_t at = tile + piece_at<DP>(row, n) + lane % 4 * 4;

@@ -81,7 +81,7 @@ __device__ __forceinline__ void dkv_probabilities(float (&p)[32], const float *l
 
 __device__ __forceinline__ void
 dkv_multiplier(struct dkv_shared &sh, const struct attention_call &c, const struct key_place &p) {
-  int row0 = threadIdx.x / WARPGROUP * 64, warp_row = threadIdx.x / 32 * 16,
+  int row0 = uniform(threadIdx.x / WARPGROUP) * 64, warp_row = threadIdx.x / 32 * 16,
       lane = threadIdx.x % 32;
   int mine = p.key0 + row0; /* this warpgroup's first key */
   float dk[64], dv[64];
@@ -276,6 +276,8 @@ __device__ __forceinline__ void dq_multiplier(struct dq_shared &sh,
   for (;;) {
     barrier_wait(&sh.q_bars.full[0], qa.parity);
     struct query_place p = sh.place;
+    p = {uniform(p.head), uniform(p.g),  uniform(p.row0), uniform(p.rows),
+         uniform(p.lo),   uniform(p.hi), uniform(p.begin)};
     if (p.rows == 0) break;
     uint32_t q[DIM / 16][4], dout[DIM / 16][4], w[DQ_KEYS / 16][4];
     float dq[64], lse[2], delta[2];
@@ -296,16 +298,17 @@ __device__ __forceinline__ void dq_multiplier(struct dq_shared &sh,
          key0 -= DQ_KEYS, at.next()) {
       float s[32], dp[32];
       barrier_wait_for_products(&sh.bars.full[at.stage], at.parity);
+      int stage = uniform(at.stage);
       products_begin();
-      score(s, q, sh.k[at.stage]);
+      score(s, q, sh.k[stage]);
       products_commit();
-      score(dp, dout, sh.v[at.stage]);
+      score(dp, dout, sh.v[stage]);
       products_commit();
       products_wait<2>();
       sums_ready(dq);
       left_ready(w);
       if (before >= 0) ring_release(sh.bars, before);
-      before = at.stage;
+      before = stage;
       products_wait<1>();
       sums_ready(s);
       dq_probabilities(s, lse, p.row0 + warp_row, key0, c);
@@ -315,7 +318,7 @@ __device__ __forceinline__ void dq_multiplier(struct dq_shared &sh,
       for (int i = 0; i < 32; i++) dp[i] = s[i] * (dp[i] - delta[i / 2 % 2]);
       as_left(w, dp);
       products_begin();
-      mix<DQ_KEYS>(dq, w, sh.k[at.stage]);
+      mix<DQ_KEYS>(dq, w, sh.k[stage]);
       products_commit();
     }
     products_wait<0>();

@@ -139,14 +139,29 @@ __device__ __forceinline__ void finish(const struct attention_call &c, const str
              c.out_ld, p.rows - row0, c.d);
 }
 
+#ifndef TURNS
+#define TURNS 1
+#endif
+/* The two multiplying warpgroups take turns in starting products (FlashAttention-3, section 3.1):
+ * while one's run, the other has its exponentials. Barriers 2 and 3 of the block. */
+__device__ __forceinline__ void turn_wait(int group) {
+  if (TURNS) asm volatile("bar.sync %0, 256;" ::"r"(2 + group) : "memory");
+}
+__device__ __forceinline__ void turn_give(int group) {
+  if (TURNS) asm volatile("bar.arrive %0, 256;" ::"r"(3 - group) : "memory");
+}
+
 __device__ __forceinline__ void multiplier(struct fwd_shared &sh, const struct attention_call &c) {
-  int row0 = threadIdx.x / WARPGROUP * 64;
+  int group = uniform(threadIdx.x / WARPGROUP), row0 = group * 64;
   float scale = c.scale * LOG2_E;
   ring_at<1> qa;
   ring_at<STAGES> at;
+  if (group == 1) turn_give(1);
   for (;;) {
     barrier_wait_for_products(&sh.q_bars.full[0], qa.parity);
     struct place p = sh.place;
+    p = {uniform(p.head), uniform(p.g),  uniform(p.rows), uniform(p.first),
+         uniform(p.lo),   uniform(p.hi), uniform(p.row),  uniform(p.begin)};
     if (p.rows == 0) break;
     float s[64], o[64], shrink[2];
     uint32_t w[BN / 16][4];
@@ -156,7 +171,7 @@ __device__ __forceinline__ void multiplier(struct fwd_shared &sh, const struct a
     for (int i = 0; i < 64; i++) o[i] = 0;
     barrier_wait_for_products(&sh.k_bars.full[at.stage], at.parity);
     products_begin();
-    score(s, sh.q, row0, sh.k[at.stage]);
+    score(s, sh.q, row0, sh.k[uniform(at.stage)]);
     products_commit();
     products_wait<0>();
     sums_ready(s);
@@ -167,13 +182,15 @@ __device__ __forceinline__ void multiplier(struct fwd_shared &sh, const struct a
       ring_at<STAGES> before = at;
       at.next();
       barrier_wait_for_products(&sh.k_bars.full[at.stage], at.parity);
+      turn_wait(group);
       products_begin();
-      score(s, sh.q, row0, sh.k[at.stage]);
+      score(s, sh.q, row0, sh.k[uniform(at.stage)]);
       products_commit();
       barrier_wait_for_products(&sh.v_bars.full[before.stage], before.parity);
       products_begin();
-      mix<BN>(o, w, sh.v[before.stage]);
+      mix<BN>(o, w, sh.v[uniform(before.stage)]);
       products_commit();
+      turn_give(group);
       products_wait<1>();
       sums_ready(s);
       ring_release(sh.k_bars, at.stage);
@@ -190,7 +207,7 @@ __device__ __forceinline__ void multiplier(struct fwd_shared &sh, const struct a
     qa.next();
     barrier_wait_for_products(&sh.v_bars.full[at.stage], at.parity);
     products_begin();
-    mix<BN>(o, w, sh.v[at.stage]);
+    mix<BN>(o, w, sh.v[uniform(at.stage)]);
     products_commit();
     products_wait<0>();
     sums_ready(o);
