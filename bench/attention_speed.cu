@@ -1,6 +1,7 @@
 /* Causal attention on the GPU: TFLOP/s forward and backward of packed sequences, BF16, 32 query and
  * 8 key heads of 128. Median of 20 runs, timed with events. Counted: 4 D operations a pair of
  * query and seen key forward, 10 D backward, however many the kernels do.
+ * Then a token against a cache: GB/s of the cache read.
  *   attention_speed [backend...] */
 #include <stdio.h>
 #include <stdlib.h>
@@ -105,6 +106,24 @@ static void packed(struct mt_backend *be, int sequences, int length, int window)
   for (void *p : all) be->mem_free(be, p, 0);
 }
 
+static void decode(struct mt_backend *be, int length) {
+  struct mt_attention_cache_args a = {};
+  a.qkv = random_rows(be, 1, G * (R + 2) * D);
+  a.k = random_rows(be, length, G * D);
+  a.v = random_rows(be, length, G * D);
+  a.out = random_rows(be, 1, G * R * D);
+  a.start = length - 1;
+  a.kv_heads = G;
+  a.q_per_kv = R;
+  a.head_dim = D;
+  a.scale = 0.088388348f;
+  float ms = median_ms(be, [&] { ok(be->ops.attention_cache(be, &a)); });
+  printf("%-13s a token against %6d  %7.3f ms %5.0f GB/s\n", be->name, length, (double)ms,
+         2.0 * length * G * D * 2 / (double)ms * 1e-6);
+  void *const all[] = {a.qkv.data, a.k.data, a.v.data, a.out.data};
+  for (void *p : all) be->mem_free(be, p, 0);
+}
+
 int main(int argc, char **argv) {
   const char *const both[] = {"cuda", "cuda-portable"};
   for (int i = 0; i < (argc > 1 ? argc - 1 : 2); i++) {
@@ -123,6 +142,8 @@ int main(int argc, char **argv) {
     packed(&be, 8, 2048, 0);
     packed(&be, 32, 512, 0);
     packed(&be, 2, 8192, 4096);
+    decode(&be, 1024);
+    decode(&be, 32768);
     be.mem_free(&be, be.workspace, be.workspace_size_bytes);
     mt_backend_destroy(&be);
   }

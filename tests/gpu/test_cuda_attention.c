@@ -22,6 +22,7 @@ static const struct shape shapes[] = {
     {"two-groups-24", 330, 2, 1, 24, 40, 3, {0, 200, 129}, 1},
     {"unaligned-12", 100, 2, 2, 12, 0, 2, {70, 20}, 1},
     {"long-128", 1300, 1, 1, 128, 0, 1, {1290}, 2},
+    {"short-128", 1100, 1, 4, 128, 0, 150, {9, 1, 17, 0, 3, 12, 5, 8}, 1},
     {"many", 3300, 1, 1, 8, 0, 1500, {1, 2, 0, 3, 5, 1, 3, 2}, 1},
     {"all-padding", 70, 1, 2, 64, 0, 3, {0}, 1},
 };
@@ -110,23 +111,28 @@ static void run_packed(struct bench_case *c, const struct shape *z, const struct
   OK(be->ops.attention_bwd(be, &b));
 }
 
+static struct packed make_packed(struct bench_case *c, const struct shape *z) {
+  enum mt_dtype act = c->recipe->act, stat = c->recipe->stat;
+  int64_t heads = (int64_t)z->g * z->r, width = (int64_t)z->g * (z->r + 2) * z->d;
+  struct packed x = {.qkv = tensor(c, "qkv", act, 'r', z->t, width),
+                     .out = tensor(c, "out", act, 'n', z->t, heads * z->d),
+                     .lse = tensor(c, "lse", stat, 'n', z->t, heads),
+                     .dout = tensor(c, "dout", act, 'r', z->t, heads * z->d),
+                     .dqkv = tensor(c, "dqkv", act, 'n', z->t, width),
+                     .cu = lengths_of(c, z)};
+  poison_rows(c, &x.qkv, x.cu.ref[z->sequences]);
+  poison_rows(c, &x.dout, x.cu.ref[z->sequences]);
+  return x;
+}
+
 /* Returns the bits of the outputs; compares them unless `again`. */
 static uint64_t packed_case(const char *backend, const char *recipe, const struct shape *z,
                             bool again, int *failures) {
   struct mt_backend be;
   struct bench_case c;
   open_case(&c, &be, backend, recipe, z, z->t);
-  enum mt_dtype act = c.recipe->act, stat = c.recipe->stat;
-  int64_t heads = (int64_t)z->g * z->r, width = (int64_t)z->g * (z->r + 2) * z->d;
-  struct packed x = {.qkv = tensor(&c, "qkv", act, 'r', z->t, width),
-                     .out = tensor(&c, "out", act, 'n', z->t, heads * z->d),
-                     .lse = tensor(&c, "lse", stat, 'n', z->t, heads),
-                     .dout = tensor(&c, "dout", act, 'r', z->t, heads * z->d),
-                     .dqkv = tensor(&c, "dqkv", act, 'n', z->t, width),
-                     .cu = lengths_of(&c, z)};
+  struct packed x = make_packed(&c, z);
   int64_t valid = x.cu.ref[z->sequences];
-  poison_rows(&c, &x.qkv, valid);
-  poison_rows(&c, &x.dout, valid);
   run_packed(&c, z, &x, false);
   if (!again) run_packed(&c, z, &x, true);
   expect(&c, &x.out);
@@ -217,6 +223,43 @@ static void all(const char *backend, const char *recipe) {
   assert_int_equal(failures, 0);
 }
 
+/* Sizes at which the reference would take minutes, blocks take many tiles each, and a mistake in
+ * handing them out shows: the chip's own kernels against the portable ones. */
+static const struct shape large[] = {
+    {"large-128", 4500, 4, 4, 128, 0, 5, {2048, 1, 1300, 0, 1000}, 1},
+    {"large-window-128", 4500, 4, 4, 128, 1000, 2, {4000, 444}, 1},
+    {"large-64", 3000, 2, 8, 64, 0, 2, {2222, 700}, 1},
+};
+
+static void kernels_agree(void **state) {
+  (void)state;
+  static const char *const names[2] = {"cuda", "cuda-portable"};
+  for (size_t i = 0; i < sizeof large / sizeof *large; i++) {
+    struct mt_backend be[2];
+    struct bench_case c[2];
+    struct packed x[2];
+    for (int n = 0; n < 2; n++) {
+      open_case(&c[n], &be[n], names[n], "bf16", &large[i], large[i].t);
+      x[n] = make_packed(&c[n], &large[i]);
+      run_packed(&c[n], &large[i], &x[n], false);
+    }
+    struct dual *const pairs[3][2] = {
+        {&x[0].out, &x[1].out}, {&x[0].lse, &x[1].lse}, {&x[0].dqkv, &x[1].dqkv}};
+    for (int n = 0; n < 3; n++) { /* the second's numbers become what is expected of the first */
+      const struct dual *from = pairs[n][1];
+      void *raw = own(&c[0], mt_bytes(&from->dev));
+      OK(be[1].download(&be[1], raw, from->dev.data, mt_bytes(&from->dev)));
+      mt_dtype_convert(pairs[n][0]->ref.data, MT_F64, raw, from->dev.dtype,
+                       (size_t)mt_count(&from->dev));
+      expect(&c[0], pairs[n][0]);
+    }
+    print_message("  %-16s the kernels differ by %.2e of %.0e\n", large[i].name, c[0].worst,
+                  c[0].recipe->op_tolerance);
+    if (!(c[0].worst <= c[0].recipe->op_tolerance)) fail_msg("%s", c[0].worst_name);
+    for (int n = 0; n < 2; n++) close_case(&c[n]);
+  }
+}
+
 static void native_fp32(void **state) {
   (void)state;
   all("cuda", "fp32");
@@ -239,9 +282,8 @@ static void portable_bf16(void **state) {
 
 int main(void) {
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test(native_fp32),
-      cmocka_unit_test(native_bf16),
-      cmocka_unit_test(portable_fp32),
+      cmocka_unit_test(kernels_agree), cmocka_unit_test(native_fp32),
+      cmocka_unit_test(native_bf16),   cmocka_unit_test(portable_fp32),
       cmocka_unit_test(portable_bf16),
   };
   GPU_OR_SKIP();

@@ -44,8 +44,8 @@ __device__ int block_scan(int x, int *shared) {
  * know the lengths: it sizes grids by a bound, and a block without a tile ends at once. */
 __global__ void __launch_bounds__(PLAN_THREADS)
     plan_kernel(const int32_t *cu_seqlens, int sequence_count, int tile,
-                struct attention_item *items, int *item_count, int64_t rows, struct padding a,
-                struct padding b) {
+                struct attention_item *items, int *item_count, int *units_taken, int64_t rows,
+                struct padding a, struct padding b) {
   __shared__ int shared[33];
   if (blockIdx.x > 0) {
     int64_t first = cu_seqlens[sequence_count], threads = (int64_t)(gridDim.x - 1) * blockDim.x;
@@ -74,7 +74,10 @@ __global__ void __launch_bounds__(PLAN_THREADS)
     __syncthreads();
     before = shared[32];
   }
-  if (threadIdx.x == 0) *item_count = before;
+  if (threadIdx.x == 0) {
+    *item_count = before;
+    *units_taken = 0;
+  }
 }
 
 /* delta[t, head] = dout . out; a warp has one. */
@@ -117,7 +120,7 @@ int64_t items_most(int64_t rows, int64_t sequences, int64_t tile) {
 }
 
 struct scratch scratch_of(int64_t rows, int64_t heads, int64_t items, bool backward) {
-  struct scratch s = {256, 0, 0}; /* the count of items comes first */
+  struct scratch s = {256, 0, 0}; /* counters come first */
   s.delta = s.items + round_up((size_t)items * sizeof(struct attention_item));
   s.bytes = s.delta + (backward ? round_up((size_t)(rows * heads) * sizeof(float)) : 0);
   return s;
@@ -173,10 +176,12 @@ mt_err plan(struct mt_cuda *cuda, struct attention_call *c, const struct mt_atte
     p[i] = {pads[i]->data, pads[i]->ld * bytes, pads[i]->dim[1] * bytes};
   }
   c->item_count = (int *)memory;
+  c->units_taken = c->item_count + 1;
   c->items = (struct attention_item *)(memory + s->items);
   c->item_grid = (int)items_most(c->rows, a->sequence_count, tile);
   plan_kernel<<<33, PLAN_THREADS, 0, cuda->stream>>>(a->cu_seqlens, a->sequence_count, tile,
-                                                     c->items, c->item_count, c->rows, p[0], p[1]);
+                                                     c->items, c->item_count, c->units_taken,
+                                                     c->rows, p[0], p[1]);
   return mt_cuda_launched("attention: plan");
 }
 

@@ -31,7 +31,8 @@ struct attention_call {
   bool aligned;                 /* d % 8 == 0, and every head of every row begins at 16 bytes */
   struct attention_item *items; /* NULL: one sequence of all rows */
   int *item_count;
-  int item_grid; /* the host's bound on *item_count */
+  int *units_taken; /* 0 at the start: by blocks that stay; NULL: they take turns */
+  int item_grid;    /* the host's bound on *item_count */
 };
 
 /* Tile number `index` of the call, or false where there are fewer. Causal queries have the more

@@ -46,34 +46,42 @@ __device__ __forceinline__ void add_queries(const dkv_shared<DP, STAGES> &sh, in
                                             float (&dk)[1][DP / 8][4], float (&dv)[1][DP / 8][4]) {
   constexpr int N = DKV_QUERIES / 8;
   int lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * 16;
-  uint32_t q = shared_address(sh.q[stage]), dout = shared_address(sh.dout[stage]);
+  /* One address and constants from it: what is always there in registers is dK and dV. */
+  constexpr uint32_t KEY_BYTES = DKV_KEYS * DP * 2, QUERY_BYTES = DKV_QUERIES * DP * 2;
+  uint32_t k = shared_address(sh.k), v = k + KEY_BYTES;
+  uint32_t q = k + 2 * KEY_BYTES + (uint32_t)stage * QUERY_BYTES, dout = q + STAGES * QUERY_BYTES;
   float s[1][N][4] = {}, dp[1][N][4] = {}, scale = c.scale * LOG2_E;
-  uint32_t p[1][N / 2][4], ds[1][N / 2][4];
-  dots<DP>(s, operand<DP>::by_rows(shared_address(sh.k), warp_row), operand<DP>::by_columns(q, 0));
-  dots<DP>(dp, operand<DP>::by_rows(shared_address(sh.v), warp_row),
-           operand<DP>::by_columns(dout, 0));
-  bool hidden = first < key + 15 || (c.window > 0 && first + DKV_QUERIES - 1 - key >= c.window);
+  uint32_t w[1][N / 2][4];
+  dots<DP>(s, operand<DP>::by_rows(k, warp_row), operand<DP>::by_columns(q, 0));
 #pragma unroll
   for (int n = 0; n < N; n++) {
-    int column = 8 * n + lane % 4 * 2;
-    float2 lse = *reinterpret_cast<const float2 *>(&sh.lse[stage][column]);
-    float2 delta = *reinterpret_cast<const float2 *>(&sh.delta[stage][column]);
+    float2 lse = *reinterpret_cast<const float2 *>(&sh.lse[stage][8 * n + lane % 4 * 2]);
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-      float x = exp2_fast(s[0][n][i] * scale - (i % 2 ? lse.y : lse.x) * LOG2_E);
-      if (hidden && !attention_sees(first + column + i % 2, key + lane / 4 + i / 2 * 8, c.window))
-        x = 0;
-      s[0][n][i] = x;
-      dp[0][n][i] = x * (dp[0][n][i] - (i % 2 ? delta.y : delta.x));
+    for (int i = 0; i < 4; i++)
+      s[0][n][i] = exp2_fast(s[0][n][i] * scale - (i % 2 ? lse.y : lse.x) * LOG2_E);
+  }
+  if (first < key + 15 || (c.window > 0 && first + DKV_QUERIES - 1 - key >= c.window)) {
+#pragma unroll
+    for (int i = 0; i < 4 * N; i++) {
+      if (!attention_sees(first + lane % 4 * 2 + i / 4 * 8 + i % 2, key + lane / 4 + i / 2 % 2 * 8,
+                          c.window))
+        s[0][i / 4][i % 4] = 0;
     }
   }
 #pragma unroll
-  for (int k = 0; k < N / 2; k++) {
-    as_left(p[0][k], s[0][2 * k], s[0][2 * k + 1]);
-    as_left(ds[0][k], dp[0][2 * k], dp[0][2 * k + 1]);
+  for (int n = 0; n < N / 2; n++) as_left(w[0][n], s[0][2 * n], s[0][2 * n + 1]);
+  mix<DP>(dv, w, operand<DP>::by_rows(dout, 0));
+  dots<DP>(dp, operand<DP>::by_rows(v, warp_row), operand<DP>::by_columns(dout, 0));
+#pragma unroll
+  for (int n = 0; n < N; n++) {
+    float2 delta = *reinterpret_cast<const float2 *>(&sh.delta[stage][8 * n + lane % 4 * 2]);
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+      dp[0][n][i] = s[0][n][i] * (dp[0][n][i] - (i % 2 ? delta.y : delta.x));
   }
-  mix<DP>(dv, p, operand<DP>::by_rows(dout, 0));
-  mix<DP>(dk, ds, operand<DP>::by_rows(q, 0));
+#pragma unroll
+  for (int n = 0; n < N / 2; n++) as_left(w[0][n], dp[0][2 * n], dp[0][2 * n + 1]);
+  mix<DP>(dk, w, operand<DP>::by_rows(q, 0));
 }
 
 /* Grid: tiles of keys x groups. */

@@ -8,11 +8,14 @@ namespace {
 enum {
   THREADS = 128,
   WARPS = THREADS / 32,
-  UNROLL = 4,         /* keys of a lane in flight */
-  KEYS_LEAST = 64,    /* of a part */
-  PARTS_MOST = 64,    /* of a query */
-  BLOCKS_WANTED = 512 /* a constant, not the chip's: the parts decide the bits of the sum */
+  UNROLL = 4,           /* keys of a lane in flight */
+  KEYS_LEAST = 32,      /* of a part */
+  PARTS_MOST = 128,     /* of a query */
+  BLOCKS_WANTED = 1024, /* a constant, not the chip's: the parts decide the bits of the sum */
+  JOIN_THREADS = 128
 };
+static_assert(JOIN_THREADS >= (int)ATTENTION_HEAD_DIM_MOST && JOIN_THREADS >= PARTS_MOST,
+              "one each");
 
 struct cuts {
   int parts, head_chunks;
@@ -150,22 +153,25 @@ __global__ void __launch_bounds__(THREADS)
   }
 }
 
-/* Grid: (heads, T); a thread has a column. */
+/* Grid: (heads, T). A thread has a part, then a column. */
 template <class T>
-__global__ void __launch_bounds__(ATTENTION_HEAD_DIM_MOST)
+__global__ void __launch_bounds__(JOIN_THREADS)
     decode_join(const struct attention_call c, const struct cuts cut, const float *parts) {
-  int64_t head = (int64_t)blockIdx.y * gridDim.x + blockIdx.x;
-  const float *p = parts + head * cut.parts * part_floats(c.d);
-  float top = -INFINITY, o = 0, sum = 0;
-  if ((int)threadIdx.x >= c.d) return;
-  for (int i = 0; i < cut.parts; i++) top = fmaxf(top, p[i * part_floats(c.d) + c.d]);
-  for (int i = 0; i < cut.parts; i++) {
-    const float *x = p + i * part_floats(c.d);
-    float share = expf(x[c.d] - top);
-    o += share * x[threadIdx.x];
-    sum += share * x[c.d + 1];
-  }
-  ((T *)c.out)[blockIdx.y * c.out_ld + blockIdx.x * c.d + threadIdx.x] = from_float<T>(o / sum);
+  __shared__ float share[PARTS_MOST], tops[JOIN_THREADS / 32], sums[33];
+  int64_t head = (int64_t)blockIdx.y * gridDim.x + blockIdx.x, width = part_floats(c.d);
+  const float *p = parts + head * cut.parts * width;
+  int i = threadIdx.x;
+  float mine = i < cut.parts ? p[i * width + c.d] : -INFINITY, top = warp_max(mine);
+  if (i % 32 == 0) tops[i / 32] = top;
+  __syncthreads();
+  for (int w = 0; w < JOIN_THREADS / 32; w++) top = fmaxf(top, tops[w]);
+  float x = i < cut.parts ? expf(mine - top) : 0.0f;
+  if (i < cut.parts) share[i] = x;
+  float sum = block_sum(i < cut.parts ? x * p[i * width + c.d + 1] : 0.0f, sums), o = 0;
+  if (i >= c.d) return;
+#pragma unroll 8
+  for (int n = 0; n < cut.parts; n++) o += share[n] * p[n * width + i];
+  ((T *)c.out)[blockIdx.y * c.out_ld + blockIdx.x * c.d + i] = from_float<T>(o / sum);
 }
 
 template <class T, int R>
@@ -181,7 +187,7 @@ mt_err run(struct mt_cuda *cuda, const struct attention_call *c, float *parts) {
   decode_part<T, R><<<grid, THREADS, 0, cuda->stream>>>(*c, cut, parts);
   MT_TRY(mt_cuda_launched("attention_cache"));
   dim3 heads((unsigned)(c->kv_heads * c->r), (unsigned)c->rows);
-  decode_join<T><<<heads, ATTENTION_HEAD_DIM_MOST, 0, cuda->stream>>>(*c, cut, parts);
+  decode_join<T><<<heads, JOIN_THREADS, 0, cuda->stream>>>(*c, cut, parts);
   return mt_cuda_launched("attention_cache");
 }
 

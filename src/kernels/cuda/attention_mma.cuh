@@ -20,7 +20,7 @@ __device__ __forceinline__ uint32_t shared_address(const void *p) {
   return (uint32_t)__cvta_generic_to_shared(p);
 }
 
-/* 16 bytes, or 16 zeros without reading src. */
+/* 16 bytes, or 16 zeros; src then is not read and may lie anywhere. */
 __device__ __forceinline__ void copy16(uint32_t dst, const void *src, bool real) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst), "l"(src),
                "r"(real ? 16 : 0)
@@ -167,6 +167,7 @@ __device__ __forceinline__ void store_tile(uint32_t tile, int row0, const float 
                                            float factor, float factor8, bf16 *dst, int64_t ld,
                                            int rows, int d) {
   int lane = threadIdx.x % 32, row = row0 + lane / 4;
+  __syncwarp(); /* other lanes may have read these rows */
 #pragma unroll
   for (int n = 0; n < DP / 8; n++) {
     uint32_t at = tile + piece_at<DP>(row, n) + lane % 4 * 4;

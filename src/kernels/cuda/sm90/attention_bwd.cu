@@ -5,6 +5,9 @@
 
 namespace {
 
+/* Registers of a thread after the start: 65536 / 128 = 2 * 240 + 24 + 8. */
+enum { MULTIPLIER_REGISTERS = 240, COPIER_REGISTERS = 24 };
+
 /* dK, dV: a block has 128 keys of a group, a warpgroup 64, against tiles of 64 queries; scores are
  * worked out keys by queries. */
 enum { KEYS = ATTENTION_MMA_TILE, QUERIES = 64, DKV_STAGES = 3 };
@@ -25,24 +28,24 @@ struct key_place {
 
 __device__ __forceinline__ void dkv_copier(struct dkv_shared &sh, const struct attention_call &c,
                                            const struct key_place &p) {
-  int64_t at_key = p.begin + p.key0;
-  copy_rows<KEYS>(sh.k, (const bf16 *)c.k + at_key * c.kv_ld + p.g * c.kv_group, c.kv_ld, p.keys,
-                  c.d);
-  copy_rows<KEYS>(sh.v, (const bf16 *)c.v + at_key * c.kv_ld + p.g * c.kv_group, c.kv_ld, p.keys,
-                  c.d);
+  const copy_lane lane = copy_lane_of(c.d);
+  const ptrdiff_t to_v = (const bf16 *)c.v - (const bf16 *)c.k;
+  const bf16 *k =
+      copy_from((const bf16 *)c.k + p.g * c.kv_group, c.kv_ld) + (p.begin + p.key0) * c.kv_ld;
+  copy_rows<KEYS>(sh.k, lane, k, c.kv_ld, p.keys);
+  copy_rows<KEYS>(sh.v, lane, k + to_v, c.kv_ld, p.keys);
   barrier_arrive_after_copies(&sh.kv_full);
   ring_at<DKV_STAGES> at;
-  for (int q = 0; q < c.r; q++) {
-    int head = p.g * c.r + q;
+  for (int head = p.g * c.r; head < (p.g + 1) * c.r; head++) {
     for (int first = p.key0; first < p.end; first += QUERIES, at.next()) {
       int64_t row = p.begin + first;
       int rows = p.count - first;
+      const bf16 *q = (const bf16 *)c.q + p.g * c.q_group + (head - p.g * c.r) * c.d;
+      const bf16 *dout = (const bf16 *)c.dout + head * c.d;
       barrier_wait(&sh.bars.empty[at.stage], at.parity ^ 1);
-      copy_rows<QUERIES>(sh.q[at.stage],
-                         (const bf16 *)c.q + row * c.q_ld + p.g * c.q_group + q * c.d, c.q_ld, rows,
-                         c.d);
-      copy_rows<QUERIES>(sh.dout[at.stage], (const bf16 *)c.dout + row * c.dout_ld + head * c.d,
-                         c.dout_ld, rows, c.d);
+      copy_rows<QUERIES>(sh.q[at.stage], lane, copy_from(q, c.q_ld) + row * c.q_ld, c.q_ld, rows);
+      copy_rows<QUERIES>(sh.dout[at.stage], lane, copy_from(dout, c.dout_ld) + row * c.dout_ld,
+                         c.dout_ld, rows);
       copy_column<QUERIES>(sh.lse[at.stage], c.lse + row * c.lse_ld + head, c.lse_ld, rows);
       copy_column<QUERIES>(sh.delta[at.stage], c.delta + row * (c.kv_heads * c.r) + head,
                            c.kv_heads * c.r, rows);
@@ -78,7 +81,7 @@ __device__ __forceinline__ void dkv_probabilities(float (&p)[32], const float *l
 
 __device__ __forceinline__ void
 dkv_multiplier(struct dkv_shared &sh, const struct attention_call &c, const struct key_place &p) {
-  int row0 = threadIdx.x / WARPGROUP * 64, warp_row = threadIdx.x / 32 * 16,
+  int row0 = uniform(threadIdx.x / WARPGROUP) * 64, warp_row = threadIdx.x / 32 * 16,
       lane = threadIdx.x % 32;
   int mine = p.key0 + row0; /* this warpgroup's first key */
   float dk[64], dv[64];
@@ -163,59 +166,73 @@ __global__ void __launch_bounds__(SM90_THREADS, 1) sm90_dkv(const struct attenti
  * keys. Queries and output gradients become fragments at once, so that the next tile's can come. */
 enum { DQ_QUERIES = ATTENTION_MMA_TILE, DQ_KEYS = 64, DQ_STAGES = 4 };
 
+/* One tile of queries: where it is and the keys it sees. rows 0: there is none. */
+struct query_place {
+  int head, g, row0, rows, lo, hi, begin;
+};
+
 struct dq_shared {
   tile<DQ_QUERIES> q, dout;
   tile<DQ_KEYS> k[DQ_STAGES], v[DQ_STAGES];
   float lse[DQ_QUERIES], delta[DQ_QUERIES];
   ring_bars<1> q_bars;
   ring_bars<DQ_STAGES> bars;
+  struct query_place place; /* of q and dout */
 };
 
-struct query_place {
-  int head, g, row0, rows, lo, hi;
-  int64_t begin;
-};
-
-__device__ __forceinline__ bool find(const struct attention_call &c, int round, int count,
+__device__ __forceinline__ void find(const struct attention_call &c, int unit,
                                      struct query_place *p) {
   struct attention_item item;
-  int heads = c.kv_heads * c.r, unit;
-  if (!work_of(round, count * heads, &unit)) return false;
-  attention_item_of<DQ_QUERIES>(c, unit / heads, true, &item);
+  int heads = c.kv_heads * c.r;
+  p->rows = 0;
+  if (!attention_item_of<DQ_QUERIES>(c, unit / heads, true, &item)) return;
   p->head = unit % heads;
   p->g = p->head / c.r;
   p->row0 = item.tile * DQ_QUERIES;
   p->rows = min((int)DQ_QUERIES, item.count - p->row0);
   p->begin = item.begin;
   attention_keys(p->row0, p->row0 + p->rows - 1, c.window, &p->lo, &p->hi);
-  return true;
 }
 
-__device__ __forceinline__ void dq_copier(struct dq_shared &sh, const struct attention_call &c,
-                                          int count) {
+__device__ __forceinline__ void dq_copier(struct dq_shared &sh, const struct attention_call &c) {
   ring_at<1> qa;
   ring_at<DQ_STAGES> at;
-  struct query_place p;
-  for (int round = 0; find(c, round, count, &p); round++) {
+  const copy_lane lane = copy_lane_of(c.d);
+  const ptrdiff_t to_v = (const bf16 *)c.v - (const bf16 *)c.k;
+  int unit = blockIdx.x; /* the first thread's */
+  for (;;) {
+    copiers_sync(); /* nobody needs the last place */
+    if (threadIdx.x % WARPGROUP == 0) {
+      struct query_place next;
+      find(c, unit, &next);
+      unit = unit_after(c, unit);
+      barrier_wait(&sh.q_bars.empty[0], qa.parity ^ 1);
+      sh.place = next;
+      barrier_arrive(&sh.q_bars.full[0]);
+    }
+    copiers_sync();
+    const struct query_place &p = sh.place;
+    if (p.rows == 0) {
+      barrier_arrive(&sh.q_bars.full[0]);
+      break;
+    }
     int64_t row = p.begin + p.row0;
     int heads = c.kv_heads * c.r;
-    barrier_wait(&sh.q_bars.empty[0], qa.parity ^ 1);
-    copy_rows<DQ_QUERIES>(sh.q,
-                          (const bf16 *)c.q + row * c.q_ld + p.g * c.q_group + p.head % c.r * c.d,
-                          c.q_ld, p.rows, c.d);
-    copy_rows<DQ_QUERIES>(sh.dout, (const bf16 *)c.dout + row * c.dout_ld + p.head * c.d, c.dout_ld,
-                          p.rows, c.d);
+    const bf16 *q = (const bf16 *)c.q + row * c.q_ld + p.g * c.q_group + p.head % c.r * c.d;
+    const bf16 *dout = (const bf16 *)c.dout + row * c.dout_ld + p.head * c.d;
+    copy_rows<DQ_QUERIES>(sh.q, lane, copy_from(q, c.q_ld), c.q_ld, p.rows);
+    copy_rows<DQ_QUERIES>(sh.dout, lane, copy_from(dout, c.dout_ld), c.dout_ld, p.rows);
     copy_column<DQ_QUERIES>(sh.lse, c.lse + row * c.lse_ld + p.head, c.lse_ld, p.rows);
     copy_column<DQ_QUERIES>(sh.delta, c.delta + row * heads + p.head, heads, p.rows);
     barrier_arrive_after_copies(&sh.q_bars.full[0]);
     qa.next();
-    const bf16 *k = (const bf16 *)c.k + p.begin * c.kv_ld + p.g * c.kv_group;
-    const bf16 *v = (const bf16 *)c.v + p.begin * c.kv_ld + p.g * c.kv_group;
-    for (int key0 = (p.hi - 1) / DQ_KEYS * DQ_KEYS; key0 + DQ_KEYS > p.lo;
-         key0 -= DQ_KEYS, at.next()) {
+    int key0 = (p.hi - 1) / DQ_KEYS * DQ_KEYS, lo = p.lo, hi = p.hi;
+    const bf16 *k = copy_from((const bf16 *)c.k + p.g * c.kv_group, c.kv_ld) +
+                    ((int64_t)p.begin + key0) * c.kv_ld;
+    for (; key0 + DQ_KEYS > lo; key0 -= DQ_KEYS, k -= DQ_KEYS * c.kv_ld, at.next()) {
       barrier_wait(&sh.bars.empty[at.stage], at.parity ^ 1);
-      copy_rows<DQ_KEYS>(sh.k[at.stage], k + key0 * c.kv_ld, c.kv_ld, p.hi - key0, c.d);
-      copy_rows<DQ_KEYS>(sh.v[at.stage], v + key0 * c.kv_ld, c.kv_ld, p.hi - key0, c.d);
+      copy_rows<DQ_KEYS>(sh.k[at.stage], lane, k, c.kv_ld, hi - key0);
+      copy_rows<DQ_KEYS>(sh.v[at.stage], lane, k + to_v, c.kv_ld, hi - key0);
       barrier_arrive_after_copies(&sh.bars.full[at.stage]);
     }
   }
@@ -251,19 +268,22 @@ __device__ __forceinline__ void dq_probabilities(float (&s)[32], const float (&l
   }
 }
 
-__device__ __forceinline__ void dq_multiplier(struct dq_shared &sh, const struct attention_call &c,
-                                              int count) {
+__device__ __forceinline__ void dq_multiplier(struct dq_shared &sh,
+                                              const struct attention_call &c) {
   int warp_row = threadIdx.x / 32 * 16, lane = threadIdx.x % 32; /* 8 warps, 128 rows */
   ring_at<1> qa;
   ring_at<DQ_STAGES> at;
-  struct query_place p;
-  for (int round = 0; find(c, round, count, &p); round++) {
+  for (;;) {
+    barrier_wait(&sh.q_bars.full[0], qa.parity);
+    struct query_place p = sh.place;
+    p = {uniform(p.head), uniform(p.g),  uniform(p.row0), uniform(p.rows),
+         uniform(p.lo),   uniform(p.hi), uniform(p.begin)};
+    if (p.rows == 0) break;
     uint32_t q[DIM / 16][4], dout[DIM / 16][4], w[DQ_KEYS / 16][4];
     float dq[64], lse[2], delta[2];
     int before = -1; /* stage of the tile whose last product is under way */
 #pragma unroll
     for (int i = 0; i < 64; i++) dq[i] = 0;
-    barrier_wait(&sh.q_bars.full[0], qa.parity);
     load_left(q, sh.q, warp_row);
     load_left(dout, sh.dout, warp_row);
 #pragma unroll
@@ -278,16 +298,17 @@ __device__ __forceinline__ void dq_multiplier(struct dq_shared &sh, const struct
          key0 -= DQ_KEYS, at.next()) {
       float s[32], dp[32];
       barrier_wait_for_products(&sh.bars.full[at.stage], at.parity);
+      int stage = uniform(at.stage);
       products_begin();
-      score(s, q, sh.k[at.stage]);
+      score(s, q, sh.k[stage]);
       products_commit();
-      score(dp, dout, sh.v[at.stage]);
+      score(dp, dout, sh.v[stage]);
       products_commit();
       products_wait<2>();
       sums_ready(dq);
       left_ready(w);
       if (before >= 0) ring_release(sh.bars, before);
-      before = at.stage;
+      before = stage;
       products_wait<1>();
       sums_ready(s);
       dq_probabilities(s, lse, p.row0 + warp_row, key0, c);
@@ -297,14 +318,14 @@ __device__ __forceinline__ void dq_multiplier(struct dq_shared &sh, const struct
       for (int i = 0; i < 32; i++) dp[i] = s[i] * (dp[i] - delta[i / 2 % 2]);
       as_left(w, dp);
       products_begin();
-      mix<DQ_KEYS>(dq, w, sh.k[at.stage]);
+      mix<DQ_KEYS>(dq, w, sh.k[stage]);
       products_commit();
     }
     products_wait<0>();
     sums_ready(dq);
     if (before >= 0) ring_release(sh.bars, before);
     float scale[2] = {c.scale, c.scale};
-    bf16 *to = (bf16 *)c.dq + (p.begin + p.row0 + warp_row) * c.dqkv_ld + p.g * c.q_group +
+    bf16 *to = (bf16 *)c.dq + (int64_t)(p.begin + p.row0 + warp_row) * c.dqkv_ld + p.g * c.q_group +
                p.head % c.r * c.d;
     store_sums(dq, scale, to, c.dqkv_ld, p.rows - warp_row, c.d);
   }
@@ -313,19 +334,18 @@ __device__ __forceinline__ void dq_multiplier(struct dq_shared &sh, const struct
 __global__ void __launch_bounds__(SM90_THREADS, 1) sm90_dq(const struct attention_call c) {
   extern __shared__ char raw[];
   auto &sh = *reinterpret_cast<struct dq_shared *>(((uintptr_t)raw + 1023) & ~(uintptr_t)1023);
-  int count = *c.item_count;
   if (threadIdx.x == 0) {
-    ring_init(sh.q_bars);
+    ring_init_described(sh.q_bars);
     ring_init(sh.bars);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
   if (threadIdx.x >= 2 * WARPGROUP) {
     registers_down<COPIER_REGISTERS>();
-    dq_copier(sh, c, count);
+    dq_copier(sh, c);
   } else {
     registers_up<MULTIPLIER_REGISTERS>();
-    dq_multiplier(sh, c, count);
+    dq_multiplier(sh, c);
   }
 }
 

@@ -7,26 +7,28 @@
 namespace {
 
 enum { BM = ATTENTION_MMA_TILE, BN = 128, STAGES = 2 };
+/* Registers of a thread after the start: 128 * (2 * 232 + 40) of 65536. */
+enum { MULTIPLIER_REGISTERS = 232, COPIER_REGISTERS = 40 };
+
+/* One tile of queries: where it is and the keys it sees. rows 0: there is none. */
+struct place {
+  int head, g, rows, first, lo, hi;
+  int row, begin; /* its first row; its sequence's */
+};
 
 struct fwd_shared {
   tile<BM> q;
   tile<BN> k[STAGES], v[STAGES];
   ring_bars<1> q_bars;
   ring_bars<STAGES> k_bars, v_bars;
+  struct place place; /* of q */
 };
 
-/* One tile of queries: where it is and the keys it sees. */
-struct place {
-  int head, g, rows, first, lo, hi;
-  int64_t row, begin; /* its first row; its sequence's */
-};
-
-__device__ __forceinline__ bool find(const struct attention_call &c, int round, int count,
-                                     struct place *p) {
+__device__ __forceinline__ void find(const struct attention_call &c, int unit, struct place *p) {
   struct attention_item item;
-  int heads = c.kv_heads * c.r, unit;
-  if (!work_of(round, count * heads, &unit)) return false;
-  attention_item_of<BM>(c, unit / heads, true, &item);
+  int heads = c.kv_heads * c.r;
+  p->rows = 0;
+  if (!attention_item_of<BM>(c, unit / heads, true, &item)) return;
   int row0 = item.tile * BM;
   p->head = unit % heads;
   p->g = p->head / c.r;
@@ -35,28 +37,44 @@ __device__ __forceinline__ bool find(const struct attention_call &c, int round, 
   p->row = item.begin + row0;
   p->begin = item.begin;
   attention_keys(p->first, p->first + p->rows - 1, c.window, &p->lo, &p->hi);
-  return true;
 }
 
-__device__ __forceinline__ void copier(struct fwd_shared &sh, const struct attention_call &c,
-                                       int count) {
+__device__ __forceinline__ void copier(struct fwd_shared &sh, const struct attention_call &c) {
   ring_at<1> qa;
   ring_at<STAGES> at;
-  struct place p;
-  for (int round = 0; find(c, round, count, &p); round++) {
-    const bf16 *k = (const bf16 *)c.k + p.begin * c.kv_ld + p.g * c.kv_group;
-    const bf16 *v = (const bf16 *)c.v + p.begin * c.kv_ld + p.g * c.kv_group;
-    barrier_wait(&sh.q_bars.empty[0], qa.parity ^ 1);
-    copy_rows<BM>(sh.q, (const bf16 *)c.q + p.row * c.q_ld + p.g * c.q_group + p.head % c.r * c.d,
-                  c.q_ld, p.rows, c.d);
+  const copy_lane lane = copy_lane_of(c.d);
+  const ptrdiff_t to_v = (const bf16 *)c.v - (const bf16 *)c.k;
+  int unit = blockIdx.x; /* the first thread's */
+  for (;;) {
+    copiers_sync(); /* nobody needs the last place */
+    if (threadIdx.x % WARPGROUP == 0) {
+      struct place next;
+      find(c, unit, &next);
+      unit = unit_after(c, unit);
+      barrier_wait(&sh.q_bars.empty[0], qa.parity ^ 1);
+      sh.place = next;
+      barrier_arrive(&sh.q_bars.full[0]);
+    }
+    copiers_sync();
+    const struct place &p = sh.place;
+    if (p.rows == 0) {
+      barrier_arrive(&sh.q_bars.full[0]);
+      break;
+    }
+    const bf16 *q =
+        (const bf16 *)c.q + (int64_t)p.row * c.q_ld + p.g * c.q_group + p.head % c.r * c.d;
+    copy_rows<BM>(sh.q, lane, copy_from(q, c.q_ld), c.q_ld, p.rows);
     barrier_arrive_after_copies(&sh.q_bars.full[0]);
     qa.next();
-    for (int key0 = (p.hi - 1) / BN * BN; key0 + BN > p.lo; key0 -= BN) {
+    int key0 = (p.hi - 1) / BN * BN, lo = p.lo, hi = p.hi;
+    const bf16 *k = copy_from((const bf16 *)c.k + p.g * c.kv_group, c.kv_ld) +
+                    ((int64_t)p.begin + key0) * c.kv_ld;
+    for (; key0 + BN > lo; key0 -= BN, k -= BN * c.kv_ld) {
       barrier_wait(&sh.k_bars.empty[at.stage], at.parity ^ 1);
-      copy_rows<BN>(sh.k[at.stage], k + key0 * c.kv_ld, c.kv_ld, p.hi - key0, c.d);
+      copy_rows<BN>(sh.k[at.stage], lane, k, c.kv_ld, hi - key0);
       barrier_arrive_after_copies(&sh.k_bars.full[at.stage]);
       barrier_wait(&sh.v_bars.empty[at.stage], at.parity ^ 1);
-      copy_rows<BN>(sh.v[at.stage], v + key0 * c.kv_ld, c.kv_ld, p.hi - key0, c.d);
+      copy_rows<BN>(sh.v[at.stage], lane, k + to_v, c.kv_ld, hi - key0);
       barrier_arrive_after_copies(&sh.v_bars.full[at.stage]);
       at.next();
     }
@@ -115,30 +133,45 @@ __device__ __forceinline__ void finish(const struct attention_call &c, const str
     inverse[half] = 1.0f / sum;
     int row = row0 + lane / 4 + 8 * half;
     if (c.lse && lane % 4 == 0 && row < p.rows)
-      c.lse[(p.row + row) * c.lse_ld + p.head] = st.top[half] * c.scale + logf(sum);
+      c.lse[(int64_t)(p.row + row) * c.lse_ld + p.head] = st.top[half] * c.scale + logf(sum);
   }
-  store_sums(o, inverse, (bf16 *)c.out + (p.row + row0) * c.out_ld + p.head * c.d, c.out_ld,
-             p.rows - row0, c.d);
+  store_sums(o, inverse, (bf16 *)c.out + (int64_t)(p.row + row0) * c.out_ld + p.head * c.d,
+             c.out_ld, p.rows - row0, c.d);
 }
 
-__device__ __forceinline__ void multiplier(struct fwd_shared &sh, const struct attention_call &c,
-                                           int count) {
-  int row0 = threadIdx.x / WARPGROUP * 64;
+#ifndef TURNS
+#define TURNS 1
+#endif
+/* The two multiplying warpgroups take turns in starting products (FlashAttention-3, section 3.1):
+ * while one's run, the other has its exponentials. Barriers 2 and 3 of the block. */
+__device__ __forceinline__ void turn_wait(int group) {
+  if (TURNS) asm volatile("bar.sync %0, 256;" ::"r"(2 + group) : "memory");
+}
+__device__ __forceinline__ void turn_give(int group) {
+  if (TURNS) asm volatile("bar.arrive %0, 256;" ::"r"(3 - group) : "memory");
+}
+
+__device__ __forceinline__ void multiplier(struct fwd_shared &sh, const struct attention_call &c) {
+  int group = uniform(threadIdx.x / WARPGROUP), row0 = group * 64;
   float scale = c.scale * LOG2_E;
   ring_at<1> qa;
   ring_at<STAGES> at;
-  struct place p;
-  for (int round = 0; find(c, round, count, &p); round++) {
+  if (group == 1) turn_give(1);
+  for (;;) {
+    barrier_wait_for_products(&sh.q_bars.full[0], qa.parity);
+    struct place p = sh.place;
+    p = {uniform(p.head), uniform(p.g),  uniform(p.rows), uniform(p.first),
+         uniform(p.lo),   uniform(p.hi), uniform(p.row),  uniform(p.begin)};
+    if (p.rows == 0) break;
     float s[64], o[64], shrink[2];
     uint32_t w[BN / 16][4];
     struct rows_state st = {{-INFINITY, -INFINITY}, {0, 0}};
     int key0 = (p.hi - 1) / BN * BN, mine = p.first + row0;
 #pragma unroll
     for (int i = 0; i < 64; i++) o[i] = 0;
-    barrier_wait_for_products(&sh.q_bars.full[0], qa.parity);
     barrier_wait_for_products(&sh.k_bars.full[at.stage], at.parity);
     products_begin();
-    score(s, sh.q, row0, sh.k[at.stage]);
+    score(s, sh.q, row0, sh.k[uniform(at.stage)]);
     products_commit();
     products_wait<0>();
     sums_ready(s);
@@ -149,13 +182,15 @@ __device__ __forceinline__ void multiplier(struct fwd_shared &sh, const struct a
       ring_at<STAGES> before = at;
       at.next();
       barrier_wait_for_products(&sh.k_bars.full[at.stage], at.parity);
+      turn_wait(group);
       products_begin();
-      score(s, sh.q, row0, sh.k[at.stage]);
+      score(s, sh.q, row0, sh.k[uniform(at.stage)]);
       products_commit();
       barrier_wait_for_products(&sh.v_bars.full[before.stage], before.parity);
       products_begin();
-      mix<BN>(o, w, sh.v[before.stage]);
+      mix<BN>(o, w, sh.v[uniform(before.stage)]);
       products_commit();
+      turn_give(group);
       products_wait<1>();
       sums_ready(s);
       ring_release(sh.k_bars, at.stage);
@@ -172,7 +207,7 @@ __device__ __forceinline__ void multiplier(struct fwd_shared &sh, const struct a
     qa.next();
     barrier_wait_for_products(&sh.v_bars.full[at.stage], at.parity);
     products_begin();
-    mix<BN>(o, w, sh.v[at.stage]);
+    mix<BN>(o, w, sh.v[uniform(at.stage)]);
     products_commit();
     products_wait<0>();
     sums_ready(o);
@@ -185,9 +220,8 @@ __device__ __forceinline__ void multiplier(struct fwd_shared &sh, const struct a
 __global__ void __launch_bounds__(SM90_THREADS, 1) sm90_fwd(const struct attention_call c) {
   extern __shared__ char raw[];
   auto &sh = *reinterpret_cast<struct fwd_shared *>(((uintptr_t)raw + 1023) & ~(uintptr_t)1023);
-  int count = c.items ? *c.item_count : (c.rows + BM - 1) / BM;
   if (threadIdx.x == 0) {
-    ring_init(sh.q_bars);
+    ring_init_described(sh.q_bars);
     ring_init(sh.k_bars);
     ring_init(sh.v_bars);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -195,10 +229,10 @@ __global__ void __launch_bounds__(SM90_THREADS, 1) sm90_fwd(const struct attenti
   __syncthreads();
   if (threadIdx.x >= 2 * WARPGROUP) {
     registers_down<COPIER_REGISTERS>();
-    copier(sh, c, count);
+    copier(sh, c);
   } else {
     registers_up<MULTIPLIER_REGISTERS>();
-    multiplier(sh, c, count);
+    multiplier(sh, c);
   }
 }
 

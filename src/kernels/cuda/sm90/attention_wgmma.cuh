@@ -13,8 +13,6 @@
 
 /* A block: two warpgroups multiply, one copies. */
 enum { DIM = 128, WARPGROUP = 128, SM90_THREADS = 3 * WARPGROUP, MULTIPLIER_WARPS = 8 };
-/* Registers of a thread after the start; 65536 = 128 * (2 * 232 + 40) + what is left over. */
-enum { MULTIPLIER_REGISTERS = 240, COPIER_REGISTERS = 24 };
 
 template <int ROWS> struct tile { bf16 x[2][ROWS][64]; };
 template <int ROWS> constexpr uint32_t half_bytes = ROWS * 128;
@@ -74,24 +72,38 @@ template <int STAGES> struct ring_at {
     parity ^= 1;
   }
 };
+/* A place whose contents the copiers' first thread describes, with an arrival of its own. */
+__device__ __forceinline__ void ring_init_described(ring_bars<1> &r) {
+  barrier_init(&r.full[0], WARPGROUP + 1);
+  barrier_init(&r.empty[0], MULTIPLIER_WARPS);
+}
 template <int STAGES>
 __device__ __forceinline__ void ring_release(ring_bars<STAGES> &r, int stage) {
   if (threadIdx.x % 32 == 0) barrier_arrive(&r.empty[stage]);
 }
 
-/* Starts copying rows of a head into a tile, zeros past `rows` and d; a warpgroup calls it. */
-template <int ROWS>
-__device__ __forceinline__ void copy_rows(tile<ROWS> &to, const bf16 *src, int64_t ld, int rows,
-                                          int d) {
+/* Copying rows of a head into a tile, zeros past the last and past d: a thread of the copying
+ * warpgroup has one 16-byte piece of every 8th row. What it needs is worked out once. */
+struct copy_lane {
+  int row;    /* its first, or one past all where it has nothing but zeros to write */
+  int at;     /* bytes into a tile of 128-byte rows */
+  bool right; /* of the tile's halves */
+};
+__device__ __forceinline__ copy_lane copy_lane_of(int d) {
   int row = threadIdx.x % WARPGROUP / 16, piece = threadIdx.x % 16;
-  bool inside = piece * 8 < d;
-  uint32_t dst = shared_address(&to) + piece / 8 * half_bytes<ROWS> +
-                 (uint32_t)(row * 128 + ((piece % 8 ^ row) << 4));
-  const bf16 *from = src + row * ld + piece * 8;
+  return {piece * 8 < d ? row : 1 << 30, row * 128 + ((piece % 8 ^ row) << 4), piece >= 8};
+}
+/* This thread's part of the rows that begin at src. */
+__device__ __forceinline__ const bf16 *copy_from(const bf16 *src, int64_t ld) {
+  return src + threadIdx.x % WARPGROUP / 16 * ld + threadIdx.x % 16 * 8;
+}
+template <int ROWS>
+__device__ __forceinline__ void copy_rows(tile<ROWS> &to, const copy_lane &lane, const bf16 *from,
+                                          int64_t ld, int rows) {
+  uint32_t dst = shared_address(&to) + lane.at + (lane.right ? half_bytes<ROWS> : 0);
 #pragma unroll
   for (int i = 0; i < ROWS / 8; i++) {
-    bool real = inside && row + 8 * i < rows;
-    copy16(dst + i * 1024, real ? from : src, real);
+    copy16(dst + i * 1024, from, lane.row + 8 * i < rows);
     from += 8 * ld;
   }
 }
@@ -253,12 +265,19 @@ __device__ __forceinline__ void store_sums(const float (&sums)[64], const float 
   }
 }
 
-/* Which work a block that stays has in its round-th round, of `total` units, the longest first:
- * there and back over the blocks, so that none always has the longer one. */
-__device__ __forceinline__ bool work_of(int round, int total, int *unit) {
-  int at = round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
-  *unit = round * gridDim.x + at;
-  return *unit < total;
+/* Units of work for blocks that stay: the first is the block's number, each other the next that no
+ * block has. Who makes a unit does not change its bits. */
+__device__ __forceinline__ int unit_after(const struct attention_call &c, int unit) {
+  return (int)gridDim.x + (c.units_taken ? atomicAdd(c.units_taken, 1) : unit);
+}
+/* The same number in every lane, in a way that the compiler sees: loops over what came from shared
+ * memory would else have every descriptor worked out in each lane, and moved for each product. */
+__device__ __forceinline__ int uniform(int x) {
+  return __reduce_max_sync(0xffffffffu, x);
+}
+/* Of the copying warpgroup alone. */
+__device__ __forceinline__ void copiers_sync() {
+  asm volatile("bar.sync 1, 128;" ::: "memory");
 }
 
 #endif
