@@ -5,7 +5,7 @@
  * between two operations, a zeroing or a read-back, counts to the later one). Counted: 6 k T H F
  * floating-point operations forward and twice that backward, and bytes that each operation must
  * read and write at the least. The norm before the block is outside.
- *   moe_block [--json] [--loop] [--unfused] [--precision fp32|bf16] [--runs N] [backend]
+ *   moe_block [--json] [--loop] [--unfused] [--precision RECIPE] [--runs N] [backend]
  *             [TOKENS HIDDEN FFN EXPERTS TOP_K]... */
 #include <stdio.h>
 #include <stdlib.h>
@@ -400,7 +400,7 @@ done:
 }
 
 static mt_err usage(void) {
-  return mt_fail(MT_EINVAL, "moe_block [--json] [--loop] [--unfused] [--precision fp32|bf16] "
+  return mt_fail(MT_EINVAL, "moe_block [--json] [--loop] [--unfused] [--precision RECIPE] "
                             "[--runs N] [backend] [TOKENS HIDDEN FFN EXPERTS TOP_K]...");
 }
 

@@ -7,12 +7,13 @@ usage: bench/vs_hf.py [--works 2x8192,4x512] [--only NAME,...] [--clip yes|no|bo
 Same shape of model, batch and optimizer on both sides; each contender is a process of its own, one
 after another, since each fills the GPU. transformers: parameters, gradients and AdamW's states
 (fused) in BF16, weights random; experts eager, grouped_mm, and grouped_mm under torch.compile.
-moetune: its three rungs, with float32 masters and gradients; its states are BF16 where `moetune
-bench` has --optim-state, else float32. moetune always clips at 1.0, so its ratio is to the fastest
-row of transformers that clips, if there is one. transformers' attention is its sdpa with the faster
-of PyTorch's kernels, and without the mask that it makes under torch.compile, which no fast kernel
-takes. A step is timed from an idle GPU to an idle GPU; the median counts. "compile" is the first
-step's time over the median's. Model FLOPs: docs/math.md.
+moetune: its three rungs; where `moetune bench` has --optim-state (and --states does not say fp32)
+gradients and states are BF16 too, else float32 with float32 masters. moetune always clips at 1.0, so
+its ratio is to the fastest row of transformers that clips, if there is one. transformers' attention
+is its sdpa with the faster of PyTorch's kernels, and without the mask that it makes under
+torch.compile, which no fast kernel takes. Its step is the median from an idle GPU to an idle GPU or
+the mean of steps in a row, whichever is less; moetune's is the median that it prints. "compile" is
+the first step's time over the median's. Model FLOPs: docs/math.md.
 
 --block compares the MoE block alone, router to combine, with build/release/moe_block (ninja -C
 build/release moe_block): 6 k T H F FLOPs forward, twice that backward, random tokens and router.
@@ -24,8 +25,8 @@ run. Writes PREFIX.json and PREFIX.svg. Needs python3 with torch and transformer
 import argparse
 import functools
 import json
+import math
 import os
-import re
 import signal
 import statistics
 import subprocess
@@ -214,7 +215,8 @@ def hf_work(a, model, run, optimizer, work, compiled):
         warm = times_of(a.device, step, max(1, a.warmup if first_ms is None else 1))
         first_ms = warm[0] if first_ms is None else first_ms
         ms = times_of(a.device, step, a.steps)
-        row = {"work": list(work), "clip": clip, "ms": ms, "loss": last.item()}
+        in_a_row = times_of(a.device, lambda: [step() for _ in range(a.steps)], 1)[0] / a.steps
+        row = {"work": list(work), "clip": clip, "ms": ms, "in_a_row_ms": in_a_row, "loss": last.item()}
         if compiled:
             row["compile_s"] = (first_ms - statistics.median(ms)) / 1e3
         if a.device == "cuda":
@@ -378,39 +380,36 @@ def hf_rows(a, name):
     return rows
 
 
-def number(pattern, text):
-    found = re.search(pattern, text)
-    return float(found.group(1)) if found else None
-
-
 @functools.cache
 def moetune_help(binary):
     return run_process([binary, "bench", "--help"], 60, f"{binary} bench --help")
 
 
+def bf16_states(a):
+    return a.states == "bf16" or (a.states == "auto" and "--optim-state" in moetune_help(a.moetune)[0])
+
+
 def moetune_rows(a, name):
-    """`moetune bench` once a work; its text, since that has the memory as well."""
-    rows, binary = [], a.moetune
-    helped, wrong = moetune_help(binary)
-    chosen = "--optim-state" in helped
+    """`moetune bench` once a work."""
+    rows, (_, wrong) = [], moetune_help(a.moetune)
+    states = "bf16" if bf16_states(a) else "fp32"
     sizes = {"expert-count": a.experts, **{n.replace("_", "-"): getattr(a, n) for n in SIZES if n != "experts"}}
     for samples, length in works_of(a.works):
-        row = {"name": name, "work": [samples, length], "clip": True, "states": "bf16" if chosen else "fp32"}
+        row = {"name": name, "work": [samples, length], "clip": True, "states": states}
         rows.append(row)
         flags = {"device": a.device, "precision": "bf16", "batch-size": samples, "max-seq-length": length,
                  "warmup-steps": a.warmup, "train-steps": a.steps, **sizes}  # fmt: skip
-        command = [binary, "bench", *RUNGS[name], *(["--optim-state", "bf16"] if chosen else [])]
+        if states == "bf16":
+            flags["optim-state"] = states
+        command = [a.moetune, "bench", "--json", *RUNGS[name]]
         for flag, value in flags.items():
             command += [f"--{flag}", str(value)]
         text, why = ("", wrong) if wrong else run_process(command, a.timeout, f"{name} {samples}x{length}")
-        rate = number(r"step .* ([\d.]+) tokens/s", text)
-        if why or not rate:
-            row["why_not"] = why or f"no tokens/s in: {text[:100]!r}"
+        if why or not text.startswith("{"):
+            row["why_not"] = why or "it printed nothing"
             continue
-        memory = number(r"memory +([\d.]+) GiB", text)
-        row.update(ms=[samples * length / rate * 1e3], command=" ".join(command), printed=text.rstrip().split("\n"))
-        if memory:
-            row["memory_bytes"] = memory * GIB
+        got = json.loads(text)
+        row.update(ms=[got["step_ms"]], memory_bytes=got.get("memory_bytes"), command=" ".join(command), printed=got)
     return rows
 
 
@@ -430,7 +429,7 @@ def finish_rows(a, rows):
     for r in rows:
         if "ms" in r:
             samples, length = r["work"]
-            r["step_ms"] = statistics.median(r["ms"])
+            r["step_ms"] = min(statistics.median(r["ms"]), r.get("in_a_row_ms", math.inf))
             r["tokens_per_s"] = samples * length / r["step_ms"] * 1e3
             r["tflops"] = r["tokens_per_s"] * flops_a_token(a, length) * 1e-12
     for r in rows:
@@ -495,14 +494,16 @@ def block_rows(a, name):
                 row["ms"] = [statistics.median(part) for part in row["ms"]]
         return rows
     for row in rows:  # one process a shape: one that fails must not take the others along
-        command = [a.moe_block, "--json", *BLOCK_RUNGS[name], "--precision", "bf16", "--runs", str(a.block_runs)]
+        recipe = "bf16-states" if bf16_states(a) else "bf16"
+        command = [a.moe_block, "--json", *BLOCK_RUNGS[name], "--precision", recipe, "--runs", str(a.block_runs)]
         command += [a.device, *(str(n) for n in row["shape"])]
         text, wrong = run_process(command, a.timeout, f"{name} {row['shape']}")
         if wrong or not text.startswith("{"):
             row["why_not"] = wrong or "it printed nothing"
             continue
         got = json.loads(text)
-        row.update(ms=[got["forward_ms"], got["backward_ms"]], printed=got)
+        gradients = "bf16" if bf16_states(a) else "fp32"
+        row.update(ms=[got["forward_ms"], got["backward_ms"]], gradients=gradients, printed=got)
     return rows
 
 
@@ -516,7 +517,7 @@ def block_part(a, wanted):
         title = f"{tokens} tokens, hidden {hidden}, ffn {ffn}, {experts} experts, top-{k}"
         print(f"\n{title}")
         columns = f"{'TFLOP/s':>8} {'x HF':>6}"
-        print(f"{'':14} {'fwd ms':>8} {columns} {'bwd ms':>8} {columns} {'both ms':>8} {columns}")
+        print(f"{'':14} {'fwd ms':>8} {columns} {'bwd ms':>8} {columns} {'both ms':>8} {columns}  gradients")
         for r in mine:
             if "ms" in r:
                 r["ms"] = [*r["ms"], sum(r["ms"])]
@@ -532,7 +533,7 @@ def block_part(a, wanted):
             parts = [
                 f"{r['ms'][i]:8.3f} {r['tflops'][i]:8.2f} {r['ratio'][i] or float('nan'):6.2f}" for i in range(3)
             ]
-            print(f"{r['name']:14} {' '.join(parts)}")
+            print(f"{r['name']:14} {' '.join(parts)}  {r.get('gradients', 'bf16')}")
         groups.append((title, bars))
     print("x HF: against transformers' fastest in the same column")
     return {"ceiling": top, "rows": rows}, "MoE block, forward and backward, TFLOP/s", groups
@@ -579,6 +580,8 @@ def arguments():
     p.add_argument("--steps", type=int, default=8)
     p.add_argument("--warmup", type=int, default=3)
     p.add_argument("--clip", choices=("yes", "no", "both"), default="both", help="of transformers (%(default)s)")
+    p.add_argument("--states", choices=("auto", "fp32", "bf16"), default="auto",
+                   help="of moetune: bf16 gradients and states, float32 ones, or auto: bf16 where it has them")  # fmt: skip
     p.add_argument("--attention", default="fastest", metavar="KIND",
                    help="of transformers: fastest (of PyTorch's flash and cudnn), flash, cudnn, sdpa (PyTorch "
                    "chooses), or another of its names")  # fmt: skip
