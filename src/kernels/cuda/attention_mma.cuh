@@ -60,6 +60,13 @@ __device__ __forceinline__ void copy_tile(uint32_t dst, const bf16 *src, int64_t
   }
 }
 
+/* 16 bytes to global memory; an ordinary store of a struct may come out as four. */
+__device__ __forceinline__ void store16(void *dst, const uint32_t (&v)[4]) {
+  asm volatile("st.global.v4.b32 [%0], {%1,%2,%3,%4};" ::"l"(__cvta_generic_to_global(dst)),
+               "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3])
+               : "memory");
+}
+
 __device__ __forceinline__ void fragment(uint32_t (&r)[4], uint32_t at) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -182,12 +189,12 @@ __device__ __forceinline__ void store_tile(uint32_t tile, int row0, const float 
 #pragma unroll
   for (int i = 0; i < DP / 16; i++) {
     int n = lane + 32 * i, r = n / (DP / 8), piece = n % (DP / 8);
-    int4 v;
+    uint32_t v[4];
     asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
                  : "r"(tile + piece_at<DP>(row0 + r, piece))
                  : "memory");
-    if (r < rows && piece * 8 < d) *reinterpret_cast<int4 *>(dst + r * ld + piece * 8) = v;
+    if (r < rows && piece * 8 < d) store16(dst + r * ld + piece * 8, v);
   }
 }
 

@@ -5,7 +5,8 @@
 
 namespace {
 
-/* Registers of a thread after the start: 65536 / 128 = 2 * 240 + 24 + 8. */
+/* Registers of a thread after the start: 65536 / 128 = 2 * 240 + 24 + 8. With fewer the products
+ * would wait for each other; the copier keeps a few words in memory instead. */
 enum { MULTIPLIER_REGISTERS = 240, COPIER_REGISTERS = 24 };
 
 /* dK, dV: a block has 128 keys of a group, a warpgroup 64, against tiles of 64 queries; scores are
@@ -291,7 +292,6 @@ __device__ __forceinline__ void dq_multiplier(struct dq_shared &sh,
       lse[half] = sh.lse[warp_row + lane / 4 + 8 * half] * LOG2_E;
       delta[half] = sh.delta[warp_row + lane / 4 + 8 * half];
     }
-    __syncwarp();
     ring_release(sh.q_bars, 0);
     qa.next();
     for (int key0 = (p.hi - 1) / DQ_KEYS * DQ_KEYS; key0 + DQ_KEYS > p.lo;

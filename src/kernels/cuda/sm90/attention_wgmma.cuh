@@ -79,6 +79,7 @@ __device__ __forceinline__ void ring_init_described(ring_bars<1> &r) {
 }
 template <int STAGES>
 __device__ __forceinline__ void ring_release(ring_bars<STAGES> &r, int stage) {
+  __syncwarp(); /* the arrival speaks for all lanes' reads */
   if (threadIdx.x % 32 == 0) barrier_arrive(&r.empty[stage]);
 }
 
