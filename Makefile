@@ -13,8 +13,8 @@ C_FILES = $(shell git ls-files -co --exclude-standard '*.c' '*.h' '*.cu' '*.cuh'
 all: ## build build/release/moetune and the tests beside it (CUDA=1: with CUDA, else where a GPU is)
 	@tools/build.sh release $(cuda)
 
-setup: ## install what the machine lacks (apt-get, says what first)
-	@tools/setup.sh
+setup: ## install what the machine lacks (apt-get, says what first; CUDA=1: nvcc too)
+	@tools/setup.sh $(if $(filter 1 ON,$(CUDA)),--cuda)
 
 test: setup all ## set up, build, run all tests
 	@ctest --test-dir build/release --output-on-failure

@@ -1,7 +1,7 @@
 # The CUDA backend, where it is wanted: src/kernels/cuda/*.cu for every architecture of
 # MOETUNE_CUDA_ARCHS, and sm90/*.cu for sm_90a alone. A program built so still runs without a GPU.
 if(MOETUNE_CUDA MATCHES "^(AUTO|NVCC)$")
-  find_program(NVCC nvcc HINTS /usr/local/cuda/bin)
+  find_program(NVCC nvcc HINTS /usr/local/cuda/bin ${CMAKE_SOURCE_DIR}/.cache/cuda/root/bin)
   if(NVCC AND (MOETUNE_CUDA STREQUAL "NVCC" OR EXISTS /dev/nvidiactl))
     set(with_cuda ON)
   else()
@@ -16,7 +16,8 @@ if(NOT with_cuda)
 endif()
 
 if(NOT CMAKE_CUDA_COMPILER)
-  find_program(NVCC nvcc HINTS /usr/local/cuda/bin REQUIRED)
+  find_program(NVCC nvcc HINTS /usr/local/cuda/bin ${CMAKE_SOURCE_DIR}/.cache/cuda/root/bin
+    REQUIRED)
   set(CMAKE_CUDA_COMPILER ${NVCC})
 endif()
 set(CMAKE_CUDA_ARCHITECTURES OFF) # the flags below say it: 90a and 100a are more than numbers

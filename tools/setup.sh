@@ -2,9 +2,11 @@
 # Installs what the build needs and the machine lacks, with apt-get (Debian 12, Ubuntu 24.04).
 #   tools/setup.sh          compiler, build tools, libraries
 #   tools/setup.sh --ci     also clang and its tools, which checks and fuzzing need
+#   tools/setup.sh --cuda   also what building the CUDA backend needs (tools/setup_cuda.sh)
 #   tools/setup.sh --list   prints the packages and installs nothing
 # Nothing missing: says so in one line and never calls apt-get.
 set -eu
+cd "$(dirname "$0")/.."
 
 # package | the file or command whose presence says that it is there | what it is for
 build_packages='
@@ -29,13 +31,19 @@ libclang-rt-dev clang:libclang_rt.fuzzer-* run-times of fuzzers and sanitizers
 libomp-dev    clang:omp.h             OpenMP of clang
 '
 
+cuda_packages='
+g++           cmd:g++                 what nvcc compiles host code with
+python3-venv  py:ensurepip            fetching nvcc where the system has none
+'
 packages=$build_packages
 list_only=0
+cuda=no
 for arg in "$@"; do
   case $arg in
   --ci) packages="$packages$ci_packages" ;;
+  --cuda) packages="$packages$cuda_packages" cuda=yes ;;
   --list) list_only=1 ;;
-  *) echo "usage: tools/setup.sh [--ci] [--list]" >&2; exit 2 ;;
+  *) echo "usage: tools/setup.sh [--ci] [--cuda] [--list]" >&2; exit 2 ;;
   esac
 done
 
@@ -49,6 +57,7 @@ have() {
       test -e "/usr/include/${1#inc:}"
     fi ;;
   pc:*) command -v pkg-config >/dev/null 2>&1 && pkg-config --exists "${1#pc:}" ;;
+  py:*) command -v python3 >/dev/null 2>&1 && python3 -c "import ${1#py:}" 2>/dev/null ;;
   clang:*) command -v clang >/dev/null 2>&1 &&
     find "$(clang -print-resource-dir)/" -name "${1#clang:}" 2>/dev/null | grep -q . ;;
   esac
@@ -72,8 +81,12 @@ $packages
 LIST
 [ "$list_only" = 0 ] || exit 0
 
+set_up_cuda() {
+  [ $cuda = no ] || tools/setup_cuda.sh
+}
 if [ -z "$missing" ]; then
   echo "set-up: everything is there"
+  set_up_cuda
   exit 0
 fi
 printf 'set-up: missing packages\n%s' "$why"
@@ -105,3 +118,4 @@ install || {
   exit 1
 }
 echo "set-up: done"
+set_up_cuda

@@ -192,10 +192,13 @@ static inline void expect_same(struct bed *b, const char *what, const double *go
   }
 }
 
-/* Runs a property on every backend and format. */
+/* Runs a property on every backend and format; on a GPU where there is one. */
 static inline void on_every_backend(void (*property)(struct bed *b)) {
-  static const char *const rows[][2] = {{"ref", "fp64"}, {"cpu", "fp32"}, {"cpu", "bf16"}};
+  static const char *const rows[][2] = {{"ref", "fp64"},  {"cpu", "fp32"},
+                                        {"cpu", "bf16"},  {"cuda", "fp32"},
+                                        {"cuda", "bf16"}, {"cuda-portable", "bf16"}};
   for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+    if (strncmp(rows[i][0], "cuda", 4) == 0 && mt_cuda_device_count() == 0) continue;
     struct bed b;
     bed_open(&b, rows[i][0], rows[i][1]);
     property(&b);
