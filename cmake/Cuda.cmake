@@ -22,7 +22,15 @@ if(NOT CMAKE_CUDA_COMPILER)
 endif()
 set(CMAKE_CUDA_ARCHITECTURES OFF) # the flags below say it: 90a and 100a are more than numbers
 enable_language(CUDA)
-find_package(CUDAToolkit REQUIRED)
+# Its libraries by hand: CMake's own search (3.25) fails on NVIDIA's packages from PyPI.
+get_filename_component(cuda_root ${CMAKE_CUDA_COMPILER} REALPATH)
+get_filename_component(cuda_root ${cuda_root} DIRECTORY)
+set(cuda_lib_dirs ${cuda_root}/../lib64 ${cuda_root}/../lib ${cuda_root}/../targets/x86_64-linux/lib)
+find_library(CUBLASLT_LIBRARY cublasLt HINTS ${cuda_lib_dirs} REQUIRED)
+# CMake takes the toolkit's own directory for one that the loader knows.
+get_filename_component(cuda_lib_dir ${CUBLASLT_LIBRARY} DIRECTORY)
+list(APPEND CMAKE_BUILD_RPATH ${cuda_lib_dir})
+find_library(CUDART_LIBRARY libcudart_static.a HINTS ${cuda_lib_dirs} REQUIRED)
 
 set(cuda_flags -std=c++17 -lineinfo --expt-relaxed-constexpr
   -Xcompiler=-Wall,-Wextra,-Wno-missing-field-initializers
@@ -56,7 +64,7 @@ else()
 endif()
 set_target_properties(moetune PROPERTIES CUDA_ARCHITECTURES OFF)
 target_compile_definitions(moetune PRIVATE MOETUNE_WITH_CUDA)
-target_link_libraries(moetune PUBLIC CUDA::cublasLt CUDA::cudart_static)
+target_link_libraries(moetune PUBLIC ${CUBLASLT_LIBRARY} ${CUDART_LIBRARY} ${CMAKE_DL_LIBS} rt)
 
 # bench/*.cu: built on request (ninja attention_speed), run by hand on a GPU.
 file(GLOB cuda_bench_sources CONFIGURE_DEPENDS bench/*.cu)
