@@ -46,7 +46,9 @@ static mt_err place(struct mt_model *m) {
   struct mt_acts_options a = {.token_capacity = m->options.token_capacity,
                               .sequence_capacity = m->options.sequence_capacity,
                               .training = m->options.training,
-                              .keep_outputs = m->options.experts == MT_EXPERTS_LOOP};
+                              .keep_attention = m->options.training,
+                              .keep_mlp = m->options.training,
+                              .weigh_outputs = m->options.experts == MT_EXPERTS_LOOP};
   return mt_acts_layout(&m->acts, &m->config, m->recipe, m->be, &a, &m->activations);
 }
 
