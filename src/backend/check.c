@@ -42,6 +42,11 @@ static enum mt_dtype stat_of(const struct mt_tensor *act) {
   return act->dtype == MT_F64 ? MT_F64 : MT_F32;
 }
 
+/* A parameter gradient's format: that of the statistics, or the activations' own BF16. */
+static enum mt_dtype grad_of(const struct mt_tensor *act, const struct mt_tensor *grad) {
+  return act->dtype == MT_BF16 && grad->dtype == MT_BF16 ? MT_BF16 : stat_of(act);
+}
+
 #define V1(arg, need, dtype, n)    MT_TRY(want(op, #arg, &a->arg, need, dtype, 1, n, 1, 1))
 #define M2(arg, need, dtype, n, m) MT_TRY(want(op, #arg, &a->arg, need, dtype, 2, n, m, 1))
 #define PTR(arg)                   MT_TRY(present(op, #arg, a->arg))
@@ -59,7 +64,7 @@ mt_err mt_check_embed_bwd(const struct mt_embed_bwd_args *a) {
   PTR(ids);
   PTR(valid_count);
   M2(dout, REQUIRED, MT_DTYPE_COUNT, ANY_ROWS, a->dtable.dim[1]);
-  M2(dtable, REQUIRED, stat_of(&a->dout), ANY_ROWS, a->dtable.dim[1]);
+  M2(dtable, REQUIRED, grad_of(&a->dout, &a->dtable), ANY_ROWS, a->dtable.dim[1]);
   return MT_OK;
 }
 
@@ -92,7 +97,7 @@ mt_err mt_check_rmsnorm_bwd(const struct mt_rmsnorm_bwd_args *a) {
   V1(rstd, REQUIRED, stat_of(&a->x), t);
   M2(dresidual, OPTIONAL, a->x.dtype, t, h);
   M2(dx, REQUIRED, a->x.dtype, t, h);
-  V1(dweight, OPTIONAL, stat_of(&a->x), h);
+  V1(dweight, OPTIONAL, grad_of(&a->x, &a->dweight), h);
   return MT_OK;
 }
 
@@ -125,7 +130,7 @@ mt_err mt_check_linear_dgrad(const struct mt_linear_dgrad_args *a) {
 }
 
 mt_err mt_check_linear_wgrad(const struct mt_linear_wgrad_args *a) {
-  if (a->dw.dtype != stat_of(&a->x)) {
+  if (a->dw.dtype != grad_of(&a->x, &a->dw)) {
     return mt_fail(MT_ESHAPE, "linear_wgrad: gradient is %s", mt_dtype_name(a->dw.dtype));
   }
   return linear("linear_wgrad", &a->x, &a->dw, &a->dy, a->x.dtype, a->offsets);
@@ -237,7 +242,7 @@ mt_err mt_check_router_bwd(const struct mt_router_bwd_args *a) {
   V1(aux_grad, OPTIONAL, stat, e);
   M2(dlogits, REQUIRED, stat, t, e);
   M2(dx, REQUIRED, a->x.dtype, t, h);
-  M2(dw, OPTIONAL, stat, e, h);
+  M2(dw, OPTIONAL, grad_of(&a->x, &a->dw), e, h);
   PTR(valid_count);
   PTR(index);
   return MT_OK;
@@ -332,7 +337,7 @@ mt_err mt_check_head_loss(const struct mt_head_loss_args *a) {
   M2(w, REQUIRED, a->x.dtype, v, h);
   V1(loss, REQUIRED, stat, t);
   M2(dx, OPTIONAL, a->x.dtype, t, h);
-  M2(dw, OPTIONAL, stat, v, h);
+  M2(dw, OPTIONAL, grad_of(&a->x, &a->dw), v, h);
   return MT_OK;
 }
 
@@ -353,7 +358,8 @@ mt_err mt_check_sumsq(const struct mt_sumsq_args *a) {
   PTR(out);
   for (int i = 0; i < a->tensor_count; i++) {
     const struct mt_tensor *t = &a->tensors[i];
-    MT_TRY(want(op, "tensor", t, REQUIRED, stat_of(t), t->rank, t->dim[0], t->dim[1], t->dim[2]));
+    MT_TRY(
+        want(op, "tensor", t, REQUIRED, MT_DTYPE_COUNT, t->rank, t->dim[0], t->dim[1], t->dim[2]));
   }
   return MT_OK;
 }
@@ -364,12 +370,14 @@ mt_err mt_check_adamw(const struct mt_adamw_args *a) {
   for (int i = 0; i < a->segment_count; i++) {
     const struct mt_adamw_segment *s = &a->segments[i];
     int64_t n = s->master.dim[0];
-    enum mt_dtype wide = stat_of(&s->master);
-    MT_TRY(want(op, "master", &s->master, REQUIRED, wide, 1, n, 1, 1));
+    enum mt_dtype wide = s->master.dtype;
+    MT_TRY(want(op, "master", &s->master, REQUIRED, MT_DTYPE_COUNT, 1, n, 1, 1));
     MT_TRY(want(op, "grad", &s->grad, REQUIRED, wide, 1, n, 1, 1));
     MT_TRY(want(op, "m", &s->m, REQUIRED, wide, 1, n, 1, 1));
     MT_TRY(want(op, "v", &s->v, REQUIRED, wide, 1, n, 1, 1));
     MT_TRY(want(op, "compute", &s->compute, OPTIONAL, MT_DTYPE_COUNT, 1, n, 1, 1));
+    if (wide == MT_BF16 && s->compute.data)
+      return mt_fail(MT_ESHAPE, "%s: a rounded copy of weights in bf16", op);
   }
   return MT_OK;
 }

@@ -5,8 +5,9 @@
  *   (offsets, valid_count, cu_seqlens) are device data: an implementation must not make the host
  *   wait for them.
  * - "act" marks tensors in the activation format (F32 or BF16; F64 on ref), "stat" tensors in F32
- *   (F64 on ref when act is F64), "grad" parameter gradients in F32 (F64 likewise). Arithmetic is
- *   float32 or better whatever the storage.
+ *   (F64 on ref when act is F64), "grad" parameter gradients in F32 (F64 likewise) or, where act is
+ *   BF16, in BF16: then each call's sum is made in float32 and rounded once (head_loss: once a
+ *   chunk of rows). Arithmetic is float32 or better whatever the storage.
  * - (=) overwritten, never read; (+=) added to; (acc) `accumulate` chooses: 0 is =, 1 is +=.
  * - No output aliases an input unless said. Tensors with NULL data where "or NULL" is said are
  *   left out.
@@ -358,11 +359,12 @@ struct mt_sumsq_args {
 };
 
 struct mt_adamw_segment {
-  struct mt_tensor master;  /* F32 (F64 on ref) [n] (in place) */
-  struct mt_tensor grad;    /* grad [n] */
+  struct mt_tensor master;  /* F32 or BF16 (F64 on ref) [n] (in place) */
+  struct mt_tensor grad;    /* as master [n] */
   struct mt_tensor m, v;    /* as master [n] (in place) */
   struct mt_tensor compute; /* act [n] (=) rounded copy, or NULL when master itself is used */
   int decay;                /* weight decay applies */
+  uint32_t tensor;          /* its number among the model's parameters, for BF16 */
 };
 
 /* AdamW (Loshchilov & Hutter 2019), decoupled decay, as torch.optim.AdamW orders it:
@@ -370,7 +372,10 @@ struct mt_adamw_segment {
  * w -= lr/(1-b1^step) * m / (sqrt(v)/sqrt(1-b2^step) + eps).
  * g is first scaled by clip/(norm + 1e-6) where norm = sqrt(*grad_sumsq) is larger (torch's
  * clip_grad_norm_); clip <= 0 or grad_sumsq NULL: no scaling. Nothing is changed where *grad_sumsq
- * is not finite: the host, which learns of it later, finds the weights as they were. */
+ * is not finite: the host, which learns of it later, finds the weights as they were.
+ * BF16: the update is worked out in float32, and w, m, v are rounded at random (docs/math.md,
+ * "Stochastic rounding") by numbers that depend on seed, tensor, element and step alone. The cpu
+ * and cuda backends give the same bits from the same bits. */
 struct mt_adamw_args {
   const struct mt_adamw_segment *segments; /* host array */
   int segment_count;
@@ -378,6 +383,7 @@ struct mt_adamw_args {
   int64_t step; /* from 1 */
   double clip;
   const double *grad_sumsq; /* [1] device */
+  uint64_t seed;            /* of the rounding of BF16 */
 };
 
 struct mt_ops {

@@ -34,3 +34,7 @@ size_t mt_arena_mark(const struct mt_arena *a) {
 void mt_arena_reset(struct mt_arena *a, size_t mark) {
   if (mark <= a->used_bytes) a->used_bytes = mark;
 }
+
+void mt_arena_reach(struct mt_arena *a, size_t mark) {
+  if (mark > a->used_bytes && mark <= a->peak_bytes) a->used_bytes = mark;
+}

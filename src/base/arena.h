@@ -38,4 +38,9 @@ mt_err mt_arena_alloc(struct mt_arena *a, size_t size_bytes, void **out);
 size_t mt_arena_mark(const struct mt_arena *a);
 void mt_arena_reset(struct mt_arena *a, size_t mark);
 
+/* Alternatives, sets of buffers that never live at one time, are laid over each other: each is
+ * taken from one mark, with a reset between them. Reaching the farthest of their ends (marks) then
+ * keeps the memory of all of them. */
+void mt_arena_reach(struct mt_arena *a, size_t mark);
+
 #endif

@@ -48,6 +48,7 @@ static const struct mt_option rows[] = {
      .max = 1048576,
      .help = "Length of every sample."},
     MT_ROWS_DEVICE(S),
+    MT_ROW_OPTIM_STATE(S),
     MT_ROW_EXPERTS(S, .initial = "grouped"),
     MT_ROW_BLOCKS(S, .initial = "fused"),
     {.flag = "ops",

@@ -34,12 +34,20 @@ extern const struct mt_command mt_command_train, mt_command_eval, mt_command_gen
        .unit = "RECIPE",                                                                           \
        .choices = "fp32|bf16",                                                                     \
        .initial_note = "bf16 on a GPU, fp32 on the CPU",                                           \
-       .help = "Format of weights and activations. In both, sums, master weights and the "         \
-               "optimizer's state are float32."},                                                  \
+       .help = "Format of weights and activations. In both, sums are float32, and so are master "  \
+               "weights and the optimizer's state unless --optim-state says otherwise."},          \
   {                                                                                                \
     .flag = "threads", .type = MT_OPT_INT, .offset = offsetof(S, device.threads),                  \
     .unit = "THREADS", .initial = "0", .initial_note = "0 (one a core)", .min = 0, .max = 1024,    \
     .help = "Threads of the CPU backend.",                                                         \
+  }
+#define MT_ROW_OPTIM_STATE(S)                                                                      \
+  {                                                                                                \
+    .flag = "optim-state", .type = MT_OPT_NAME, .offset = offsetof(S, device.optim_state),         \
+    .unit = "FORMAT", .choices = "fp32|bf16", .initial = "fp32",                                   \
+    .help = "Format of the optimizer's moments and master weights. bf16, with --precision bf16 "   \
+            "alone: moments and gradients in bf16 and no master weights, 8 bytes a parameter "     \
+            "instead of 18; what is kept is rounded at random, so that small updates count.",      \
   }
 #define MT_ROW_BATCH_SIZE(S, value)                                                                \
   {                                                                                                \

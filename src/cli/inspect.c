@@ -28,6 +28,7 @@ static const struct mt_option rows[] = {
      .help = "Samples packed into one micro-batch of a rank."},
     MT_ROW_MAX_SEQ_LENGTH(S, "512"),
     MT_ROWS_DEVICE(S),
+    MT_ROW_OPTIM_STATE(S),
     MT_ROW_EXPERTS(S, .initial = "grouped"),
     MT_ROW_BLOCKS(S, .initial = "fused"),
     MT_ROW_FREEZE(S),

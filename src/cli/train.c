@@ -157,6 +157,7 @@ static const struct mt_option rows[] = {
     MT_ROW_EXPERTS(S, .initial_note = "by --improvement"),
     MT_ROW_BLOCKS(S, .initial_note = "by --improvement"),
     MT_ROWS_DEVICE(S),
+    MT_ROW_OPTIM_STATE(S),
     {.flag = "ep-size",
      .type = MT_OPT_INT,
      .offset = AT(ep_size),

@@ -3,18 +3,26 @@
 #include <stdlib.h>
 
 struct mt_limits mt_acts_limits(const struct mt_config *c, const struct mt_recipe *recipe,
-                                int64_t token_capacity) {
-  return (struct mt_limits){.tokens = token_capacity,
-                            .rows = token_capacity * c->top_k,
-                            .hidden = c->hidden,
-                            .ffn = c->ffn,
-                            .experts = c->experts,
-                            .top_k = c->top_k,
-                            .vocab = c->vocab,
-                            .heads = c->heads,
-                            .kv_heads = c->kv_heads,
-                            .head_dim = c->head_dim,
-                            .act = recipe->act};
+                                int64_t token_capacity, enum mt_room room) {
+  struct mt_limits l = {.tokens = token_capacity,
+                        .rows = token_capacity * c->top_k,
+                        .hidden = c->hidden,
+                        .ffn = c->ffn,
+                        .experts = c->experts,
+                        .top_k = c->top_k,
+                        .vocab = c->vocab,
+                        .heads = c->heads,
+                        .kv_heads = c->kv_heads,
+                        .head_dim = c->head_dim,
+                        .act = recipe->act};
+  /* What does not run there is made as small as can be. */
+  if (room != MT_ROOM_ENDS) l.vocab = 1;
+  if (room == MT_ROOM_ATTENTION) {
+    l.rows = l.tokens;
+    l.experts = l.top_k = l.ffn = 1;
+  }
+  if (room == MT_ROOM_MOE) l.heads = l.kv_heads = 1;
+  return l;
 }
 
 static mt_err take(struct mt_arena *arena, struct mt_tensor *t, struct mt_tensor shape) {
@@ -29,29 +37,17 @@ static mt_err take_ints(struct mt_arena *arena, int32_t **p, int64_t count) {
   return MT_OK;
 }
 
-static mt_err layer_layout(struct mt_layer_acts *l, const struct mt_config *c,
-                           const struct mt_recipe *recipe, const struct mt_acts_options *o,
-                           struct mt_arena *arena) {
-  enum mt_dtype act = recipe->act, stat = recipe->stat;
-  int64_t t = o->token_capacity, h = c->hidden, e = c->experts, k = c->top_k, r = t * k;
-  int64_t q = (int64_t)c->heads * c->head_dim, kv = (int64_t)c->kv_heads * c->head_dim;
-  MT_TRY(take(arena, &l->s1, mt_mat(NULL, act, t, h)));
-  MT_TRY(take(arena, &l->xn1, mt_mat(NULL, act, t, h)));
-  MT_TRY(take(arena, &l->rstd1, mt_vec(NULL, stat, t)));
-  MT_TRY(take(arena, &l->qkv, mt_mat(NULL, act, t, q + 2 * kv)));
-  MT_TRY(take(arena, &l->att, mt_mat(NULL, act, t, q)));
-  MT_TRY(take(arena, &l->lse, mt_mat(NULL, stat, t, c->heads)));
-  MT_TRY(take(arena, &l->s2, mt_mat(NULL, act, t, h)));
-  MT_TRY(take(arena, &l->xn2, mt_mat(NULL, act, t, h)));
-  MT_TRY(take(arena, &l->rstd2, mt_vec(NULL, stat, t)));
-  MT_TRY(take(arena, &l->logits, mt_mat(NULL, stat, t, e)));
-  MT_TRY(take(arena, &l->prob, mt_mat(NULL, stat, t, k)));
-  MT_TRY(take(arena, &l->xs, mt_mat(NULL, act, r, h)));
-  MT_TRY(take(arena, &l->gate_up, mt_mat(NULL, act, r, 2 * (int64_t)c->ffn)));
-  if (o->keep_outputs)
-    MT_TRY(take(arena, &l->ys, mt_mat(NULL, act, r, h)));
-  else
-    MT_TRY(take(arena, &l->row_prob, mt_vec(NULL, stat, r)));
+/* What a layer keeps in every mode of training. */
+static mt_err take_stream(struct mt_layer_acts *l, const struct mt_config *c,
+                          const struct mt_recipe *recipe, const struct mt_acts_options *o,
+                          struct mt_arena *arena) {
+  int64_t t = o->token_capacity, e = c->experts, k = c->top_k, r = t * k;
+  MT_TRY(take(arena, &l->s1, mt_mat(NULL, recipe->act, t, c->hidden)));
+  MT_TRY(take(arena, &l->rstd1, mt_vec(NULL, recipe->stat, t)));
+  MT_TRY(take(arena, &l->rstd2, mt_vec(NULL, recipe->stat, t)));
+  MT_TRY(take(arena, &l->logits, mt_mat(NULL, recipe->stat, t, e)));
+  MT_TRY(take(arena, &l->prob, mt_mat(NULL, recipe->stat, t, k)));
+  if (!o->weigh_outputs) MT_TRY(take(arena, &l->row_prob, mt_vec(NULL, recipe->stat, r)));
   MT_TRY(take_ints(arena, &l->route.index, r));
   MT_TRY(take_ints(arena, &l->route.offsets, e + 1));
   MT_TRY(take_ints(arena, &l->route.row_source, r));
@@ -61,69 +57,139 @@ static mt_err layer_layout(struct mt_layer_acts *l, const struct mt_config *c,
   return MT_OK;
 }
 
-static mt_err scratch_layout(struct mt_acts *a, const struct mt_config *c,
-                             const struct mt_recipe *recipe, struct mt_arena *arena) {
-  enum mt_dtype act = recipe->act, stat = recipe->stat;
-  int64_t t = a->options.token_capacity;
+static mt_err take_attention(struct mt_layer_acts *l, const struct mt_config *c,
+                             const struct mt_recipe *recipe, const struct mt_acts_options *o,
+                             struct mt_arena *arena) {
+  int64_t t = o->token_capacity;
   int64_t q = (int64_t)c->heads * c->head_dim, kv = (int64_t)c->kv_heads * c->head_dim;
-  MT_TRY(take(arena, &a->branch, mt_mat(NULL, act, t, c->hidden)));
-  MT_TRY(take(arena, &a->h, mt_mat(NULL, act, t * c->top_k, c->ffn)));
-  if (!a->options.keep_outputs) {
-    struct mt_tensor ys;
-    MT_TRY(take(arena, &ys, mt_mat(NULL, act, t * c->top_k, c->hidden)));
-    for (int l = 0; l < a->layer_count; l++) a->layer[l].ys = ys;
-  }
-  MT_TRY(take(arena, &a->logit_rows, mt_mat(NULL, act, MT_LOGIT_ROWS, c->vocab)));
-  if (!a->options.training) return MT_OK;
-  MT_TRY(take(arena, &a->ds, mt_mat(NULL, act, t, c->hidden)));
-  MT_TRY(take(arena, &a->datt, mt_mat(NULL, act, t, q)));
-  MT_TRY(take(arena, &a->dqkv, mt_mat(NULL, act, t, q + 2 * kv)));
-  MT_TRY(take(arena, &a->dprob, mt_mat(NULL, stat, t, c->top_k)));
-  if (!a->options.keep_outputs)
-    MT_TRY(take(arena, &a->drow_prob, mt_vec(NULL, stat, t * c->top_k)));
-  return take(arena, &a->dlogits, mt_mat(NULL, stat, t, c->experts));
+  MT_TRY(take(arena, &l->qkv, mt_mat(NULL, recipe->act, t, q + 2 * kv)));
+  MT_TRY(take(arena, &l->att, mt_mat(NULL, recipe->act, t, q)));
+  MT_TRY(take(arena, &l->lse, mt_mat(NULL, recipe->stat, t, c->heads)));
+  return take(arena, &l->s2, mt_mat(NULL, recipe->act, t, c->hidden));
 }
 
-mt_err mt_acts_layout(struct mt_acts *a, const struct mt_config *c, const struct mt_recipe *recipe,
-                      const struct mt_backend *be, const struct mt_acts_options *options,
-                      struct mt_arena *arena) {
-  int64_t t = options->token_capacity, e = c->experts;
-  struct mt_tensor sums;
-  enum mt_dtype act = recipe->act, stat = recipe->stat;
-  *a = (struct mt_acts){.options = *options, .layer_count = c->layers};
-  a->layer = calloc((size_t)c->layers, sizeof *a->layer);
-  if (!a->layer) return mt_fail(MT_ENOMEM, "activation table of %d layers", c->layers);
+static mt_err take_mlp(struct mt_layer_acts *l, const struct mt_config *c,
+                       const struct mt_recipe *recipe, const struct mt_acts_options *o,
+                       struct mt_arena *arena) {
+  int64_t r = o->token_capacity * c->top_k;
+  MT_TRY(take(arena, &l->gate_up, mt_mat(NULL, recipe->act, r, 2 * (int64_t)c->ffn)));
+  if (!o->weigh_outputs || !o->keep_mlp) return MT_OK;
+  return take(arena, &l->ys, mt_mat(NULL, recipe->act, r, c->hidden));
+}
+
+/* A layer's buffers; what is not kept is that of layer 0. */
+static mt_err layer_layout(struct mt_acts *a, int layer, const struct mt_config *c,
+                           const struct mt_recipe *recipe, struct mt_arena *arena) {
+  const struct mt_acts_options *o = &a->options;
+  struct mt_layer_acts *l = &a->layer[layer];
+  *l = a->layer[0];
+  if (o->training || layer == 0) MT_TRY(take_stream(l, c, recipe, o, arena));
+  if (o->keep_attention || layer == 0) MT_TRY(take_attention(l, c, recipe, o, arena));
+  if (o->keep_mlp || layer == 0) MT_TRY(take_mlp(l, c, recipe, o, arena));
+  l->load = a->loads ? a->loads + layer * c->experts : NULL;
+  return MT_OK;
+}
+
+static mt_err batch_layout(struct mt_acts *a, const struct mt_config *c,
+                           const struct mt_recipe *recipe, struct mt_arena *arena) {
+  int64_t t = a->options.token_capacity, e = c->experts;
+  enum mt_dtype stat = recipe->stat;
   MT_TRY(take_ints(arena, &a->ids, t));
   MT_TRY(take_ints(arena, &a->positions, t));
   MT_TRY(take_ints(arena, &a->labels, t));
-  MT_TRY(take_ints(arena, &a->cu_seqlens, options->sequence_capacity + 1));
+  MT_TRY(take_ints(arena, &a->cu_seqlens, a->options.sequence_capacity + 1));
   MT_TRY(take_ints(arena, &a->valid_count, 1));
   MT_TRY(take(arena, &a->cos, mt_mat(NULL, stat, t, c->head_dim / 2)));
   MT_TRY(take(arena, &a->sin, mt_mat(NULL, stat, t, c->head_dim / 2)));
+  struct mt_tensor sums;
   MT_TRY(take(arena, &sums, mt_vec(NULL, MT_F64, 3)));
   a->sums = sums.data;
   MT_TRY(take_ints(arena, &a->loads, c->layers * e));
   MT_TRY(take_ints(arena, &a->load_sums, c->layers * e));
-  for (int l = 0; l < c->layers; l++) {
-    if (options->training || l == 0)
-      MT_TRY(layer_layout(&a->layer[l], c, recipe, options, arena));
-    else
-      a->layer[l] = a->layer[0];
-    a->layer[l].load = a->loads ? a->loads + l * e : NULL;
-  }
-  MT_TRY(take(arena, &a->sf, mt_mat(NULL, act, t, c->hidden)));
-  MT_TRY(take(arena, &a->xf, mt_mat(NULL, act, t, c->hidden)));
-  MT_TRY(take(arena, &a->rstdf, mt_vec(NULL, stat, t)));
   MT_TRY(take(arena, &a->aux_prob, mt_vec(NULL, stat, e)));
   MT_TRY(take(arena, &a->aux_loss, mt_vec(NULL, stat, 1)));
   MT_TRY(take(arena, &a->aux_grad, mt_vec(NULL, stat, e)));
   MT_TRY(take_ints(arena, &a->aux_count, e));
   MT_TRY(take(arena, &a->loss, mt_vec(NULL, stat, t)));
-  MT_TRY(take_ints(arena, &a->correct, t));
-  MT_TRY(scratch_layout(a, c, recipe, arena));
-  struct mt_limits limits = mt_acts_limits(c, recipe, t);
-  a->workspace_size_bytes = be->workspace_bytes(be, &limits);
-  return mt_arena_alloc(arena, a->workspace_size_bytes, &a->workspace);
+  return take_ints(arena, &a->correct, t);
+}
+
+static mt_err attention_layout(struct mt_acts *a, const struct mt_config *c,
+                               const struct mt_recipe *recipe, struct mt_arena *arena) {
+  int64_t t = a->options.token_capacity;
+  int64_t q = (int64_t)c->heads * c->head_dim, kv = (int64_t)c->kv_heads * c->head_dim;
+  if (!a->options.training) return MT_OK;
+  MT_TRY(take(arena, &a->datt, mt_mat(NULL, recipe->act, t, q)));
+  return take(arena, &a->dqkv, mt_mat(NULL, recipe->act, t, q + 2 * kv));
+}
+
+static mt_err moe_layout(struct mt_acts *a, const struct mt_config *c,
+                         const struct mt_recipe *recipe, struct mt_arena *arena) {
+  const struct mt_acts_options *o = &a->options;
+  int64_t t = o->token_capacity, r = t * c->top_k;
+  MT_TRY(take(arena, &a->h, mt_mat(NULL, recipe->act, r, c->ffn)));
+  if (!o->weigh_outputs || !o->keep_mlp) {
+    struct mt_tensor ys;
+    MT_TRY(take(arena, &ys, mt_mat(NULL, recipe->act, r, c->hidden)));
+    for (int l = 0; l < a->layer_count; l++) a->layer[l].ys = ys;
+  }
+  if (!o->training) return MT_OK;
+  MT_TRY(take(arena, &a->dprob, mt_mat(NULL, recipe->stat, t, c->top_k)));
+  if (!o->weigh_outputs) MT_TRY(take(arena, &a->drow_prob, mt_vec(NULL, recipe->stat, r)));
+  return take(arena, &a->dlogits, mt_mat(NULL, recipe->stat, t, c->experts));
+}
+
+static mt_err ends_layout(struct mt_acts *a, const struct mt_config *c,
+                          const struct mt_recipe *recipe, struct mt_arena *arena) {
+  int64_t t = a->options.token_capacity;
+  MT_TRY(take(arena, &a->sf, mt_mat(NULL, recipe->act, t, c->hidden)));
+  MT_TRY(take(arena, &a->xf, mt_mat(NULL, recipe->act, t, c->hidden)));
+  MT_TRY(take(arena, &a->rstdf, mt_vec(NULL, recipe->stat, t)));
+  return take(arena, &a->logit_rows, mt_mat(NULL, recipe->act, MT_LOGIT_ROWS, c->vocab));
+}
+
+/* The rooms, one over the other. */
+static mt_err rooms_layout(struct mt_acts *a, const struct mt_config *c,
+                           const struct mt_recipe *recipe, const struct mt_backend *be,
+                           struct mt_arena *arena) {
+  static mt_err (*const layout[MT_ROOM_COUNT])(struct mt_acts *, const struct mt_config *,
+                                               const struct mt_recipe *, struct mt_arena *) = {
+      [MT_ROOM_ATTENTION] = attention_layout,
+      [MT_ROOM_MOE] = moe_layout,
+      [MT_ROOM_ENDS] = ends_layout};
+  size_t begin = mt_arena_mark(arena), end = begin;
+  for (int room = 0; room < MT_ROOM_COUNT; room++) {
+    struct mt_limits limits =
+        mt_acts_limits(c, recipe, a->options.token_capacity, (enum mt_room)room);
+    size_t bytes = be->workspace_bytes(be, &limits);
+    mt_arena_reset(arena, begin);
+    MT_TRY(layout[room](a, c, recipe, arena));
+    MT_TRY(mt_arena_alloc(arena, bytes, &a->workspace[room].data));
+    a->workspace[room].size_bytes = bytes;
+    if (mt_arena_mark(arena) > end) end = mt_arena_mark(arena);
+  }
+  mt_arena_reach(arena, end);
+  return MT_OK;
+}
+
+mt_err mt_acts_layout(struct mt_acts *a, const struct mt_config *c, const struct mt_recipe *recipe,
+                      const struct mt_backend *be, const struct mt_acts_options *options,
+                      struct mt_arena *arena) {
+  struct mt_tensor stream = mt_mat(NULL, recipe->act, options->token_capacity, c->hidden);
+  *a = (struct mt_acts){.options = *options, .layer_count = c->layers};
+  a->layer = calloc((size_t)c->layers, sizeof *a->layer);
+  if (!a->layer) return mt_fail(MT_ENOMEM, "activation table of %d layers", c->layers);
+  MT_TRY(batch_layout(a, c, recipe, arena));
+  for (int l = 0; l < c->layers; l++) MT_TRY(layer_layout(a, l, c, recipe, arena));
+  MT_TRY(take(arena, &a->branch, stream));
+  MT_TRY(take(arena, &a->xn, stream));
+  if (options->training) MT_TRY(take(arena, &a->ds, stream));
+  return rooms_layout(a, c, recipe, be, arena);
+}
+
+void mt_acts_enter(const struct mt_acts *a, struct mt_backend *be, enum mt_room room) {
+  be->workspace = a->workspace[room].data;
+  be->workspace_size_bytes = a->workspace[room].size_bytes;
 }
 
 void mt_acts_free(struct mt_acts *a) {

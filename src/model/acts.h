@@ -12,31 +12,39 @@
 
 enum { MT_LOGIT_ROWS = 8 };
 
+/* Parts of a pass that never run at one time: what one of them needs for itself, workspace
+ * included, lies over what the others do. ENDS is everything outside the layers, and what runs
+ * between passes. */
+enum mt_room { MT_ROOM_ATTENTION, MT_ROOM_MOE, MT_ROOM_ENDS, MT_ROOM_COUNT };
+
+/* What a layer keeps from forward to backward. The normalised inputs of both blocks and the
+ * dispatched tokens are not among it: backward makes them again, which is cheap. */
 struct mt_layer_acts {
-  struct mt_tensor s1;    /* act [T,H] residual stream at the attention's norm */
-  struct mt_tensor xn1;   /* act [T,H] normalised */
-  struct mt_tensor rstd1; /* stat [T] */
-  struct mt_tensor qkv;   /* act [T,G*(r+2)*D] after rope */
-  struct mt_tensor att;   /* act [T,G*r*D] */
-  struct mt_tensor lse;   /* stat [T,G*r] */
-  struct mt_tensor s2;    /* act [T,H] residual stream at the MoE's norm */
-  struct mt_tensor xn2, rstd2;
+  struct mt_tensor s1;     /* act [T,H] residual stream at the attention's norm */
+  struct mt_tensor rstd1;  /* stat [T] */
+  struct mt_tensor rstd2;  /* stat [T] */
   struct mt_tensor logits; /* stat [T,E] */
   struct mt_tensor prob;   /* stat [T,K] */
   struct mt_route route;
-  struct mt_tensor xs;      /* act [R,H] dispatched tokens */
-  struct mt_tensor gate_up; /* act [R,2F]; backward leaves its gradient here */
-  struct mt_tensor ys;      /* act [R,H] expert outputs; backward leaves dys, then dxs here. One for
-                               all layers where backward does not need them (keep_outputs) */
   struct mt_tensor row_prob; /* stat [R] routing probability of each row, without keep_outputs */
   int32_t *load;             /* [E], a row of mt_acts.loads */
+  struct mt_tensor qkv;      /* act [T,G*(r+2)*D] after rope */
+  struct mt_tensor att;      /* act [T,G*r*D] */
+  struct mt_tensor lse;      /* stat [T,G*r] */
+  struct mt_tensor s2;       /* act [T,H] residual stream at the MoE's norm */
+  struct mt_tensor gate_up;  /* act [R,2F]; backward leaves its gradient here */
+  /* act [R,H]: dispatched tokens, then expert outputs; in backward dys, the tokens again, dxs.
+   * Where backward needs no outputs of forward, one for all layers in the MoE's room. */
+  struct mt_tensor ys;
 };
 
 struct mt_acts_options {
   int64_t token_capacity, sequence_capacity;
-  bool training;     /* one set of layer buffers a layer; else all layers share one */
-  bool keep_outputs; /* experts' outputs are kept for backward, which weighs them by prob; else the
-                        probability enters before the down projection */
+  bool training;       /* layers keep something; else all layers share one set of buffers */
+  bool keep_attention; /* each layer keeps qkv, att, lse, s2; else all layers share them */
+  bool keep_mlp;       /* each layer keeps gate_up, and ys if outputs are weighed; else shared */
+  bool weigh_outputs;  /* backward needs the experts' outputs, which prob weighs; else the
+                          probability enters before the down projection */
 };
 
 struct mt_acts {
@@ -46,7 +54,6 @@ struct mt_acts {
   /* The batch on the device. */
   int32_t *ids, *positions, *labels, *cu_seqlens, *valid_count;
   struct mt_tensor cos, sin;                     /* stat [T,D/2] */
-  struct mt_tensor sf, xf, rstdf;                /* final norm */
   struct mt_tensor aux_prob, aux_loss, aux_grad; /* stat [E], [1], [E] */
   int32_t *aux_count;                            /* [E] */
   struct mt_tensor loss;                         /* stat [T] */
@@ -54,21 +61,28 @@ struct mt_acts {
   /* What the host reads of a step: see tally in backend/ops.h. */
   double *sums;               /* [3] */
   int32_t *loads, *load_sums; /* [layers,E] */
-  /* Scratch. */
+  /* Scratch of all rooms. */
   struct mt_tensor branch; /* act [T,H]: output of a block on its way to the residual stream */
   struct mt_tensor ds;     /* act [T,H]: gradient of the residual stream (training) */
-  struct mt_tensor h;      /* act [R,F]: SwiGLU's output; dh and h again in backward */
+  struct mt_tensor xn;     /* act [T,H]: normalised input of the block that runs */
+  /* Attention's. */
   struct mt_tensor datt, dqkv;
+  /* The MoE's. */
+  struct mt_tensor h; /* act [R,F]: SwiGLU's output; dh and h again in backward */
   struct mt_tensor dprob, dlogits;
-  struct mt_tensor drow_prob;  /* stat [R] */
-  struct mt_tensor logit_rows; /* act [few,V]: logits asked for by the host */
-  void *workspace;
-  size_t workspace_size_bytes;
+  struct mt_tensor drow_prob; /* stat [R] */
+  /* The ends': from the last layer's forward to its backward. */
+  struct mt_tensor sf, xf, rstdf; /* final norm */
+  struct mt_tensor logit_rows;    /* act [few,V]: logits asked for by the host */
+  struct {
+    void *data;
+    size_t size_bytes;
+  } workspace[MT_ROOM_COUNT];
 };
 
-/* What be's operations must be ready for. */
+/* What be's operations must be ready for in a room. */
 struct mt_limits mt_acts_limits(const struct mt_config *c, const struct mt_recipe *recipe,
-                                int64_t token_capacity);
+                                int64_t token_capacity, enum mt_room room);
 
 /* Takes everything from the arena (which may be a planning one: then all pointers stay NULL).
  * Errors: MT_ENOMEM. mt_acts_free releases the host array only. */
@@ -76,6 +90,9 @@ mt_err mt_acts_layout(struct mt_acts *a, const struct mt_config *c, const struct
                       const struct mt_backend *be, const struct mt_acts_options *options,
                       struct mt_arena *arena);
 void mt_acts_free(struct mt_acts *a);
+
+/* Gives be the room's workspace. What other rooms hold is lost. */
+void mt_acts_enter(const struct mt_acts *a, struct mt_backend *be, enum mt_room room);
 
 /* Copies a batch to the device. Errors: MT_ESHAPE when it exceeds the capacities. */
 mt_err mt_acts_load(struct mt_acts *a, struct mt_backend *be, const struct mt_batch *batch);

@@ -84,7 +84,8 @@ mt_err mt_attention_project(struct mt_model *m, int layer, int64_t tokens) {
   struct mt_tensor none = {0};
   struct mt_tensor stream = layer ? mt_top(m->acts.layer[layer - 1].s2, tokens) : none;
   struct mt_tensor branch = layer ? mt_top(m->acts.branch, tokens) : none;
-  struct mt_tensor xn = mt_top(l->xn1, tokens), qkv = mt_top(l->qkv, tokens);
+  struct mt_tensor xn = mt_top(m->acts.xn, tokens), qkv = mt_top(l->qkv, tokens);
+  mt_acts_enter(&m->acts, m->be, MT_ROOM_ATTENTION);
   MT_TRY(mt_norm_forward(m, stream, branch, mt_params_find(&m->params, MT_PARAM_ATTN_NORM, layer),
                          mt_top(l->s1, tokens), xn, mt_top(l->rstd1, tokens)));
   struct mt_tensor w = mt_params_find(&m->params, MT_PARAM_QKV, layer)->compute;
@@ -116,8 +117,10 @@ mt_err mt_attention_backward(struct mt_model *m, int layer, const struct mt_view
   struct mt_param *norm = mt_params_find(&m->params, MT_PARAM_ATTN_NORM, layer);
   int64_t t = v->tokens;
   struct mt_tensor ds = mt_top(m->acts.ds, t), datt = mt_top(m->acts.datt, t),
-                   dqkv = mt_top(m->acts.dqkv, t), dxn = mt_top(m->acts.branch, t);
+                   dqkv = mt_top(m->acts.dqkv, t), dxn = mt_top(m->acts.branch, t),
+                   xn = mt_top(m->acts.xn, t), none = {0};
 
+  mt_acts_enter(&m->acts, m->be, MT_ROOM_ATTENTION);
   MT_TRY(mt_linear_wgrad(m->be, ds, mt_top(l->att, t), out->grad, NULL, v->accumulate));
   mt_grad_ready(m, out);
   MT_TRY(mt_linear_dgrad(m->be, ds, out->compute, datt, NULL));
@@ -128,7 +131,10 @@ mt_err mt_attention_backward(struct mt_model *m, int layer, const struct mt_view
   struct mt_rope_args rope = rope_args(m, dqkv, 1);
   MT_TRY(m->be->ops.rope(m->be, &rope));
 
-  MT_TRY(mt_linear_wgrad(m->be, dqkv, mt_top(l->xn1, t), proj->grad, NULL, v->accumulate));
+  if (proj->grad.data) { /* the block's normalised input, once more */
+    MT_TRY(mt_norm_forward(m, none, none, norm, mt_top(l->s1, t), xn, mt_top(l->rstd1, t)));
+  }
+  MT_TRY(mt_linear_wgrad(m->be, dqkv, xn, proj->grad, NULL, v->accumulate));
   mt_grad_ready(m, proj);
   MT_TRY(mt_linear_dgrad(m->be, dqkv, proj->compute, dxn, NULL));
   return mt_norm_backward(m, dxn, mt_top(l->s1, t), norm, mt_top(l->rstd1, t), ds, 0,

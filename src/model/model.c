@@ -24,17 +24,16 @@ static mt_err take(struct mt_arena *arena, const struct mt_param *p, enum mt_dty
 
 static mt_err place_one(struct mt_model *m, struct mt_param *p) {
   const struct mt_recipe *recipe = m->recipe;
-  enum mt_dtype wide = recipe->grad;
   MT_TRY(take(&m->parameters, p, recipe->act, &p->compute));
   p->master = p->grad = p->m = p->v = (struct mt_tensor){0};
   if (!m->options.training || !p->learns) return MT_OK;
-  if (recipe->act == wide)
+  if (recipe->act == recipe->state)
     p->master = p->compute;
   else
-    MT_TRY(take(&m->parameters, p, wide, &p->master));
-  MT_TRY(take(&m->gradients, p, wide, &p->grad));
-  MT_TRY(take(&m->optimizer, p, wide, &p->m));
-  return take(&m->optimizer, p, wide, &p->v);
+    MT_TRY(take(&m->parameters, p, recipe->state, &p->master));
+  MT_TRY(take(&m->gradients, p, recipe->grad, &p->grad));
+  MT_TRY(take(&m->optimizer, p, recipe->state, &p->m));
+  return take(&m->optimizer, p, recipe->state, &p->v);
 }
 
 /* Everything that lies in arenas, in an order that keeps each sync class together. */
@@ -47,7 +46,9 @@ static mt_err place(struct mt_model *m) {
   struct mt_acts_options a = {.token_capacity = m->options.token_capacity,
                               .sequence_capacity = m->options.sequence_capacity,
                               .training = m->options.training,
-                              .keep_outputs = m->options.experts == MT_EXPERTS_LOOP};
+                              .keep_attention = m->options.training,
+                              .keep_mlp = m->options.training,
+                              .weigh_outputs = m->options.experts == MT_EXPERTS_LOOP};
   return mt_acts_layout(&m->acts, &m->config, m->recipe, m->be, &a, &m->activations);
 }
 

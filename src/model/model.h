@@ -106,7 +106,8 @@ mt_err mt_model_train_pass(struct mt_model *m, const struct mt_pass *pass, struc
 mt_err mt_model_train_pass_later(struct mt_model *m, const struct mt_pass *pass);
 mt_err mt_model_eval_pass(struct mt_model *m, const struct mt_batch *batch, struct mt_loss *loss);
 
-/* Logits of rows [begin, begin+count) of the last forward's tokens: out (=) host [count, V] F32.
+/* Logits of rows [begin, begin+count) of the tokens of the last eval pass or decoding (a backward
+ * overwrites them): out (=) host [count, V] F32.
  * For inspection and tests; copies through the activation scratch, a few rows at a time. */
 mt_err mt_model_logits(struct mt_model *m, int64_t begin, int64_t count, float *out);
 

@@ -20,8 +20,8 @@ struct moe {
   const struct mt_view *v;
   struct mt_param *norm, *router, *gate_up, *down;
   struct mt_route route;
-  struct mt_tensor xn, y, prob, xs, gu, ys, h;
-  struct mt_tensor row_prob, drow_prob; /* NULL data: prob weighs the outputs instead */
+  struct mt_tensor xn, y, prob, gu, ys, h; /* ys: also what is dispatched, as acts.h says */
+  struct mt_tensor row_prob, drow_prob;    /* NULL data: prob weighs the outputs instead */
 };
 
 static struct moe moe_open(struct mt_model *m, int layer, const struct mt_view *v) {
@@ -36,10 +36,9 @@ static struct moe moe_open(struct mt_model *m, int layer, const struct mt_view *
                   .gate_up = mt_params_find(&m->params, MT_PARAM_GATE_UP, layer),
                   .down = mt_params_find(&m->params, MT_PARAM_DOWN, layer),
                   .route = l->route,
-                  .xn = mt_top(l->xn2, t),
+                  .xn = mt_top(m->acts.xn, t),
                   .y = mt_top(m->acts.branch, t),
                   .prob = mt_top(l->prob, t),
-                  .xs = mt_top(l->xs, r),
                   .gu = mt_top(l->gate_up, r),
                   .ys = mt_top(l->ys, r),
                   .h = mt_top(m->acts.h, r),
@@ -58,12 +57,24 @@ static mt_err read_offsets(struct moe *o) {
   return o->be->download(o->be, o->m->host_route, o->route.offsets, bytes);
 }
 
-/* gate_up, SwiGLU, down on rows [begin, begin+rows), dense for one expert or grouped over all. */
+/* ys (=) the tokens of rows [begin, begin+rows), of one expert or (offsets) of all. */
+static mt_err gather(struct moe *o, int64_t begin, int64_t rows, const int32_t *offsets) {
+  struct mt_exchange *x = &o->m->exchange;
+  if (offsets) return x->dispatch(x, o->be, &o->route, &o->xn, &o->ys);
+  return o->be->ops.dispatch_fwd(
+      o->be, &(struct mt_dispatch_fwd_args){.x = o->xn,
+                                            .row_source = o->route.row_source + begin,
+                                            .top_k = o->route.top_k,
+                                            .xs = mt_rows(&o->ys, begin, rows)});
+}
+
+/* gate_up, SwiGLU, down on rows [begin, begin+rows) of ys, dense for one expert or grouped over
+ * all. */
 static mt_err mlp_forward(struct moe *o, struct mt_tensor w1, struct mt_tensor w2, int64_t begin,
                           int64_t rows, const int32_t *offsets) {
-  struct mt_tensor xs = mt_rows(&o->xs, begin, rows), gu = mt_rows(&o->gu, begin, rows),
-                   h = mt_rows(&o->h, begin, rows), ys = mt_rows(&o->ys, begin, rows);
-  MT_TRY(mt_linear_forward(o->be, xs, w1, gu, offsets));
+  struct mt_tensor gu = mt_rows(&o->gu, begin, rows), h = mt_rows(&o->h, begin, rows),
+                   ys = mt_rows(&o->ys, begin, rows);
+  MT_TRY(mt_linear_forward(o->be, ys, w1, gu, offsets));
   MT_TRY(o->be->ops.swiglu_fwd(
       o->be,
       &(struct mt_swiglu_fwd_args){.gate_up = gu,
@@ -73,12 +84,12 @@ static mt_err mlp_forward(struct moe *o, struct mt_tensor w1, struct mt_tensor w
   return mt_linear_forward(o->be, h, w2, ys, offsets);
 }
 
-/* In: ys holds dys. Out: ys holds dxs, gate_up its gradient. */
+/* In: ys holds dys. Out: ys holds dxs, gate_up its gradient. Between, ys holds the tokens again. */
 static mt_err mlp_backward(struct moe *o, struct mt_tensor w1, struct mt_tensor w2,
                            struct mt_tensor dw1, struct mt_tensor dw2, int64_t begin, int64_t rows,
                            const int32_t *offsets) {
-  struct mt_tensor xs = mt_rows(&o->xs, begin, rows), gu = mt_rows(&o->gu, begin, rows),
-                   h = mt_rows(&o->h, begin, rows), ys = mt_rows(&o->ys, begin, rows);
+  struct mt_tensor gu = mt_rows(&o->gu, begin, rows), h = mt_rows(&o->h, begin, rows),
+                   ys = mt_rows(&o->ys, begin, rows);
   MT_TRY(mt_linear_dgrad(o->be, ys, w2, h, offsets));
   MT_TRY(o->be->ops.swiglu_bwd(
       o->be,
@@ -90,7 +101,8 @@ static mt_err mlp_backward(struct moe *o, struct mt_tensor w1, struct mt_tensor 
                                    .h = h,
                                    .drow_prob = o->drow_prob}));
   MT_TRY(mt_linear_wgrad(o->be, ys, h, dw2, offsets, o->v->accumulate));
-  MT_TRY(mt_linear_wgrad(o->be, gu, xs, dw1, offsets, o->v->accumulate));
+  if (dw1.data) MT_TRY(gather(o, begin, rows, offsets)); /* dys has served */
+  MT_TRY(mt_linear_wgrad(o->be, gu, ys, dw1, offsets, o->v->accumulate));
   return mt_linear_dgrad(o->be, gu, w1, ys, offsets);
 }
 
@@ -100,13 +112,7 @@ static mt_err loop_forward(struct moe *o) {
   for (int e = 0; e < o->route.expert_count; e++) {
     int64_t begin = o->m->host_route[e], rows = o->m->host_route[e + 1] - begin;
     if (rows == 0) continue;
-    if (scattered(o)) {
-      MT_TRY(o->be->ops.dispatch_fwd(
-          o->be, &(struct mt_dispatch_fwd_args){.x = o->xn,
-                                                .row_source = o->route.row_source + begin,
-                                                .top_k = o->route.top_k,
-                                                .xs = mt_rows(&o->xs, begin, rows)}));
-    }
+    if (scattered(o)) MT_TRY(gather(o, begin, rows, NULL));
     MT_TRY(mlp_forward(o, mt_slice(&o->gate_up->compute, e), mt_slice(&o->down->compute, e), begin,
                        rows, NULL));
     if (scattered(o)) {
@@ -168,6 +174,7 @@ static mt_err loop_backward(struct moe *o, struct mt_tensor dy, struct mt_tensor
 mt_err mt_moe_forward(struct mt_model *m, int layer, const struct mt_view *v) {
   struct moe o = moe_open(m, layer, v);
   int64_t t = v->tokens;
+  mt_acts_enter(&m->acts, m->be, MT_ROOM_MOE);
   MT_TRY(mt_norm_forward(m, mt_top(o.l->s1, t), mt_top(m->acts.branch, t), o.norm,
                          mt_top(o.l->s2, t), o.xn, mt_top(o.l->rstd2, t)));
   MT_TRY(o.be->ops.router_fwd(
@@ -183,13 +190,13 @@ mt_err mt_moe_forward(struct mt_model *m, int layer, const struct mt_view *v) {
                                          .load = o.l->load}));
   MT_TRY(m->exchange.plan(&m->exchange, o.be, &o.route));
   if (scattered(&o)) return loop_forward(&o);
-  MT_TRY(m->exchange.dispatch(&m->exchange, o.be, &o.route, &o.xn, &o.xs));
+  MT_TRY(m->exchange.dispatch(&m->exchange, o.be, &o.route, &o.xn, &o.ys));
   if (m->options.experts == MT_EXPERTS_LOOP) {
     MT_TRY(loop_forward(&o));
     return m->exchange.combine(&m->exchange, o.be, &o.route, &o.ys, &o.prob, &o.y);
   }
   MT_TRY(m->exchange.dispatch_prob(&m->exchange, o.be, &o.route, &o.prob, &o.row_prob));
-  MT_TRY(mlp_forward(&o, o.gate_up->compute, o.down->compute, 0, o.xs.dim[0], o.route.offsets));
+  MT_TRY(mlp_forward(&o, o.gate_up->compute, o.down->compute, 0, o.ys.dim[0], o.route.offsets));
   return m->exchange.combine(&m->exchange, o.be, &o.route, &o.ys, NULL, &o.y);
 }
 
@@ -197,14 +204,18 @@ static mt_err grouped_backward(struct moe *o, struct mt_tensor dy, struct mt_ten
   struct mt_exchange *x = &o->m->exchange;
   MT_TRY(x->combine_bwd(x, o->be, &o->route, &dy, NULL, &o->ys, NULL));
   MT_TRY(mlp_backward(o, o->gate_up->compute, o->down->compute, o->gate_up->grad, o->down->grad, 0,
-                      o->xs.dim[0], o->route.offsets));
+                      o->ys.dim[0], o->route.offsets));
   return x->dispatch_prob_bwd(x, o->be, &o->route, &o->drow_prob, &dprob);
 }
 
 mt_err mt_moe_backward(struct mt_model *m, int layer, const struct mt_view *v) {
   struct moe o = moe_open(m, layer, v);
   int64_t t = v->tokens;
-  struct mt_tensor ds = mt_top(m->acts.ds, t), dxn = o.y, dprob = mt_top(m->acts.dprob, t);
+  struct mt_tensor ds = mt_top(m->acts.ds, t), dxn = o.y, dprob = mt_top(m->acts.dprob, t),
+                   none = {0};
+  mt_acts_enter(&m->acts, m->be, MT_ROOM_MOE);
+  /* The block's normalised input, once more. */
+  MT_TRY(mt_norm_forward(m, none, none, o.norm, mt_top(o.l->s2, t), o.xn, mt_top(o.l->rstd2, t)));
   if (scattered(&o)) {
     MT_TRY(loop_backward(&o, ds, dprob, dxn));
   } else {

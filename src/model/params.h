@@ -42,8 +42,9 @@ struct mt_param {
   bool learns; /* false (frozen): no gradient, no state */
   /* The forms it has; data NULL where it has not. */
   struct mt_tensor compute; /* act format: what operations read */
-  struct mt_tensor master;  /* F32: the optimizer's copy; the same memory as compute where act is
-                               F32; absent when frozen or not training */
+  struct mt_tensor master;  /* the optimizer's copy, in the recipe's state format; the same memory
+                               as compute where the formats are; absent when frozen or not
+                               training */
   struct mt_tensor grad;    /* learns and training only */
   struct mt_tensor m, v;
 };

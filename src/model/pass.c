@@ -38,8 +38,7 @@ mt_err mt_stream_open(struct mt_model *m, const struct mt_view *v) {
   struct mt_acts *a = &m->acts;
   struct mt_backend *be = m->be;
   int64_t t = v->tokens;
-  be->workspace = a->workspace;
-  be->workspace_size_bytes = a->workspace_size_bytes;
+  mt_acts_enter(a, be, MT_ROOM_ENDS);
   MT_TRY(be->ops.rope_table(be, &(struct mt_rope_table_args){.positions = a->positions,
                                                              .inv_freq = m->inv_freq,
                                                              .cos = mt_top(a->cos, t),
@@ -57,6 +56,7 @@ mt_err mt_stream_open(struct mt_model *m, const struct mt_view *v) {
 mt_err mt_stream_close(struct mt_model *m, const struct mt_view *v) {
   struct mt_acts *a = &m->acts;
   int64_t t = v->tokens;
+  mt_acts_enter(a, m->be, MT_ROOM_ENDS);
   return mt_norm_forward(m, mt_top(a->layer[m->config.layers - 1].s2, t), mt_top(a->branch, t),
                          mt_params_find(&m->params, MT_PARAM_FINAL_NORM, -1), mt_top(a->sf, t),
                          mt_top(a->xf, t), mt_top(a->rstdf, t));
@@ -113,6 +113,7 @@ static mt_err backward(struct mt_model *m, const struct mt_view *v) {
     MT_TRY(mt_attention_backward(m, l, v));
     MT_TRY(mt_phase_mark(m, MT_PHASE_ATTENTION_BWD));
   }
+  mt_acts_enter(a, m->be, MT_ROOM_ENDS);
   struct mt_param *embed = mt_params_find(&m->params, MT_PARAM_EMBED, -1);
   if (embed->learns) {
     /* A tied head has written its share of this gradient already. */

@@ -1,16 +1,26 @@
 #include "quant/recipe.h"
 
 static const struct mt_recipe recipes[] = {
-    /* name, act, stat, grad, pad, op: 16 units of the last place for fp32 (sums of some hundred
-       products), one and a half for bf16 (each output is rounded once, inputs are the same). */
-    {"fp32", MT_F32, MT_F32, MT_F32, 8, 2e-6},
-    {"bf16", MT_BF16, MT_F32, MT_F32, 16, 6e-3},
-    {"fp64", MT_F64, MT_F64, MT_F64, 1, 1e-12},
+    /* name, precision, states, act, stat, grad, state, pad, op: 16 units of the last place for fp32
+       (sums of some hundred products), one and a half for bf16 (each output is rounded once, inputs
+       are the same), two where what is kept is rounded at random. */
+    {"fp32", "fp32", "fp32", MT_F32, MT_F32, MT_F32, MT_F32, 8, 2e-6},
+    {"bf16", "bf16", "fp32", MT_BF16, MT_F32, MT_F32, MT_F32, 16, 6e-3},
+    {"bf16-states", "bf16", "bf16", MT_BF16, MT_F32, MT_BF16, MT_BF16, 16, 8e-3},
+    {"fp64", "fp64", "fp32", MT_F64, MT_F64, MT_F64, MT_F64, 1, 1e-12},
 };
 
 const struct mt_recipe *mt_recipe_find(const char *name) {
   for (size_t i = 0; i < sizeof recipes / sizeof *recipes; i++) {
     if (strcmp(recipes[i].name, name) == 0) return &recipes[i];
+  }
+  return NULL;
+}
+
+const struct mt_recipe *mt_recipe_choose(const char *precision, const char *states) {
+  for (size_t i = 0; i < sizeof recipes / sizeof *recipes; i++) {
+    const struct mt_recipe *r = &recipes[i];
+    if (strcmp(r->precision, precision) == 0 && strcmp(r->states, states) == 0) return r;
   }
   return NULL;
 }

@@ -6,16 +6,21 @@
 #include "base/dtype.h"
 
 struct mt_recipe {
-  const char *name;
-  enum mt_dtype act;  /* activations and the weights that operations read */
-  enum mt_dtype stat; /* norms' statistics, router, losses */
-  enum mt_dtype grad; /* parameter gradients, master weights, optimizer state */
-  int pad_multiple;   /* a packed row is padded to this */
+  const char *name;      /* of the row */
+  const char *precision; /* the choices that select it: --precision and */
+  const char *states;    /* --optim-state */
+  enum mt_dtype act;     /* activations and the weights that operations read */
+  enum mt_dtype stat;    /* norms' statistics, router, losses */
+  enum mt_dtype grad;    /* parameter gradients */
+  enum mt_dtype state;   /* master weights (the weights themselves where this is act), moments */
+  int pad_multiple;      /* a packed row is padded to this */
   /* One operation against ref on the same rounded inputs: max|d| / max|ref|. */
   double op_tolerance;
 };
 
 /* NULL when there is none of this name. "fp64" runs on the reference alone. */
 const struct mt_recipe *mt_recipe_find(const char *name);
+/* NULL when there is no such precision, or not with these states. */
+const struct mt_recipe *mt_recipe_choose(const char *precision, const char *states);
 
 #endif

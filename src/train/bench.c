@@ -94,6 +94,13 @@ static mt_err copy_rate(struct yardstick *y, double *bytes_per_s) {
   return MT_OK;
 }
 
+/* count values in a format to elements [at, at + count) of a form. */
+static mt_err put_values(struct mt_backend *be, const struct mt_tensor *form, int64_t at,
+                         const void *values, size_t count) {
+  size_t item = mt_dtype_bytes(form->dtype);
+  return be->upload(be, (char *)form->data + (size_t)at * item, values, count * item);
+}
+
 /* Random weights in all forms; one random block again and again, since billions of random numbers
  * would take longer than what is measured. */
 static mt_err random_weights(struct mt_model *m, uint64_t seed) {
@@ -108,15 +115,12 @@ static mt_err random_weights(struct mt_model *m, uint64_t seed) {
     for (int64_t k = 0; k < BLOCK && k < n; k++) {
       values[k] = p->rank == 1 ? 1.0f : (float)((mt_rng_uniform(&rng) - 0.5) * 0.07);
     }
-    bool apart = p->compute.data != p->master.data;
-    size_t item = mt_dtype_bytes(p->compute.dtype);
-    if (apart) mt_dtype_convert(rounded, p->compute.dtype, values, MT_F32, BLOCK);
+    bool narrow = p->compute.dtype != MT_F32, wide = p->master.dtype == MT_F32;
+    if (narrow) mt_dtype_convert(rounded, p->compute.dtype, values, MT_F32, BLOCK);
     for (int64_t at = 0; !err && at < n; at += BLOCK) {
       size_t count = (size_t)(n - at < BLOCK ? n - at : BLOCK);
-      err = m->be->upload(m->be, (float *)p->master.data + at, values, count * sizeof *values);
-      if (err || !apart) continue;
-      err =
-          m->be->upload(m->be, (char *)p->compute.data + (size_t)at * item, rounded, count * item);
+      if (wide) err = put_values(m->be, &p->master, at, values, count);
+      if (!err && narrow) err = put_values(m->be, &p->compute, at, rounded, count);
     }
   }
   if (!err) err = m->be->sync(m->be);
@@ -268,7 +272,8 @@ mt_err mt_bench_run(const struct mt_bench_options *o) {
                                     .eps = 1e-8,
                                     .weight_decay = 0.1,
                                     .clip = 1.0,
-                                    .schedule = MT_SCHEDULE_CONSTANT};
+                                    .schedule = MT_SCHEDULE_CONSTANT,
+                                    .seed = o->seed};
   const struct mt_recipe *recipe;
   MT_TRY(mt_device_open(&o->device, &recipe, &be));
   MT_GO(random_model(&m, &be, recipe, o));

@@ -36,7 +36,8 @@ mt_err mt_optimizer_create(struct mt_optimizer *o, struct mt_model *m,
                                    .grad = flat(p->grad),
                                    .m = flat(p->m),
                                    .v = flat(p->v),
-                                   .decay = p->decay};
+                                   .decay = p->decay,
+                                   .tensor = (uint32_t)i};
     if (p->compute.data != p->master.data) s->compute = flat(p->compute);
     o->grads[o->segment_count++] = s->grad;
   }
@@ -77,7 +78,8 @@ mt_err mt_optimizer_update(struct mt_optimizer *o, double *lr) {
                                                    .weight_decay = o->options.weight_decay,
                                                    .step = o->step + 1,
                                                    .clip = o->options.clip,
-                                                   .grad_sumsq = o->grad_sumsq}));
+                                                   .grad_sumsq = o->grad_sumsq,
+                                                   .seed = o->options.seed}));
   o->step++;
   return MT_OK;
 }

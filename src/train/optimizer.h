@@ -11,6 +11,7 @@ struct mt_optimizer_options {
   double clip; /* global gradient norm; <= 0: none */
   enum mt_schedule schedule;
   int64_t warmup_steps, total_steps; /* total includes the warm-up */
+  uint64_t seed;                     /* of the rounding of bf16 states */
 };
 
 struct mt_optimizer {

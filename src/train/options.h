@@ -16,6 +16,7 @@ struct mt_device_options {
   const char *kernels;   /* of a GPU: "native", or "portable" (what every GPU from sm_80 on has) */
   const char *precision; /* name of a recipe; NULL: bf16 on a GPU, fp32 on the CPU */
   int threads;           /* of the CPU backend; 0: all cores */
+  const char *optim_state; /* of training: "fp32" or "bf16"; NULL: fp32 */
 };
 
 struct mt_string_list {

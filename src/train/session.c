@@ -17,7 +17,12 @@ mt_err mt_device_open(const struct mt_device_options *o, const struct mt_recipe 
   bool cuda = strcmp(o->device, "cuda") == 0 ||
               (strcmp(o->device, "auto") == 0 && mt_cuda_device_count() > 0);
   const char *precision = o->precision ? o->precision : cuda ? "bf16" : "fp32";
-  *recipe = mt_recipe_find(precision);
+  const char *states = o->optim_state ? o->optim_state : "fp32";
+  *recipe = mt_recipe_choose(precision, states);
+  if (!*recipe && mt_recipe_find(precision)) {
+    return mt_fail(MT_EINVAL, "--optim-state %s goes with --precision bf16, not with %s", states,
+                   precision);
+  }
   if (!*recipe) return mt_fail(MT_EUNSUPPORTED, "no precision '%s'", precision);
   if (cuda) return mt_backend_cuda_create(be, strcmp(o->kernels, "portable") == 0);
   if ((*recipe)->act == MT_F64) return mt_backend_ref_create(be);

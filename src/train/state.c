@@ -78,9 +78,10 @@ done:
 
 /* Options that a resumed run must share with the run it continues. */
 static json_t *shared_options(const struct mt_train_options *o, const struct mt_recipe *recipe) {
-  return json_pack("{s:I, s:i, s:i, s:i, s:s, s:b}", "seed", (json_int_t)o->seed, "batch-size",
+  return json_pack("{s:I, s:i, s:i, s:i, s:s, s:s, s:b}", "seed", (json_int_t)o->seed, "batch-size",
                    o->batch_size, "grad-accum", o->grad_accum, "max-seq-length", o->max_seq_length,
-                   "precision", recipe->name, "train-on-prompt", o->train_on_prompt);
+                   "precision", recipe->precision, "optim-state", recipe->states, "train-on-prompt",
+                   o->train_on_prompt);
 }
 
 static mt_err save_facts(const struct mt_optimizer *o, const struct mt_loader *l,
@@ -192,7 +193,10 @@ static mt_err check_options(const char *path, const json_t *root,
   const char *key;
   mt_err err = MT_OK;
   json_object_foreach(mine, key, value) {
-    if (!err && !json_equal(value, json_object_get(theirs, key))) {
+    const json_t *their = json_object_get(theirs, key);
+    /* Checkpoints of before there was a choice have float32 states. */
+    bool before = !their && strcmp(key, "optim-state") == 0 && strcmp(recipe->states, "fp32") == 0;
+    if (!err && !before && !json_equal(value, their)) {
       err = mt_fail(MT_EINVAL, "%s was made with another --%s: a resumed run must keep it", path,
                     key);
     }

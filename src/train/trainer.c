@@ -121,7 +121,8 @@ static mt_err open_optimizer(struct run *r) {
                                     .clip = o->grad_clip,
                                     .schedule = (enum mt_schedule)o->lr_schedule,
                                     .warmup_steps = o->warmup_steps,
-                                    .total_steps = r->total_steps};
+                                    .total_steps = r->total_steps,
+                                    .seed = o->seed};
   mt_info("run      %lld steps of %d samples (%.2f epochs), warm-up %lld, learning rate %g",
           (long long)r->total_steps, o->batch_size * o->grad_accum,
           (double)r->total_steps / (double)per_epoch, (long long)o->warmup_steps, o->lr);
@@ -145,17 +146,17 @@ static mt_err write_facts(const struct run *r) {
                                 "the model after N steps with what --resume needs"));
   json_object_set_new(
       root, "options",
-      json_pack("{s:s, s:s, s:s?, s:s, s:s, s:s, s:i, s:i, s:i, s:I, s:I, s:f, s:f, "
+      json_pack("{s:s, s:s, s:s?, s:s, s:s, s:s, s:s, s:i, s:i, s:i, s:I, s:I, s:f, s:f, "
                 "s:f, s:f, s:f, s:f, s:f, s:I}",
                 "model", o->model, "data", o->data, "eval-data", o->eval_data, "precision",
-                r->s.recipe->name, "experts", o->experts == MT_EXPERTS_LOOP ? "loop" : "grouped",
-                "blocks", o->blocks == MT_BLOCKS_UNFUSED ? "unfused" : "fused", "batch-size",
-                o->batch_size, "grad-accum", o->grad_accum, "max-seq-length", o->max_seq_length,
-                "warmup-steps", (json_int_t)o->warmup_steps, "total-steps",
-                (json_int_t)r->total_steps, "lr", o->lr, "weight-decay", o->weight_decay,
-                "adam-beta1", o->adam_beta1, "adam-beta2", o->adam_beta2, "adam-eps", o->adam_eps,
-                "grad-clip", o->grad_clip, "router-aux-coef", r->s.model.options.aux_coef, "seed",
-                (json_int_t)o->seed));
+                r->s.recipe->precision, "optim-state", r->s.recipe->states, "experts",
+                o->experts == MT_EXPERTS_LOOP ? "loop" : "grouped", "blocks",
+                o->blocks == MT_BLOCKS_UNFUSED ? "unfused" : "fused", "batch-size", o->batch_size,
+                "grad-accum", o->grad_accum, "max-seq-length", o->max_seq_length, "warmup-steps",
+                (json_int_t)o->warmup_steps, "total-steps", (json_int_t)r->total_steps, "lr", o->lr,
+                "weight-decay", o->weight_decay, "adam-beta1", o->adam_beta1, "adam-beta2",
+                o->adam_beta2, "adam-eps", o->adam_eps, "grad-clip", o->grad_clip,
+                "router-aux-coef", r->s.model.options.aux_coef, "seed", (json_int_t)o->seed));
   json_object_set_new(root, "model",
                       json_pack("{s:s, s:i, s:i, s:i, s:i, s:i, s:i}", "type", c->model_type,
                                 "layers", c->layers, "hidden", c->hidden, "ffn", c->ffn, "experts",

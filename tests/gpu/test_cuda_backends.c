@@ -13,6 +13,16 @@ static void native_bf16(void **state) {
   against_reference("cuda", "bf16");
 }
 
+static void native_bf16_states(void **state) {
+  (void)state;
+  against_reference("cuda", "bf16-states");
+}
+
+static void portable_bf16_states(void **state) {
+  (void)state;
+  against_reference("cuda-portable", "bf16-states");
+}
+
 static void portable_fp32(void **state) {
   (void)state;
   against_reference("cuda-portable", "fp32");
@@ -36,9 +46,10 @@ static void bits_repeat(void **state) {
 
 int main(void) {
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test(native_fp32),   cmocka_unit_test(native_bf16),
-      cmocka_unit_test(portable_fp32), cmocka_unit_test(portable_bf16),
-      cmocka_unit_test(bits_repeat),   cmocka_unit_test(tolerances_reject_a_planted_bug),
+      cmocka_unit_test(native_fp32),        cmocka_unit_test(native_bf16),
+      cmocka_unit_test(portable_fp32),      cmocka_unit_test(portable_bf16),
+      cmocka_unit_test(native_bf16_states), cmocka_unit_test(portable_bf16_states),
+      cmocka_unit_test(bits_repeat),        cmocka_unit_test(tolerances_reject_a_planted_bug),
   };
   GPU_OR_SKIP();
   return cmocka_run_group_tests(tests, NULL, NULL);

@@ -266,6 +266,47 @@ static void many_segments(struct bed *b, struct outputs *o) {
   keep(b, o, "rounded", h, coarse.op_tolerance / b->recipe->op_tolerance);
 }
 
+/* Given the same bits and the same norm, the same bits: in float32, and where what is kept is
+ * rounded at random. Sizes and places where accesses are wide and where they are not. */
+static void updates_to_the_bit(struct bed *b, struct outputs *o) {
+  enum { N = 200000 };
+  static const int64_t sizes[] = {100000, 8192, 1, 7, 8, 8193, 33333};
+  static const enum mt_dtype formats[] = {MT_F32, MT_BF16};
+  double sumsq = 4;
+  struct mt_tensor norm = filled(b, mt_vec(NULL, MT_F64, 1), &sumsq);
+  for (int f = 0; f < 2; f++) {
+    double *v0 = normals(b, N, 1e-3);
+    for (int i = 0; i < N; i++) v0[i] *= v0[i];
+    struct mt_tensor whole[4] = {filled(b, mt_vec(NULL, formats[f], N), normals(b, N, 0.02)),
+                                 filled(b, mt_vec(NULL, formats[f], N), normals(b, N, 1e-3)),
+                                 filled(b, mt_vec(NULL, formats[f], N), normals(b, N, 1e-3)),
+                                 filled(b, mt_vec(NULL, formats[f], N), v0)};
+    struct mt_adamw_segment segments[7];
+    int64_t at = 0, item = (int64_t)mt_dtype_bytes(formats[f]);
+    for (int i = 0; i < 7; i++) {
+      struct mt_tensor part[4];
+      for (int k = 0; k < 4; k++) {
+        part[k] = mt_vec((char *)whole[k].data + at * item, formats[f], sizes[i]);
+      }
+      segments[i] = (struct mt_adamw_segment){.master = part[0],
+                                              .grad = part[1],
+                                              .m = part[2],
+                                              .v = part[3],
+                                              .decay = i % 2,
+                                              .tensor = (uint32_t)(3 * i)};
+      at += sizes[i];
+    }
+    for (int step = 1; step <= 3; step++) {
+      DO(b, adamw, .segments = segments, .segment_count = 7, .lr = 1e-3, .beta1 = 0.9,
+         .beta2 = 0.95, .eps = 1e-8, .weight_decay = 0.1, .step = step, .clip = 1.0,
+         .grad_sumsq = norm.data, .seed = 0x123456789abcdefu);
+    }
+    keep(b, o, "w", whole[0], 0);
+    keep(b, o, "m", whole[2], 0);
+    keep(b, o, "v", whole[3], 0);
+  }
+}
+
 /* Without rows nothing is launched on an empty grid, and what is summed over rows becomes zero. */
 static void no_rows(struct bed *b, struct outputs *o) {
   enum { H = 64, E = 4, V = 40, K = 2 };
@@ -308,6 +349,7 @@ static void no_rows(struct bed *b, struct outputs *o) {
   keep_ints(b, o, "offsets", offsets, E + 1);
 }
 
+BESIDE_CPU(updates_to_the_bit)
 BESIDE_CPU(no_rows)
 BESIDE_CPU(norms)
 BESIDE_CPU(router)
@@ -321,6 +363,7 @@ BESIDE_CPU(many_segments)
 
 int main(void) {
   const struct CMUnitTest tests[] = {
+      cmocka_unit_test(test_updates_to_the_bit),
       cmocka_unit_test(test_no_rows),
       cmocka_unit_test(test_norms),
       cmocka_unit_test(test_router),

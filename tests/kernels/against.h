@@ -108,9 +108,9 @@ static void rejects_a_planted_bug(const char *backend) {
 
 /* Same inputs: the same bits from run to run, and whatever the thread count. */
 static void repeats_its_bits(const char *backend) {
-  static const char *const recipes[] = {"fp32", "bf16"};
+  static const char *const recipes[] = {"fp32", "bf16", "bf16-states"};
   for (int op = 0; op < CASES; op++) {
-    for (int way = 0; way < 4; way++) {
+    for (int way = 0; way < 6; way++) {
       const char *recipe = recipes[way / 2];
       uint64_t first = run_case(backend, 2, recipe, op, 3, way % 2, 0).bits;
       uint64_t again = run_case(backend, 2, recipe, op, 3, way % 2, 0).bits;

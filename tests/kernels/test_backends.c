@@ -12,6 +12,11 @@ static void cpu_bf16(void **state) {
   against_reference("cpu", "bf16");
 }
 
+static void cpu_bf16_states(void **state) {
+  (void)state;
+  against_reference("cpu", "bf16-states");
+}
+
 /* The reference on float32 storage: what the harness itself must accept. */
 static void ref_fp32(void **state) {
   (void)state;
@@ -30,8 +35,11 @@ static void bits_repeat(void **state) {
 
 int main(void) {
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test(ref_fp32),    cmocka_unit_test(cpu_fp32),
-      cmocka_unit_test(cpu_bf16),    cmocka_unit_test(tolerances_reject_a_planted_bug),
+      cmocka_unit_test(ref_fp32),
+      cmocka_unit_test(cpu_fp32),
+      cmocka_unit_test(cpu_bf16),
+      cmocka_unit_test(cpu_bf16_states),
+      cmocka_unit_test(tolerances_reject_a_planted_bug),
       cmocka_unit_test(bits_repeat),
   };
   return cmocka_run_group_tests(tests, NULL, NULL);

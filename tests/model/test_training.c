@@ -89,11 +89,12 @@ static void memory_equals_the_plan(void **state) {
   struct small_model s;
   struct mt_params params;
   struct mt_config c = small_config();
-  for (int way = 0; way < 4; way++) {
-    const char *recipe = way & 1 ? "bf16" : "fp32";
+  for (int way = 0; way < 6; way++) {
+    static const char *const recipes[] = {"fp32", "bf16", "bf16-states"};
+    const char *recipe = recipes[way % 3];
     struct mt_model_options mo = grouped;
     struct mt_memory planned, taken;
-    mo.training = way < 2;
+    mo.training = way < 3;
     small_open(&s, "cpu", recipe, &c, mo);
     OK(mt_params_build(&c, &params));
     OK(mt_model_plan(&c, &params, s.m.recipe, &s.be, &s.m.options, &planned));
@@ -102,6 +103,9 @@ static void memory_equals_the_plan(void **state) {
     assert_true(s.m.parameters.used_bytes == s.m.parameters.capacity_bytes);
     assert_true(s.m.activations.used_bytes == s.m.activations.capacity_bytes);
     assert_true((planned.gradients > 0) == mo.training);
+    if (mo.training && way % 3 == 2) /* 8 bytes a parameter, but for alignment */
+      assert_true(planned.optimizer == 2 * planned.gradients &&
+                  planned.parameters == planned.gradients);
     mt_params_free(&params);
     small_close(&s);
   }
@@ -307,8 +311,7 @@ static int count_lines(const char *dir, const char *name) {
   return n;
 }
 
-static void a_run_repeats_and_resumes_bit_for_bit(void **state) {
-  (void)state;
+static void run_repeats_and_resumes(const char *states) {
   char dir[MT_PATH_MAX], model[MT_PATH_MAX], data[MT_PATH_MAX], a[MT_PATH_MAX], b[MT_PATH_MAX],
       x[MT_PATH_MAX], y[MT_PATH_MAX];
   temp_dir(dir);
@@ -317,6 +320,7 @@ static void a_run_repeats_and_resumes_bit_for_bit(void **state) {
   OK(mt_path_join(b, dir, "b"));
   struct mt_train_options o = train_options(model, data, a);
   o.save_every = 5;
+  o.device.optim_state = states;
   OK(mt_train_run(&o));
   OK(mt_path_join(x, a, "checkpoint-10"));
   assert_int_equal(count_lines(a, "metrics.jsonl"), 10);
@@ -340,10 +344,18 @@ static void a_run_repeats_and_resumes_bit_for_bit(void **state) {
   o.seed = 8;
   FAILS(mt_train_run(&o), MT_EINVAL, "--seed");
   o.seed = 7;
+  o.device.optim_state = strcmp(states, "fp32") == 0 ? "bf16" : "fp32";
+  FAILS(mt_train_run(&o), MT_EINVAL, "--optim-state");
   o.resume = "";
   o.out = model;
   FAILS(mt_train_run(&o), MT_ENOENT, "no checkpoint to resume");
   OK(mt_dir_remove(dir));
+}
+
+static void a_run_repeats_and_resumes_bit_for_bit(void **state) {
+  (void)state;
+  run_repeats_and_resumes("fp32");
+  run_repeats_and_resumes("bf16");
 }
 
 static void refusals(void **state) {
@@ -360,6 +372,11 @@ static void refusals(void **state) {
   o = train_options(model, data, dir);
   o.ep_size = 2;
   FAILS(mt_train_run(&o), MT_EUNSUPPORTED, "--ep-size 2");
+  o = train_options(model, data, dir);
+  o = train_options(model, data, dir);
+  o.device.optim_state = "bf16";
+  o.device.precision = "fp32";
+  FAILS(mt_train_run(&o), MT_EINVAL, "--optim-state bf16 goes with --precision bf16");
   o = train_options(model, data, dir);
   const char *all[] = {"*"};
   o.freeze = (struct mt_string_list){all, 1};

@@ -3,6 +3,7 @@
 #define MT_KERNELS_CPU_CPU_H
 
 #include <math.h>
+#include <string.h>
 
 #include "backend/check.h"
 #include "backend/device.h"
@@ -30,6 +31,28 @@ static inline void cpu_write(const struct mt_tensor *t, int64_t row, int64_t n, 
   if (t->dtype == MT_F32) return; /* computed in place */
   uint16_t *h = (uint16_t *)t->data + row * t->ld;
   for (int64_t i = 0; i < n; i++) h[i] = mt_f32_to_bf16(x[i]);
+}
+
+/* Columns [begin, begin + n) of every row of a gradient become zero. */
+static inline void cpu_zero_columns(const struct mt_tensor *t, int64_t begin, int64_t n) {
+  size_t item = mt_dtype_bytes(t->dtype);
+  for (int64_t i = 0; i < t->dim[0]; i++) {
+    memset((char *)t->data + (size_t)(i * t->ld + begin) * item, 0, (size_t)n * item);
+  }
+}
+
+/* Elements [begin, begin + n) of a row of a gradient: sum, or sum added to what is there. */
+static inline void cpu_write_grad(const struct mt_tensor *t, int64_t row, int64_t begin, int64_t n,
+                                  const float *sum, int accumulate) {
+  if (t->dtype == MT_F32) {
+    float *dst = (float *)t->data + row * t->ld + begin;
+    for (int64_t i = 0; i < n; i++) dst[i] = accumulate ? dst[i] + sum[i] : sum[i];
+    return;
+  }
+  uint16_t *dst = (uint16_t *)t->data + row * t->ld + begin;
+  for (int64_t i = 0; i < n; i++) {
+    dst[i] = mt_f32_to_bf16(accumulate ? mt_bf16_to_f32(dst[i]) + sum[i] : sum[i]);
+  }
 }
 
 /* F32 and BF16 only; names the operation. */

@@ -124,7 +124,7 @@ static void chunk_run(const struct mt_backend *be, const struct mt_head_loss_arg
   if (a->dw.data) {
     struct cpu_product dw = {.a = {c->logits, MT_F32, 1, c->ld},
                              .b = {c->x, MT_F32, h, 1},
-                             .c = {a->dw.data, MT_F32, a->dw.ld, accumulate},
+                             .c = {a->dw.data, a->dw.dtype, a->dw.ld, accumulate},
                              .i_count = v,
                              .j_count = h,
                              .k_count = n};
@@ -168,9 +168,7 @@ mt_err mt_cpu_head_loss(struct mt_backend *be, const struct mt_head_loss_args *a
     wrote = true;
   }
   if (!wrote && a->dw.data && !a->accumulate) {
-    for (int64_t i = 0; i < v; i++) {
-      memset((float *)a->dw.data + i * a->dw.ld, 0, (size_t)h * sizeof(float));
-    }
+    cpu_zero_columns(&a->dw, 0, h);
   }
   return MT_OK;
 }

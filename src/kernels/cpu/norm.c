@@ -16,31 +16,76 @@ mt_err mt_cpu_embed_fwd(struct mt_backend *be, const struct mt_embed_fwd_args *a
   return MT_OK;
 }
 
+/* Columns [begin, end) of the table's gradient in F32: the rows of the tokens are added where they
+ * belong, in order. */
+static void embed_add_rows(const struct mt_embed_bwd_args *a, int64_t begin, int64_t end) {
+  for (int32_t t = 0; t < *a->valid_count; t++) {
+    float *dst = (float *)a->dtable.data + a->ids[t] * a->dtable.ld;
+    if (a->dout.dtype == MT_F32) {
+      const float *src = (const float *)a->dout.data + t * a->dout.ld;
+      for (int64_t i = begin; i < end; i++) dst[i] += src[i];
+    } else {
+      const uint16_t *src = (const uint16_t *)a->dout.data + t * a->dout.ld;
+      for (int64_t i = begin; i < end; i++) dst[i] += mt_bf16_to_f32(src[i]);
+    }
+  }
+}
+
+/* Each id's tokens as a list in order: first[id] and next[token], -1 at the end. */
+struct tokens_by_id {
+  int32_t *first, *next;
+};
+
+static mt_err list_by_id(const struct mt_backend *be, const struct mt_embed_bwd_args *a,
+                         struct tokens_by_id *l) {
+  size_t room;
+  int64_t vocab = a->dtable.dim[0], rows = *a->valid_count;
+  l->first = (int32_t *)mt_cpu_shared_scratch(be, &room);
+  l->next = l->first + vocab;
+  if ((size_t)(vocab + rows) > room) return mt_fail(MT_ESHAPE, "embed_bwd: workspace too small");
+  for (int64_t v = 0; v < vocab; v++) l->first[v] = -1;
+  for (int64_t t = rows - 1; t >= 0; t--) {
+    l->next[t] = l->first[a->ids[t]];
+    l->first[a->ids[t]] = (int32_t)t;
+  }
+  return MT_OK;
+}
+
+/* The same in BF16: an id's sum is made in float32 and rounded once. */
+static void embed_sum_ids(const struct mt_embed_bwd_args *a, const struct tokens_by_id *l,
+                          int64_t begin, int64_t end, float *scratch) {
+  int64_t n = end - begin;
+  struct mt_tensor dout = mt_cols(&a->dout, begin, n);
+  float *sum = scratch + CPU_ROW_FLOATS;
+  for (int32_t t = 0; t < *a->valid_count; t++) {
+    if (l->first[a->ids[t]] != t) continue;
+    memset(sum, 0, (size_t)n * sizeof *sum);
+    for (int32_t k = t; k >= 0; k = l->next[k]) {
+      const float *x = cpu_read(&dout, k, n, scratch);
+      for (int64_t i = 0; i < n; i++) sum[i] += x[i];
+    }
+    cpu_write_grad(&a->dtable, a->ids[t], begin, n, sum, a->accumulate);
+  }
+}
+
 mt_err mt_cpu_embed_bwd(struct mt_backend *be, const struct mt_embed_bwd_args *a) {
   MT_TRY(mt_check_embed_bwd(a));
   MT_TRY(mt_cpu_format("embed_bwd", &a->dout));
   int64_t h = a->dtable.dim[1];
-  int32_t rows = *a->valid_count;
-  /* Each thread owns a range of columns and walks the tokens in order: no two write one element,
-   * and the sums do not depend on the number of threads. */
+  struct tokens_by_id lists;
+  bool narrow = a->dtable.dtype == MT_BF16;
+  if (narrow) MT_TRY(list_by_id(be, a, &lists));
+    /* Each thread owns a range of columns and walks the tokens in order: no two write one element,
+     * and the sums do not depend on the number of threads. */
 #pragma omp parallel num_threads(be->thread_count)
   {
     int64_t threads = omp_get_num_threads(), me = omp_get_thread_num();
     int64_t begin = h * me / threads, end = h * (me + 1) / threads;
-    for (int64_t v = 0; !a->accumulate && v < a->dtable.dim[0]; v++) {
-      memset((float *)a->dtable.data + v * a->dtable.ld + begin, 0,
-             (size_t)(end - begin) * sizeof(float));
-    }
-    for (int32_t t = 0; t < rows; t++) {
-      float *dst = (float *)a->dtable.data + a->ids[t] * a->dtable.ld;
-      if (a->dout.dtype == MT_F32) {
-        const float *src = (const float *)a->dout.data + t * a->dout.ld;
-        for (int64_t i = begin; i < end; i++) dst[i] += src[i];
-      } else {
-        const uint16_t *src = (const uint16_t *)a->dout.data + t * a->dout.ld;
-        for (int64_t i = begin; i < end; i++) dst[i] += mt_bf16_to_f32(src[i]);
-      }
-    }
+    if (!a->accumulate) cpu_zero_columns(&a->dtable, begin, end - begin);
+    if (narrow)
+      embed_sum_ids(a, &lists, begin, end, mt_cpu_thread_scratch(be, (int)me));
+    else
+      embed_add_rows(a, begin, end);
   }
   return MT_OK;
 }
@@ -135,14 +180,14 @@ static void norm_dweight(const struct mt_rmsnorm_bwd_args *a, int64_t begin, int
   int64_t n = end - begin;
   struct mt_tensor x = mt_cols(&a->x, begin, n), dy = mt_cols(&a->dy, begin, n);
   const float *rstd = a->rstd.data;
-  float *sum = scratch + 2 * CPU_ROW_FLOATS, *dw = (float *)a->dweight.data + begin;
+  float *sum = scratch + 2 * CPU_ROW_FLOATS;
   memset(sum, 0, (size_t)n * sizeof *sum);
   for (int64_t t = 0; t < a->x.dim[0]; t++) {
     const float *xr = cpu_read(&x, t, n, scratch);
     const float *dyr = cpu_read(&dy, t, n, scratch + CPU_ROW_FLOATS);
     for (int64_t i = 0; i < n; i++) sum[i] += dyr[i] * xr[i] * rstd[t];
   }
-  for (int64_t i = 0; i < n; i++) dw[i] = a->accumulate ? dw[i] + sum[i] : sum[i];
+  cpu_write_grad(&a->dweight, 0, begin, n, sum, a->accumulate);
 }
 
 mt_err mt_cpu_rmsnorm_bwd(struct mt_backend *be, const struct mt_rmsnorm_bwd_args *a) {

@@ -2,12 +2,16 @@
 #include <omp.h>
 
 #include "kernels/cpu/cpu.h"
+#include "kernels/rounding.h"
 
 /* Elements of one task; sums are made per block, so they do not depend on the threads. */
 enum { BLOCK = 1 << 16 };
 
 /* Floats between what is computed and what is asked of memory: about its latency. */
 enum { AHEAD = 512, LINE_FLOATS = 16 };
+
+/* Elements of bfloat16 that are worked on at once, in float32 on the stack. */
+enum { RUN = 256 };
 
 static int64_t blocks_of(int64_t n) {
   return (n + BLOCK - 1) / BLOCK;
@@ -36,15 +40,31 @@ static double block_sumsq(const float *x, int64_t n) {
   return sum;
 }
 
+static double block_sumsq_bf16(const uint16_t *x, int64_t n) {
+  float wide[RUN];
+  double sum = 0;
+  for (int64_t i = 0; i < n; i += RUN) {
+    int64_t count = n - i < RUN ? n - i : RUN;
+    for (int64_t k = 0; k < count; k++) wide[k] = mt_bf16_to_f32(x[i + k]);
+    sum += block_sumsq(wide, count);
+  }
+  return sum;
+}
+
+static double sumsq_at(const struct mt_tensor *t, int64_t begin, int64_t end) {
+  if (t->dtype == MT_BF16) return block_sumsq_bf16((const uint16_t *)t->data + begin, end - begin);
+  return block_sumsq((const float *)t->data + begin, end - begin);
+}
+
 mt_err mt_cpu_sumsq(struct mt_backend *be, const struct mt_sumsq_args *a) {
   MT_TRY(mt_check_sumsq(a));
   size_t room;
   double *partial = (double *)mt_cpu_shared_scratch(be, &room);
   double total = 0;
   for (int i = 0; i < a->tensor_count; i++) {
-    const float *x = a->tensors[i].data;
-    int64_t n = mt_count(&a->tensors[i]);
-    MT_TRY(mt_cpu_format("sumsq", &a->tensors[i]));
+    const struct mt_tensor *t = &a->tensors[i];
+    int64_t n = mt_count(t);
+    MT_TRY(mt_cpu_format("sumsq", t));
     /* Rounds of as many blocks as the workspace holds sums for. */
     for (int64_t first = 0; first < blocks_of(n);) {
       int64_t count = blocks_of(n) - first, most = (int64_t)(room / 2);
@@ -52,7 +72,7 @@ mt_err mt_cpu_sumsq(struct mt_backend *be, const struct mt_sumsq_args *a) {
 #pragma omp parallel for num_threads(be->thread_count) schedule(static)
       for (int64_t b = 0; b < count; b++) {
         int64_t begin = (first + b) * BLOCK, end = begin + BLOCK < n ? begin + BLOCK : n;
-        partial[b] = block_sumsq(x + begin, end - begin);
+        partial[b] = sumsq_at(t, begin, end);
       }
       for (int64_t b = 0; b < count; b++) total += partial[b];
       first += count;
@@ -63,7 +83,10 @@ mt_err mt_cpu_sumsq(struct mt_backend *be, const struct mt_sumsq_args *a) {
 }
 
 struct update {
-  float scale, beta1, beta2, step_size, root_c2, eps, keep;
+  struct mt_adamw_factors factors;
+  float scale, keep;
+  uint64_t seed;
+  uint32_t step;
 };
 
 struct state {
@@ -75,12 +98,7 @@ static inline __attribute__((always_inline)) void update_run(struct state s, int
                                                              int64_t count, struct update u) {
 #pragma omp simd
   for (int64_t i = begin; i < begin + count; i++) {
-    float gi = s.g[i] * u.scale;
-    float mi = u.beta1 * s.m[i] + (1.0f - u.beta1) * gi;
-    float vi = u.beta2 * s.v[i] + (1.0f - u.beta2) * gi * gi;
-    s.m[i] = mi;
-    s.v[i] = vi;
-    s.w[i] = s.w[i] * u.keep - u.step_size * mi / (sqrtf(vi) * u.root_c2 + u.eps);
+    mt_adamw_one(&s.w[i], &s.m[i], &s.v[i], s.g[i], u.keep, u.scale, u.factors);
   }
 }
 
@@ -101,6 +119,52 @@ static void update_block(const struct mt_adamw_segment *s, int64_t begin, int64_
   for (int64_t i = begin; i < end; i++) h[i] = mt_f32_to_bf16(x.w[i]);
 }
 
+/* Random bits for the RUN elements from `begin` on: two elements a word, the lower one in its lower
+ * half. */
+static void random_run(struct update u, uint32_t tensor, uint32_t purpose, int64_t begin,
+                       uint32_t *restrict bits) {
+  uint64_t block = (uint64_t)begin / MT_ROUND_BLOCK;
+#pragma omp simd
+  for (int b = 0; b < RUN / MT_ROUND_BLOCK; b++) {
+    mt_rounding_bits(u.seed, tensor, purpose, u.step, block + (uint64_t)b, &bits[4 * b],
+                     &bits[4 * b + 1], &bits[4 * b + 2], &bits[4 * b + 3]);
+  }
+}
+
+static void store_run(const float *restrict x, const uint32_t *restrict bits, int64_t count,
+                      uint16_t *restrict out) {
+  for (int64_t i = 0; i < count; i++) {
+    out[i] = mt_round_at_random(x[i], bits[i / 2] >> (16 * (i % 2)) & 0xffffu);
+  }
+}
+
+static void load_run(const struct mt_tensor *t, int64_t begin, int64_t count, float *restrict x) {
+  const uint16_t *h = (const uint16_t *)t->data + begin;
+  for (int64_t i = 0; i < count; i++) x[i] = mt_bf16_to_f32(h[i]);
+}
+
+/* begin is a multiple of RUN. */
+static void update_block_bf16(const struct mt_adamw_segment *s, int64_t begin, int64_t end,
+                              struct update u) {
+  float w[RUN] = {0}, m[RUN] = {0}, v[RUN] = {0}, g[RUN] = {0};
+  const struct {
+    const struct mt_tensor *t;
+    float *x;
+    enum mt_rounding purpose;
+  } kept[] = {{&s->master, w, MT_ROUND_WEIGHT}, {&s->m, m, MT_ROUND_M}, {&s->v, v, MT_ROUND_V}};
+  for (int64_t i = begin; i < end; i += RUN) {
+    int64_t count = end - i < RUN ? end - i : RUN;
+    for (int k = 0; k < 3; k++) load_run(kept[k].t, i, count, kept[k].x);
+    load_run(&s->grad, i, count, g);
+    update_run((struct state){w, m, v, g}, 0, RUN, u);
+    for (int k = 0; k < 3; k++) {
+      uint32_t bits[RUN / 2];
+      random_run(u, s->tensor, kept[k].purpose, i, bits);
+      store_run(kept[k].x, bits, count, (uint16_t *)kept[k].t->data + i);
+    }
+  }
+}
+
 mt_err mt_cpu_adamw(struct mt_backend *be, const struct mt_adamw_args *a) {
   MT_TRY(mt_check_adamw(a));
   if (a->grad_sumsq && !isfinite(*a->grad_sumsq)) return MT_OK;
@@ -114,12 +178,14 @@ mt_err mt_cpu_adamw(struct mt_backend *be, const struct mt_adamw_args *a) {
                      mt_dtype_name(s->compute.dtype));
     }
   }
-  struct update u = {.scale = (float)scale,
-                     .beta1 = (float)a->beta1,
-                     .beta2 = (float)a->beta2,
-                     .step_size = (float)(a->lr / (1 - pow(a->beta1, (double)a->step))),
-                     .root_c2 = (float)(1 / sqrt(1 - pow(a->beta2, (double)a->step))),
-                     .eps = (float)a->eps};
+  struct update u = {.factors = {.beta1 = (float)a->beta1,
+                                 .beta2 = (float)a->beta2,
+                                 .step_size = (float)(a->lr / (1 - pow(a->beta1, (double)a->step))),
+                                 .root_c2 = (float)(1 / sqrt(1 - pow(a->beta2, (double)a->step))),
+                                 .eps = (float)a->eps},
+                     .scale = (float)scale,
+                     .seed = a->seed,
+                     .step = (uint32_t)a->step};
 #pragma omp parallel num_threads(be->thread_count)
   for (int i = 0; i < a->segment_count; i++) {
     const struct mt_adamw_segment *s = &a->segments[i];
@@ -129,7 +195,10 @@ mt_err mt_cpu_adamw(struct mt_backend *be, const struct mt_adamw_args *a) {
 #pragma omp for schedule(static) nowait
     for (int64_t b = 0; b < blocks_of(n); b++) {
       int64_t begin = b * BLOCK, end = begin + BLOCK < n ? begin + BLOCK : n;
-      update_block(s, begin, end, mine);
+      if (s->master.dtype == MT_BF16)
+        update_block_bf16(s, begin, end, mine);
+      else
+        update_block(s, begin, end, mine);
     }
   }
   return MT_OK;

@@ -140,21 +140,37 @@ static void router_dx_row(const struct mt_router_bwd_args *a, int64_t t, const f
   cpu_write(&a->dx, t, h, dx);
 }
 
-/* Columns [begin, end) of dw over all tokens in order. */
-static void router_dw(const struct mt_router_bwd_args *a, int64_t begin, int64_t end,
-                      float *scratch) {
-  int64_t e = a->w.dim[0], n = end - begin;
+/* Columns [begin, begin + n) of dw over all tokens in order, added to sum [E,n] (rows ld apart). */
+static void router_dw_sum(const struct mt_router_bwd_args *a, int64_t begin, int64_t n, float *sum,
+                          int64_t ld, float *scratch) {
+  int64_t e = a->w.dim[0];
   struct mt_tensor x = mt_cols(&a->x, begin, n);
-  for (int64_t i = 0; !a->accumulate && i < e; i++) {
-    memset((float *)a->dw.data + i * a->dw.ld + begin, 0, (size_t)n * sizeof(float));
-  }
   for (int64_t t = 0; t < *a->valid_count; t++) {
     const float *xr = cpu_read(&x, t, n, scratch);
     const float *dlogits = (const float *)a->dlogits.data + t * a->dlogits.ld;
     for (int64_t i = 0; i < e; i++) {
-      float c = dlogits[i], *dw = (float *)a->dw.data + i * a->dw.ld + begin;
+      float c = dlogits[i], *dw = sum + i * ld;
       for (int64_t m = 0; m < n; m++) dw[m] += c * xr[m];
     }
+  }
+}
+
+/* Columns [begin, end) of dw: in F32 they are summed in place, in BF16 in scratch, as many columns
+ * at a time as fit, and rounded once. */
+static void router_dw(const struct mt_router_bwd_args *a, int64_t begin, int64_t end,
+                      float *scratch) {
+  int64_t e = a->w.dim[0];
+  if (a->dw.dtype == MT_F32) {
+    if (!a->accumulate) cpu_zero_columns(&a->dw, begin, end - begin);
+    router_dw_sum(a, begin, end - begin, (float *)a->dw.data + begin, a->dw.ld, scratch);
+    return;
+  }
+  float *sum = scratch + CPU_ROW_FLOATS;
+  for (int64_t n, most = CPU_ROW_FLOATS / e; begin < end; begin += n) {
+    n = end - begin < most ? end - begin : most;
+    memset(sum, 0, (size_t)(e * n) * sizeof *sum);
+    router_dw_sum(a, begin, n, sum, n, scratch);
+    for (int64_t i = 0; i < e; i++) cpu_write_grad(&a->dw, i, begin, n, sum + i * n, a->accumulate);
   }
 }
 

@@ -4,6 +4,7 @@
 #include <math.h>
 
 #include "kernels/cuda/rows.cuh"
+#include "kernels/rounding.h"
 
 enum { SUM_BLOCKS = 1024, SUM_THREADS = 256, SUM_TENSORS = 128, SUM_TILE = 8192 };
 enum { UPDATE_THREADS = 256, UPDATE_SEGMENTS = 48, UPDATE_TILE = 8192 };
@@ -118,91 +119,126 @@ extern "C" mt_err mt_cuda_sumsq(struct mt_backend *be, const struct mt_sumsq_arg
 }
 
 struct update {
-  float beta1, beta2, step_size, root_c2, eps, keep;
+  struct mt_adamw_factors factors;
+  float keep; /* of segments that decay */
   double clip;
   const double *grad_sumsq; /* [1] or NULL */
+  uint64_t seed;
+  uint32_t step;
 };
 
 struct update_list {
   int count;
-  struct update u; /* keep: of segments that decay */
-  float *w[UPDATE_SEGMENTS], *m[UPDATE_SEGMENTS], *v[UPDATE_SEGMENTS];
+  struct update u;
+  void *w[UPDATE_SEGMENTS], *m[UPDATE_SEGMENTS], *v[UPDATE_SEGMENTS];
   const void *g[UPDATE_SEGMENTS];
   bf16 *compute[UPDATE_SEGMENTS]; /* or NULL */
   int64_t n[UPDATE_SEGMENTS];
   int64_t first_tile[UPDATE_SEGMENTS + 1];
-  uint8_t decay[UPDATE_SEGMENTS], grad_is_bf16[UPDATE_SEGMENTS], is_wide[UPDATE_SEGMENTS];
+  uint32_t tensor[UPDATE_SEGMENTS];
+  uint8_t decay[UPDATE_SEGMENTS], is_bf16[UPDATE_SEGMENTS], is_wide[UPDATE_SEGMENTS];
 };
 static_assert(sizeof(struct update_list) <= 4096 && sizeof(struct sum_list) <= 4096,
               "what the parameters of a kernel hold on every chip and driver");
+static_assert(UPDATE_TILE % MT_ROUND_BLOCK == 0, "a tile begins with a block of random bits");
 
-/* One element; the operations in the order of kernels/cpu/optimizer.c. */
-__device__ __forceinline__ void adamw_one(float &w, float &m, float &v, float g, float keep,
-                                          float scale, const struct update &u) {
-  g *= scale;
-  m = u.beta1 * m + (1.0f - u.beta1) * g;
-  v = u.beta2 * v + (1.0f - u.beta2) * g * g;
-  w = w * keep - u.step_size * m / (sqrtf(v) * u.root_c2 + u.eps);
-}
-
-struct update_segment {
-  float *w, *m, *v;
-  const void *g;
+/* T: the format of weight, moments and gradient. */
+template <class T> struct update_segment {
+  T *w, *m, *v;
+  const T *g;
   bf16 *compute;
   float keep, scale;
+  uint32_t tensor;
 };
 
-/* How a state is kept: where float32 weights and moments were stored narrower, rounding at random
- * would go here. */
-template <int V> __device__ __forceinline__ void store_state(float *p, const float (&x)[V]) {
+/* V elements from element i on as they are kept: float32 is, bfloat16 is rounded at random. V is 1,
+ * or a block of random bits. */
+template <int V>
+__device__ __forceinline__ void store_state(float *p, int64_t, enum mt_rounding,
+                                            const struct update &, uint32_t, const float (&x)[V]) {
   store_row<float, V>(p, x);
 }
-
-template <class G, int V>
-__device__ __forceinline__ void adamw_at(const struct update_segment &s, const struct update &u,
-                                         int64_t i, float (&w)[V], float (&m)[V], float (&v)[V],
-                                         const float (&g)[V]) {
+template <int V>
+__device__ __forceinline__ void store_state(bf16 *p, int64_t i, enum mt_rounding purpose,
+                                            const struct update &u, uint32_t tensor,
+                                            const float (&x)[V]) {
+  static_assert(V == 1 || V == MT_ROUND_BLOCK, "bits come by the block");
+  uint32_t r[4];
+  mt_rounding_bits(u.seed, tensor, purpose, u.step, (uint64_t)i / MT_ROUND_BLOCK, &r[0], &r[1],
+                   &r[2], &r[3]);
+  pack<bf16, V> out;
 #pragma unroll
-  for (int j = 0; j < V; j++) adamw_one(w[j], m[j], v[j], g[j], s.keep, s.scale, u);
-  store_state<V>(s.w + i, w);
-  store_state<V>(s.m + i, m);
-  store_state<V>(s.v + i, v);
-  if (s.compute) store_row<bf16, V>(s.compute + i, w);
+  for (int j = 0; j < V; j++) {
+    uint32_t bits;
+    if constexpr (V == 1) {
+      /* A word chosen at run time without an array that the compiler would put into memory. */
+      int at = (int)(i % MT_ROUND_BLOCK);
+      uint32_t word = at < 4 ? (at < 2 ? r[0] : r[1]) : (at < 6 ? r[2] : r[3]);
+      bits = word >> (16 * (at % 2)) & 0xffffu;
+    } else {
+      bits = mt_rounding_pick(r, j);
+    }
+    out.x[j] = __ushort_as_bfloat16(mt_round_at_random(x[j], bits));
+  }
+  store_pack<bf16, V>(p, out);
+}
+
+template <class T, int V>
+__device__ __forceinline__ void adamw_at(const struct update_segment<T> &s, const struct update &u,
+                                         int64_t i, const pack<T, V> &pw, const pack<T, V> &pm,
+                                         const pack<T, V> &pv, const pack<T, V> &pg) {
+  float w[V], m[V], v[V];
+#pragma unroll
+  for (int j = 0; j < V; j++) {
+    w[j] = to_float(pw.x[j]), m[j] = to_float(pm.x[j]), v[j] = to_float(pv.x[j]);
+    mt_adamw_one(&w[j], &m[j], &v[j], to_float(pg.x[j]), s.keep, s.scale, u.factors);
+  }
+  store_state<V>(s.w + i, i, MT_ROUND_WEIGHT, u, s.tensor, w);
+  store_state<V>(s.m + i, i, MT_ROUND_M, u, s.tensor, m);
+  store_state<V>(s.v + i, i, MT_ROUND_V, u, s.tensor, v);
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (s.compute) store_row<bf16, V>(s.compute + i, w);
+  }
 }
 
 /* DEPTH accesses of each array are asked for before the first is used. */
-template <class G, int V, int DEPTH>
-__device__ __forceinline__ void adamw_run(const struct update_segment &s, const struct update &u,
+template <class T, int V, int DEPTH>
+__device__ __forceinline__ void adamw_run(const struct update_segment<T> &s, const struct update &u,
                                           int64_t begin, int64_t end) {
   constexpr int STEP = UPDATE_THREADS * V;
   for (int64_t base = begin + threadIdx.x * V; base < end; base += DEPTH * STEP) {
-    float w[DEPTH][V], m[DEPTH][V], v[DEPTH][V], g[DEPTH][V];
+    pack<T, V> w[DEPTH], m[DEPTH], v[DEPTH], g[DEPTH];
 #pragma unroll
     for (int d = 0; d < DEPTH; d++) {
       int64_t i = base + d * STEP;
       if (i >= end) continue;
-      load_floats<G, V>((const G *)s.g + i, g[d]);
-      load_floats<float, V>(s.w + i, w[d]);
-      load_floats<float, V>(s.m + i, m[d]);
-      load_floats<float, V>(s.v + i, v[d]);
+      g[d] = *reinterpret_cast<const pack<T, V> *>(s.g + i);
+      w[d] = *reinterpret_cast<const pack<T, V> *>(s.w + i);
+      m[d] = *reinterpret_cast<const pack<T, V> *>(s.m + i);
+      v[d] = *reinterpret_cast<const pack<T, V> *>(s.v + i);
     }
 #pragma unroll
     for (int d = 0; d < DEPTH; d++) {
       int64_t i = base + d * STEP;
-      if (i < end) adamw_at<G, V>(s, u, i, w[d], m[d], v[d], g[d]);
+      if (i < end) adamw_at<T, V>(s, u, i, w[d], m[d], v[d], g[d]);
     }
   }
 }
 
-template <class G>
-__device__ __forceinline__ void adamw_tile(const struct update_segment &s, const struct update &u,
-                                           bool is_wide, int64_t begin, int64_t end) {
+template <class T>
+__device__ __forceinline__ void adamw_tile(const struct update_list &l, int e, float scale,
+                                           int64_t begin, int64_t end) {
+  struct update_segment<T> s = {
+    (T *)l.w[e], (T *)l.m[e], (T *)l.v[e],
+        (const T *)l.g[e], l.compute[e], l.decay[e] ? l.u.keep : 1.0f, scale, l.tensor[e]
+  };
   int64_t whole = begin;
-  if (is_wide) {
-    whole = begin + (end - begin) / 4 * 4;
-    adamw_run<G, 4, 2>(s, u, begin, whole);
+  if (l.is_wide[e]) {
+    constexpr int V = wide<T>;
+    whole = begin + (end - begin) / V * V;
+    adamw_run<T, V, 2>(s, l.u, begin, whole);
   }
-  adamw_run<G, 1, 1>(s, u, whole, end);
+  adamw_run<T, 1, 1>(s, l.u, whole, end);
 }
 
 /* One block a tile. A norm that is not finite changes nothing. */
@@ -223,37 +259,32 @@ __global__ void __launch_bounds__(UPDATE_THREADS)
   int e = entry_of(l.first_tile, l.count, blockIdx.x);
   int64_t begin = (blockIdx.x - l.first_tile[e]) * UPDATE_TILE, end = begin + UPDATE_TILE;
   if (end > l.n[e]) end = l.n[e];
-  struct update_segment s = {
-      l.w[e], l.m[e], l.v[e], l.g[e], l.compute[e], l.decay[e] ? l.u.keep : 1.0f, shared_scale};
-  if (l.grad_is_bf16[e]) {
-    adamw_tile<bf16>(s, l.u, l.is_wide[e], begin, end);
+  if (l.is_bf16[e]) {
+    adamw_tile<bf16>(l, e, shared_scale, begin, end);
   } else {
-    adamw_tile<float>(s, l.u, l.is_wide[e], begin, end);
+    adamw_tile<float>(l, e, shared_scale, begin, end);
   }
 }
 
 static mt_err adamw_formats(const struct mt_adamw_segment *s) {
-  if (s->master.dtype != MT_F32) {
-    return mt_fail(MT_EUNSUPPORTED, "adamw: weights and moments in %s; the cuda backend has f32",
-                   mt_dtype_name(s->master.dtype));
-  }
   if (s->compute.data && s->compute.dtype != MT_BF16) {
     return mt_fail(MT_EUNSUPPORTED, "adamw: a rounded copy in %s", mt_dtype_name(s->compute.dtype));
   }
-  return mt_cuda_format("adamw", &s->grad);
+  return mt_cuda_format("adamw", &s->master);
 }
 
 static void list_segment(struct update_list *l, const struct mt_adamw_segment *s) {
   int i = l->count++;
-  l->w[i] = (float *)s->master.data;
-  l->m[i] = (float *)s->m.data;
-  l->v[i] = (float *)s->v.data;
+  l->w[i] = s->master.data;
+  l->m[i] = s->m.data;
+  l->v[i] = s->v.data;
   l->g[i] = s->grad.data;
   l->compute[i] = (bf16 *)s->compute.data;
   l->n[i] = s->master.dim[0];
   l->first_tile[i + 1] = l->first_tile[i] + div_up(l->n[i], UPDATE_TILE);
+  l->tensor[i] = s->tensor;
   l->decay[i] = s->decay != 0;
-  l->grad_is_bf16[i] = s->grad.dtype == MT_BF16;
+  l->is_bf16[i] = s->master.dtype == MT_BF16;
   l->is_wide[i] = aligned_to(l->w[i], 16) && aligned_to(l->m[i], 16) && aligned_to(l->v[i], 16) &&
                   aligned_to(l->g[i], 16) && aligned_to(l->compute[i], 8);
 }
@@ -262,14 +293,16 @@ extern "C" mt_err mt_cuda_adamw(struct mt_backend *be, const struct mt_adamw_arg
   MT_TRY(mt_check_adamw(a));
   for (int i = 0; i < a->segment_count; i++) MT_TRY(adamw_formats(&a->segments[i]));
   struct update_list l = {};
-  l.u.beta1 = (float)a->beta1;
-  l.u.beta2 = (float)a->beta2;
-  l.u.step_size = (float)(a->lr / (1 - pow(a->beta1, (double)a->step)));
-  l.u.root_c2 = (float)(1 / sqrt(1 - pow(a->beta2, (double)a->step)));
-  l.u.eps = (float)a->eps;
+  l.u.factors.beta1 = (float)a->beta1;
+  l.u.factors.beta2 = (float)a->beta2;
+  l.u.factors.step_size = (float)(a->lr / (1 - pow(a->beta1, (double)a->step)));
+  l.u.factors.root_c2 = (float)(1 / sqrt(1 - pow(a->beta2, (double)a->step)));
+  l.u.factors.eps = (float)a->eps;
   l.u.keep = (float)(1 - a->lr * a->weight_decay);
   l.u.clip = a->clip;
   l.u.grad_sumsq = a->grad_sumsq;
+  l.u.seed = a->seed;
+  l.u.step = (uint32_t)a->step;
   for (int i = 0; i < a->segment_count; i++) {
     list_segment(&l, &a->segments[i]);
     if (l.count < UPDATE_SEGMENTS && i + 1 < a->segment_count) continue;

@@ -3,6 +3,7 @@
 #include <stdlib.h>
 
 #include "kernels/ref/ref.h"
+#include "kernels/rounding.h"
 
 /* One row: logits (=) scratch [V]; returns the log of the softmax's denominator. */
 static double row_logits(const struct mt_head_loss_args *a, int64_t t, double *logits,
@@ -70,6 +71,20 @@ mt_err mt_ref_sumsq(struct mt_backend *be, const struct mt_sumsq_args *a) {
   return MT_OK;
 }
 
+/* Kept as it is, but for BF16, which is rounded at random. */
+static void put_state(const struct mt_adamw_args *a, const struct mt_adamw_segment *s,
+                      const struct mt_tensor *t, enum mt_rounding purpose, int64_t n, double x) {
+  uint32_t r[4];
+  if (t->dtype != MT_BF16) {
+    ref_put(t, n, x);
+    return;
+  }
+  mt_rounding_bits(a->seed, s->tensor, purpose, (uint32_t)a->step, (uint64_t)n / MT_ROUND_BLOCK,
+                   &r[0], &r[1], &r[2], &r[3]);
+  ((uint16_t *)t->data)[n] =
+      mt_round_at_random((float)x, mt_rounding_pick(r, (int)(n % MT_ROUND_BLOCK)));
+}
+
 mt_err mt_ref_adamw(struct mt_backend *be, const struct mt_adamw_args *a) {
   (void)be;
   MT_TRY(mt_check_adamw(a));
@@ -85,9 +100,9 @@ mt_err mt_ref_adamw(struct mt_backend *be, const struct mt_adamw_args *a) {
       double v = a->beta2 * ref_at(&s->v, n) + (1 - a->beta2) * g * g;
       if (s->decay) w *= 1 - a->lr * a->weight_decay;
       w -= a->lr / c1 * m / (sqrt(v) / sqrt(c2) + a->eps);
-      ref_put(&s->m, n, m);
-      ref_put(&s->v, n, v);
-      ref_put(&s->master, n, w);
+      put_state(a, s, &s->m, MT_ROUND_M, n, m);
+      put_state(a, s, &s->v, MT_ROUND_V, n, v);
+      put_state(a, s, &s->master, MT_ROUND_WEIGHT, n, w);
       if (s->compute.data) ref_put(&s->compute, n, ref_at(&s->master, n));
     }
   }
