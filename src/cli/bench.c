@@ -51,6 +51,7 @@ static const struct mt_option rows[] = {
     MT_ROW_OPTIM_STATE(S),
     MT_ROW_EXPERTS(S, .initial = "grouped"),
     MT_ROW_BLOCKS(S, .initial = "fused"),
+    MT_ROW_RECOMPUTE(S),
     MT_ROW_SEED(S, "Decides weights and tokens."),
     MT_ROW_JSON(S),
     {.group = "The model's sizes",
