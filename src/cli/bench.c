@@ -56,6 +56,7 @@ static const struct mt_option rows[] = {
      .offset = AT(ops),
      .help = "Add a table of the operations, each timed on its own in further steps: time, rate, "
              "share of the step, and time over the floor that the measured ceilings give."},
+    MT_ROW_RECOMPUTE(S),
     MT_ROW_SEED(S, "Decides weights and tokens."),
     MT_ROW_JSON(S),
     {.group = "The model's sizes",

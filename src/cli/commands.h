@@ -74,6 +74,13 @@ extern const struct mt_command mt_command_train, mt_command_eval, mt_command_gen
     .choices = "unfused|fused", __VA_ARGS__,                                                       \
     .help = "Whether a block's small operations run fused with their neighbours.",                 \
   }
+#define MT_ROW_RECOMPUTE(S)                                                                        \
+  {                                                                                                \
+    .flag = "recompute", .type = MT_OPT_CHOICE, .offset = offsetof(S, recompute), .unit = "WHAT",  \
+    .choices = "none|mlp|full", .initial = "none",                                                 \
+    .help = "What backward computes again to save memory: the experts' hidden products, or both "  \
+            "blocks of a layer. The results are the same.",                                        \
+  }
 #define MT_ROW_FREEZE(S)                                                                           \
   {                                                                                                \
     .flag = "freeze", .type = MT_OPT_LIST, .offset = offsetof(S, freeze), .unit = "PATTERN",       \

@@ -31,6 +31,7 @@ static const struct mt_option rows[] = {
     MT_ROW_OPTIM_STATE(S),
     MT_ROW_EXPERTS(S, .initial = "grouped"),
     MT_ROW_BLOCKS(S, .initial = "fused"),
+    MT_ROW_RECOMPUTE(S),
     MT_ROW_FREEZE(S),
     MT_ROW_ROUTER_AUX_COEF(S),
 };

@@ -156,6 +156,7 @@ static const struct mt_option rows[] = {
              "fused. A flag given beside it wins."},
     MT_ROW_EXPERTS(S, .initial_note = "by --improvement"),
     MT_ROW_BLOCKS(S, .initial_note = "by --improvement"),
+    MT_ROW_RECOMPUTE(S),
     MT_ROWS_DEVICE(S),
     MT_ROW_OPTIM_STATE(S),
     {.flag = "ep-size",

@@ -79,15 +79,10 @@ static struct mt_rope_args rope_args(struct mt_model *m, struct mt_tensor qkv, i
                                .inverse = inverse};
 }
 
-mt_err mt_attention_project(struct mt_model *m, int layer, int64_t tokens) {
-  struct mt_layer_acts *l = &m->acts.layer[layer];
-  struct mt_tensor none = {0};
-  struct mt_tensor stream = layer ? mt_top(m->acts.layer[layer - 1].s2, tokens) : none;
-  struct mt_tensor branch = layer ? mt_top(m->acts.branch, tokens) : none;
-  struct mt_tensor xn = mt_top(m->acts.xn, tokens), qkv = mt_top(l->qkv, tokens);
-  mt_acts_enter(&m->acts, m->be, MT_ROOM_ATTENTION);
-  MT_TRY(mt_norm_forward(m, stream, branch, mt_params_find(&m->params, MT_PARAM_ATTN_NORM, layer),
-                         mt_top(l->s1, tokens), xn, mt_top(l->rstd1, tokens)));
+/* Normalised input to qkv with rope applied. */
+static mt_err project(struct mt_model *m, int layer, int64_t tokens) {
+  struct mt_tensor xn = mt_top(m->acts.xn, tokens);
+  struct mt_tensor qkv = mt_top(m->acts.layer[layer].qkv, tokens);
   struct mt_tensor w = mt_params_find(&m->params, MT_PARAM_QKV, layer)->compute;
   if (m->options.blocks == MT_BLOCKS_FUSED)
     MT_TRY(mt_linear_forward(m->be, xn, w, qkv, NULL));
@@ -97,17 +92,50 @@ mt_err mt_attention_project(struct mt_model *m, int layer, int64_t tokens) {
   return m->be->ops.rope(m->be, &rope);
 }
 
+mt_err mt_attention_project(struct mt_model *m, int layer, int64_t tokens) {
+  struct mt_layer_acts *l = &m->acts.layer[layer];
+  struct mt_tensor none = {0};
+  struct mt_tensor stream = layer ? mt_top(m->acts.layer[layer - 1].s2, tokens) : none;
+  struct mt_tensor branch = layer ? mt_top(m->acts.branch, tokens) : none;
+  mt_acts_enter(&m->acts, m->be, MT_ROOM_ATTENTION);
+  MT_TRY(mt_norm_forward(m, stream, branch, mt_params_find(&m->params, MT_PARAM_ATTN_NORM, layer),
+                         mt_top(l->s1, tokens), mt_top(m->acts.xn, tokens),
+                         mt_top(l->rstd1, tokens)));
+  return project(m, layer, tokens);
+}
+
 mt_err mt_attention_output(struct mt_model *m, int layer, int64_t tokens) {
   return mt_linear_forward(m->be, mt_top(m->acts.layer[layer].att, tokens),
                            mt_params_find(&m->params, MT_PARAM_ATTN_OUT, layer)->compute,
                            mt_top(m->acts.branch, tokens), NULL);
 }
 
-mt_err mt_attention_forward(struct mt_model *m, int layer, const struct mt_view *v) {
-  MT_TRY(mt_attention_project(m, layer, v->tokens));
+/* qkv to branch. */
+static mt_err attend(struct mt_model *m, int layer, const struct mt_view *v) {
   struct mt_attention_fwd_args a = attention_args(m, &m->acts.layer[layer], layer, v);
   MT_TRY(m->be->ops.attention_fwd(m->be, &a));
   return mt_attention_output(m, layer, v->tokens);
+}
+
+mt_err mt_attention_forward(struct mt_model *m, int layer, const struct mt_view *v) {
+  MT_TRY(mt_attention_project(m, layer, v->tokens));
+  return attend(m, layer, v);
+}
+
+/* The block's normalised input from the stream, which is kept. */
+static mt_err norm_again(struct mt_model *m, int layer, int64_t tokens) {
+  struct mt_layer_acts *l = &m->acts.layer[layer];
+  struct mt_tensor none = {0};
+  return mt_norm_forward(m, none, none, mt_params_find(&m->params, MT_PARAM_ATTN_NORM, layer),
+                         mt_top(l->s1, tokens), mt_top(m->acts.xn, tokens),
+                         mt_top(l->rstd1, tokens));
+}
+
+mt_err mt_attention_again(struct mt_model *m, int layer, const struct mt_view *v) {
+  mt_acts_enter(&m->acts, m->be, MT_ROOM_ATTENTION);
+  MT_TRY(norm_again(m, layer, v->tokens));
+  MT_TRY(project(m, layer, v->tokens));
+  return attend(m, layer, v);
 }
 
 mt_err mt_attention_backward(struct mt_model *m, int layer, const struct mt_view *v) {
@@ -118,7 +146,7 @@ mt_err mt_attention_backward(struct mt_model *m, int layer, const struct mt_view
   int64_t t = v->tokens;
   struct mt_tensor ds = mt_top(m->acts.ds, t), datt = mt_top(m->acts.datt, t),
                    dqkv = mt_top(m->acts.dqkv, t), dxn = mt_top(m->acts.branch, t),
-                   xn = mt_top(m->acts.xn, t), none = {0};
+                   xn = mt_top(m->acts.xn, t);
 
   mt_acts_enter(&m->acts, m->be, MT_ROOM_ATTENTION);
   MT_TRY(mt_linear_wgrad(m->be, ds, mt_top(l->att, t), out->grad, NULL, v->accumulate));
@@ -131,9 +159,7 @@ mt_err mt_attention_backward(struct mt_model *m, int layer, const struct mt_view
   struct mt_rope_args rope = rope_args(m, dqkv, 1);
   MT_TRY(m->be->ops.rope(m->be, &rope));
 
-  if (proj->grad.data) { /* the block's normalised input, once more */
-    MT_TRY(mt_norm_forward(m, none, none, norm, mt_top(l->s1, t), xn, mt_top(l->rstd1, t)));
-  }
+  if (proj->grad.data) MT_TRY(norm_again(m, layer, t));
   MT_TRY(mt_linear_wgrad(m->be, dqkv, xn, proj->grad, NULL, v->accumulate));
   mt_grad_ready(m, proj);
   MT_TRY(mt_linear_dgrad(m->be, dqkv, proj->compute, dxn, NULL));

@@ -21,6 +21,8 @@ static inline struct mt_tensor mt_top(struct mt_tensor t, int64_t rows) {
 /* s1 = stream + branch (layer 0: the embedding already lies in s1), branch (=) = output of the
  * attention block, to be added to s1 by the MoE block. */
 mt_err mt_attention_forward(struct mt_model *m, int layer, const struct mt_view *v);
+/* Forward again in backward, from s1 on, which was kept: qkv, att, lse, branch. */
+mt_err mt_attention_again(struct mt_model *m, int layer, const struct mt_view *v);
 /* acts.ds: in, gradient of s1 + branch; out, gradient of s1. */
 mt_err mt_attention_backward(struct mt_model *m, int layer, const struct mt_view *v);
 
@@ -29,9 +31,19 @@ mt_err mt_attention_backward(struct mt_model *m, int layer, const struct mt_view
 mt_err mt_attention_project(struct mt_model *m, int layer, int64_t tokens);
 mt_err mt_attention_output(struct mt_model *m, int layer, int64_t tokens);
 
+/* Whether buffers that layers share have been overwritten since the layer's forward: those of the
+ * last layer have not. */
+static inline bool mt_layer_attention_lost(const struct mt_model *m, int layer) {
+  return m->options.recompute == MT_RECOMPUTE_FULL && layer + 1 < m->config.layers;
+}
+static inline bool mt_layer_gate_up_lost(const struct mt_model *m, int layer) {
+  return m->options.recompute != MT_RECOMPUTE_NONE && layer + 1 < m->config.layers;
+}
+
 /* s2 = s1 + branch, branch (=) = output of the MoE block. */
 mt_err mt_moe_forward(struct mt_model *m, int layer, const struct mt_view *v);
-/* acts.ds: in, gradient of s2 + branch; out, gradient of s2. */
+/* acts.ds: in, gradient of s2 + branch; out, gradient of s2. Where mt_layer_attention_lost, branch
+ * is that of mt_attention_again. */
 mt_err mt_moe_backward(struct mt_model *m, int layer, const struct mt_view *v);
 
 /* The residual add and the norm that follows, as the blocks strategy does them:

@@ -43,12 +43,13 @@ static mt_err place(struct mt_model *m) {
       if ((int)m->params.row[i].sync == sync) MT_TRY(place_one(m, &m->params.row[i]));
     }
   }
-  struct mt_acts_options a = {.token_capacity = m->options.token_capacity,
-                              .sequence_capacity = m->options.sequence_capacity,
-                              .training = m->options.training,
-                              .keep_attention = m->options.training,
-                              .keep_mlp = m->options.training,
-                              .weigh_outputs = m->options.experts == MT_EXPERTS_LOOP};
+  struct mt_acts_options a = {
+      .token_capacity = m->options.token_capacity,
+      .sequence_capacity = m->options.sequence_capacity,
+      .training = m->options.training,
+      .keep_attention = m->options.training && m->options.recompute != MT_RECOMPUTE_FULL,
+      .keep_mlp = m->options.training && m->options.recompute == MT_RECOMPUTE_NONE,
+      .weigh_outputs = m->options.experts == MT_EXPERTS_LOOP};
   return mt_acts_layout(&m->acts, &m->config, m->recipe, m->be, &a, &m->activations);
 }
 

@@ -9,6 +9,11 @@
 enum mt_experts_strategy { MT_EXPERTS_LOOP, MT_EXPERTS_GROUPED };
 enum mt_blocks_strategy { MT_BLOCKS_UNFUSED, MT_BLOCKS_FUSED };
 
+/* What backward computes again instead of finding it kept. MLP: the experts' hidden products (and
+ * outputs, where those are weighed). FULL: both blocks but for the routing; a layer keeps its
+ * input. The gradients are the same to the bit. */
+enum mt_recompute { MT_RECOMPUTE_NONE, MT_RECOMPUTE_MLP, MT_RECOMPUTE_FULL };
+
 /* Where a step's time goes; X(phase, name in metrics). */
 #define MT_PHASE_LIST(X)                                                                           \
   X(EMBED, "embed")                                                                                \
@@ -38,6 +43,7 @@ struct mt_marks {
 struct mt_model_options {
   enum mt_experts_strategy experts;
   enum mt_blocks_strategy blocks;
+  enum mt_recompute recompute;
   double aux_coef;           /* of the auxiliary loss; 0: none */
   bool training;             /* gradients and saved activations exist */
   int64_t token_capacity;    /* T at most */

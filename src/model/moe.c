@@ -106,16 +106,18 @@ static mt_err mlp_backward(struct moe *o, struct mt_tensor w1, struct mt_tensor 
   return mt_linear_dgrad(o->be, gu, w1, ys, offsets);
 }
 
-static mt_err loop_forward(struct moe *o) {
-  if (scattered(o)) MT_TRY(o->be->zero(o->be, o->y.data, mt_bytes(&o->y)));
+/* again: for backward, up to ys alone, whatever lies in ys. */
+static mt_err loop_forward(struct moe *o, bool again) {
+  bool scatter = scattered(o) && !again;
+  if (scatter) MT_TRY(o->be->zero(o->be, o->y.data, mt_bytes(&o->y)));
   MT_TRY(read_offsets(o));
   for (int e = 0; e < o->route.expert_count; e++) {
     int64_t begin = o->m->host_route[e], rows = o->m->host_route[e + 1] - begin;
     if (rows == 0) continue;
-    if (scattered(o)) MT_TRY(gather(o, begin, rows, NULL));
+    if (scattered(o) || again) MT_TRY(gather(o, begin, rows, NULL));
     MT_TRY(mlp_forward(o, mt_slice(&o->gate_up->compute, e), mt_slice(&o->down->compute, e), begin,
                        rows, NULL));
-    if (scattered(o)) {
+    if (scatter) {
       MT_TRY(o->be->ops.scatter_add(
           o->be, &(struct mt_scatter_add_args){.ys = mt_rows(&o->ys, begin, rows),
                                                .row_source = o->route.row_source + begin,
@@ -189,10 +191,10 @@ mt_err mt_moe_forward(struct mt_model *m, int layer, const struct mt_view *v) {
                                          .aux_count = m->acts.aux_count,
                                          .load = o.l->load}));
   MT_TRY(m->exchange.plan(&m->exchange, o.be, &o.route));
-  if (scattered(&o)) return loop_forward(&o);
+  if (scattered(&o)) return loop_forward(&o, false);
   MT_TRY(m->exchange.dispatch(&m->exchange, o.be, &o.route, &o.xn, &o.ys));
   if (m->options.experts == MT_EXPERTS_LOOP) {
-    MT_TRY(loop_forward(&o));
+    MT_TRY(loop_forward(&o, false));
     return m->exchange.combine(&m->exchange, o.be, &o.route, &o.ys, &o.prob, &o.y);
   }
   MT_TRY(m->exchange.dispatch_prob(&m->exchange, o.be, &o.route, &o.prob, &o.row_prob));
@@ -208,14 +210,31 @@ static mt_err grouped_backward(struct moe *o, struct mt_tensor dy, struct mt_ten
   return x->dispatch_prob_bwd(x, o->be, &o->route, &o->drow_prob, &dprob);
 }
 
+/* What backward reads of forward and was not kept: s2, the normalised input, gate_up, and ys where
+ * it is weighed. The routing was kept: tokens go where they went. */
+static mt_err forward_again(struct moe *o, int layer) {
+  struct mt_model *m = o->m;
+  int64_t t = o->v->tokens;
+  struct mt_tensor s1 = {0}, branch = {0};
+  if (mt_layer_attention_lost(m, layer)) {
+    s1 = mt_top(o->l->s1, t);
+    branch = mt_top(m->acts.branch, t);
+  }
+  MT_TRY(
+      mt_norm_forward(m, s1, branch, o->norm, mt_top(o->l->s2, t), o->xn, mt_top(o->l->rstd2, t)));
+  if (m->options.experts == MT_EXPERTS_LOOP) /* ys does not outlive its room */
+    return m->options.recompute != MT_RECOMPUTE_NONE ? loop_forward(o, true) : MT_OK;
+  if (!mt_layer_gate_up_lost(m, layer)) return MT_OK;
+  MT_TRY(gather(o, 0, o->ys.dim[0], o->route.offsets));
+  return mt_linear_forward(o->be, o->ys, o->gate_up->compute, o->gu, o->route.offsets);
+}
+
 mt_err mt_moe_backward(struct mt_model *m, int layer, const struct mt_view *v) {
   struct moe o = moe_open(m, layer, v);
   int64_t t = v->tokens;
-  struct mt_tensor ds = mt_top(m->acts.ds, t), dxn = o.y, dprob = mt_top(m->acts.dprob, t),
-                   none = {0};
+  struct mt_tensor ds = mt_top(m->acts.ds, t), dxn = o.y, dprob = mt_top(m->acts.dprob, t);
   mt_acts_enter(&m->acts, m->be, MT_ROOM_MOE);
-  /* The block's normalised input, once more. */
-  MT_TRY(mt_norm_forward(m, none, none, o.norm, mt_top(o.l->s2, t), o.xn, mt_top(o.l->rstd2, t)));
+  MT_TRY(forward_again(&o, layer));
   if (scattered(&o)) {
     MT_TRY(loop_backward(&o, ds, dprob, dxn));
   } else {

@@ -108,6 +108,10 @@ static mt_err backward(struct mt_model *m, const struct mt_view *v) {
                           mt_params_find(&m->params, MT_PARAM_FINAL_NORM, -1), mt_top(a->rstdf, t),
                           mt_top(a->ds, t), 1, v->accumulate));
   for (int l = m->config.layers - 1; l >= 0 && l >= m->lowest_learning; l--) {
+    if (mt_layer_attention_lost(m, l)) {
+      MT_TRY(mt_attention_again(m, l, v));
+      MT_TRY(mt_phase_mark(m, MT_PHASE_ATTENTION_BWD));
+    }
     MT_TRY(mt_moe_backward(m, l, v));
     MT_TRY(mt_phase_mark(m, MT_PHASE_MOE_BWD));
     MT_TRY(mt_attention_backward(m, l, v));

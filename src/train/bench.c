@@ -146,6 +146,7 @@ static mt_err random_model(struct mt_model *m, struct mt_backend *be,
   int64_t tokens = (int64_t)o->batch_size * o->max_seq_length;
   struct mt_model_options mo = {.experts = (enum mt_experts_strategy)o->experts,
                                 .blocks = (enum mt_blocks_strategy)o->blocks,
+                                .recompute = (enum mt_recompute)o->recompute,
                                 .training = true,
                                 .token_capacity = tokens,
                                 .sequence_capacity = o->batch_size};

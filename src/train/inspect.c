@@ -76,6 +76,7 @@ static mt_err plan(struct mt_session *s, const struct mt_inspect_options *o) {
                                 .pad_multiple = s->recipe->pad_multiple};
   struct mt_model_options m = {.experts = (enum mt_experts_strategy)o->experts,
                                .blocks = (enum mt_blocks_strategy)o->blocks,
+                               .recompute = (enum mt_recompute)o->recompute,
                                .aux_coef =
                                    mt_train_aux_coef(o->router_aux_coef, &s->checkpoint.config),
                                .training = true,

@@ -49,6 +49,7 @@ struct mt_train_options {
   struct mt_device_options device;
   int experts;                  /* enum mt_experts_strategy */
   int blocks;                   /* enum mt_blocks_strategy */
+  int recompute;                /* enum mt_recompute */
   struct mt_string_list freeze; /* shell patterns over parameter names: "layers.0.*", "*router" */
   double router_aux_coef;       /* < 0: as the checkpoint's config says; 0: none */
   int64_t eval_every;           /* steps; 0: before the first and after the last alone */
@@ -96,7 +97,7 @@ struct mt_inspect_options {
   bool train;
   int batch_size, max_seq_length;
   struct mt_device_options device;
-  int experts, blocks;
+  int experts, blocks, recompute;
   struct mt_string_list freeze;
   double router_aux_coef;
 };
@@ -108,7 +109,7 @@ struct mt_bench_options {
   int batch_size, max_seq_length;
   int64_t warmup_steps, train_steps;
   struct mt_device_options device;
-  int experts, blocks;
+  int experts, blocks, recompute;
   uint64_t seed;
   bool ops;  /* a table of the operations too, from steps of their own */
   bool json; /* one JSON object on stdout instead of lines */

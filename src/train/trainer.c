@@ -97,6 +97,7 @@ static mt_err open_model(struct run *r) {
   struct mt_model_options o = {
       .experts = (enum mt_experts_strategy)r->o->experts,
       .blocks = (enum mt_blocks_strategy)r->o->blocks,
+      .recompute = (enum mt_recompute)r->o->recompute,
       .aux_coef = mt_train_aux_coef(r->o->router_aux_coef, &r->s.checkpoint.config),
       .training = true,
       .token_capacity = capacity,

@@ -79,6 +79,8 @@ static void names_of_train(void **state) {
                                       "precision",
                                       "experts",
                                       "blocks",
+                                      "recompute",
+                                      "optim-state",
                                       "freeze",
                                       "router-aux-coef",
                                       "eval-every",

@@ -83,10 +83,14 @@ static inline void small_weights(struct mt_model *m, uint64_t seed) {
     double *x = malloc((size_t)n * sizeof *x);
     for (int64_t k = 0; k < n; k++)
       x[k] = p->rank == 1 ? 1 + 0.2 * mt_rng_normal(&r) : 0.4 * mt_rng_normal(&r);
+    void *raw = malloc((size_t)n * sizeof(double));
     struct mt_tensor *forms[] = {&p->compute, &p->master};
     for (int f = 0; f < 2; f++) {
-      if (forms[f]->data) mt_dtype_convert(forms[f]->data, forms[f]->dtype, x, MT_F64, (size_t)n);
+      if (!forms[f]->data) continue;
+      mt_dtype_convert(raw, forms[f]->dtype, x, MT_F64, (size_t)n);
+      OK(m->be->upload(m->be, forms[f]->data, raw, mt_bytes(forms[f])));
     }
+    free(raw);
     free(x);
   }
 }
