@@ -2,10 +2,10 @@
 
 #include <math.h>
 
-void mt_philox(const uint32_t counter[4], const uint32_t key[2], uint32_t out[4]) {
+void mt_philox(const uint32_t counter[4], const uint32_t key[2], int rounds, uint32_t out[4]) {
   uint32_t c0 = counter[0], c1 = counter[1], c2 = counter[2], c3 = counter[3];
   uint32_t k0 = key[0], k1 = key[1];
-  for (int round = 0; round < 10; round++) {
+  for (int round = 0; round < rounds; round++) {
     uint64_t p0 = (uint64_t)0xD2511F53u * c0, p1 = (uint64_t)0xCD9E8D57u * c2;
     c0 = (uint32_t)(p1 >> 32) ^ c1 ^ k0;
     c1 = (uint32_t)p1;
@@ -26,7 +26,7 @@ uint32_t mt_rng_u32(struct mt_rng *r) {
   uint32_t counter[4] = {(uint32_t)block, (uint32_t)(block >> 32), (uint32_t)r->stream,
                          (uint32_t)(r->stream >> 32)};
   uint32_t key[2] = {(uint32_t)r->seed, (uint32_t)(r->seed >> 32)}, out[4];
-  mt_philox(counter, key, out);
+  mt_philox(counter, key, 10, out);
   return out[r->position++ % 4];
 }
 

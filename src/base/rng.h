@@ -6,8 +6,9 @@
 
 #include <stdint.h>
 
-/* The raw function: out[4] (=) from a 128-bit counter and a 64-bit key. */
-void mt_philox(const uint32_t counter[4], const uint32_t key[2], uint32_t out[4]);
+/* The raw function: out[4] (=) from a 128-bit counter and a 64-bit key, in 10 rounds for streams.
+ */
+void mt_philox(const uint32_t counter[4], const uint32_t key[2], int rounds, uint32_t out[4]);
 
 struct mt_rng {
   uint64_t seed;

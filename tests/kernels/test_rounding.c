@@ -72,12 +72,14 @@ static void bits_are_philox(void **state) {
   (void)state;
   for (uint64_t block = 0; block < 1000; block++) {
     uint64_t at = block * 0x10000001ull, seed = 0x0123456789abcdefull + block;
-    uint32_t counter[4] = {(uint32_t)at, (uint32_t)(at >> 32), 9, 4 * (7 + 1) + MT_ROUND_V};
+    uint32_t counter[4] = {(uint32_t)at, (uint32_t)(at >> 32), 9, 4 * (7 + 1) + MT_ROUND_M};
     uint32_t key[2] = {(uint32_t)seed, (uint32_t)(seed >> 32)}, want[4], got[4];
-    mt_philox(counter, key, want);
+    mt_philox(counter, key, 7, want);
     mt_rounding_bits(seed, 7, MT_ROUND_V, 9, at, &got[0], &got[1], &got[2], &got[3]);
     assert_memory_equal(got, want, sizeof want);
-    assert_int_equal(mt_rounding_pick(got, 5), want[2] >> 16);
+    assert_int_equal(mt_rounding_pick(got, 5, MT_ROUND_WEIGHT), want[2] >> 16);
+    assert_int_equal(mt_rounding_pick(got, 5, MT_ROUND_M), (want[2] >> 16 & 0xff) << 8 | 0x80);
+    assert_int_equal(mt_rounding_pick(got, 5, MT_ROUND_V), (want[2] >> 24) << 8 | 0x80);
   }
 }
 
@@ -124,7 +126,7 @@ static void what_is_kept_is_rounded_once(struct bed *b) {
     for (int i = 0; i < FEW; i++) {
       uint32_t r[4];
       mt_rounding_bits(11, 4, purpose[k], 3, (uint64_t)i / 8, &r[0], &r[1], &r[2], &r[3]);
-      uint16_t want = mt_round_at_random((float)from[i], mt_rounding_pick(r, i % 8));
+      uint16_t want = mt_round_at_random((float)from[i], mt_rounding_pick(r, i % 8, purpose[k]));
       if (got[i] != (double)mt_bf16_to_f32(want))
         fail_msg("%d of %d: %g, not %g", k, i, got[i], (double)mt_bf16_to_f32(want));
     }

@@ -65,9 +65,13 @@ static void philox_known_answers(void **state) {
   };
   for (int i = 0; i < 3; i++) {
     uint32_t out[4];
-    mt_philox(cases[i], cases[i] + 4, out);
+    mt_philox(cases[i], cases[i] + 4, 10, out);
     assert_memory_equal(out, cases[i] + 6, sizeof out);
   }
+  static const uint32_t seven[4] = {0x5f6fb709, 0x0d893f64, 0x4f121f81, 0x4f730a48};
+  uint32_t out[4];
+  mt_philox(cases[0], cases[0] + 4, 7, out);
+  assert_memory_equal(out, seven, sizeof out);
 }
 
 static void rng_statistics(void **state) {

@@ -131,10 +131,13 @@ static void random_run(struct update u, uint32_t tensor, uint32_t purpose, int64
   }
 }
 
-static void store_run(const float *restrict x, const uint32_t *restrict bits, int64_t count,
-                      uint16_t *restrict out) {
+static inline __attribute__((always_inline)) void store_run(const float *restrict x,
+                                                            const uint32_t *restrict bits,
+                                                            int64_t count, uint32_t purpose,
+                                                            uint16_t *restrict out) {
   for (int64_t i = 0; i < count; i++) {
-    out[i] = mt_round_at_random(x[i], bits[i / 2] >> (16 * (i % 2)) & 0xffffu);
+    uint32_t bits16 = bits[i / 2] >> (16 * (i % 2)) & 0xffffu;
+    out[i] = mt_round_at_random(x[i], mt_rounding_addend(bits16, purpose));
   }
 }
 
@@ -147,21 +150,19 @@ static void load_run(const struct mt_tensor *t, int64_t begin, int64_t count, fl
 static void update_block_bf16(const struct mt_adamw_segment *s, int64_t begin, int64_t end,
                               struct update u) {
   float w[RUN] = {0}, m[RUN] = {0}, v[RUN] = {0}, g[RUN] = {0};
-  const struct {
-    const struct mt_tensor *t;
-    float *x;
-    enum mt_rounding purpose;
-  } kept[] = {{&s->master, w, MT_ROUND_WEIGHT}, {&s->m, m, MT_ROUND_M}, {&s->v, v, MT_ROUND_V}};
   for (int64_t i = begin; i < end; i += RUN) {
     int64_t count = end - i < RUN ? end - i : RUN;
-    for (int k = 0; k < 3; k++) load_run(kept[k].t, i, count, kept[k].x);
+    uint32_t bits[RUN / 2];
+    load_run(&s->master, i, count, w);
+    load_run(&s->m, i, count, m);
+    load_run(&s->v, i, count, v);
     load_run(&s->grad, i, count, g);
     update_run((struct state){w, m, v, g}, 0, RUN, u);
-    for (int k = 0; k < 3; k++) {
-      uint32_t bits[RUN / 2];
-      random_run(u, s->tensor, kept[k].purpose, i, bits);
-      store_run(kept[k].x, bits, count, (uint16_t *)kept[k].t->data + i);
-    }
+    random_run(u, s->tensor, MT_ROUND_WEIGHT, i, bits);
+    store_run(w, bits, count, MT_ROUND_WEIGHT, (uint16_t *)s->master.data + i);
+    random_run(u, s->tensor, MT_ROUND_M, i, bits); /* V's too */
+    store_run(m, bits, count, MT_ROUND_M, (uint16_t *)s->m.data + i);
+    store_run(v, bits, count, MT_ROUND_V, (uint16_t *)s->v.data + i);
   }
 }
 

@@ -8,6 +8,8 @@
 
 enum { SUM_BLOCKS = 1024, SUM_THREADS = 256, SUM_TENSORS = 128, SUM_TILE = 8192 };
 enum { UPDATE_THREADS = 256, UPDATE_SEGMENTS = 48, UPDATE_TILE = 8192 };
+/* Blocks that a multiprocessor must hold: arithmetic on random bits hides behind others' loads. */
+enum { UPDATE_BLOCKS = 3 };
 
 /* One float64 sum for each block. */
 extern "C" size_t mt_cuda_optimizer_bytes(const struct mt_limits *l) {
@@ -151,34 +153,29 @@ template <class T> struct update_segment {
   uint32_t tensor;
 };
 
-/* V elements from element i on as they are kept: float32 is, bfloat16 is rounded at random. V is 1,
- * or a block of random bits. */
+/* V elements as they are kept: float32 is, bfloat16 is rounded at random by a block's words. V is
+ * 1, where `at` is the element's place in its block, or a block. */
 template <int V>
-__device__ __forceinline__ void store_state(float *p, int64_t, enum mt_rounding,
-                                            const struct update &, uint32_t, const float (&x)[V]) {
+__device__ __forceinline__ void store_state(float *p, const uint32_t (&)[4], int, enum mt_rounding,
+                                            const float (&x)[V]) {
   store_row<float, V>(p, x);
 }
 template <int V>
-__device__ __forceinline__ void store_state(bf16 *p, int64_t i, enum mt_rounding purpose,
-                                            const struct update &u, uint32_t tensor,
-                                            const float (&x)[V]) {
+__device__ __forceinline__ void store_state(bf16 *p, const uint32_t (&r)[4], int at,
+                                            enum mt_rounding purpose, const float (&x)[V]) {
   static_assert(V == 1 || V == MT_ROUND_BLOCK, "bits come by the block");
-  uint32_t r[4];
-  mt_rounding_bits(u.seed, tensor, purpose, u.step, (uint64_t)i / MT_ROUND_BLOCK, &r[0], &r[1],
-                   &r[2], &r[3]);
   pack<bf16, V> out;
 #pragma unroll
   for (int j = 0; j < V; j++) {
-    uint32_t bits;
+    uint32_t addend;
     if constexpr (V == 1) {
       /* A word chosen at run time without an array that the compiler would put into memory. */
-      int at = (int)(i % MT_ROUND_BLOCK);
       uint32_t word = at < 4 ? (at < 2 ? r[0] : r[1]) : (at < 6 ? r[2] : r[3]);
-      bits = word >> (16 * (at % 2)) & 0xffffu;
+      addend = mt_rounding_addend(word >> (16 * (at % 2)) & 0xffffu, purpose);
     } else {
-      bits = mt_rounding_pick(r, j);
+      addend = mt_rounding_pick(r, j, purpose);
     }
-    out.x[j] = __ushort_as_bfloat16(mt_round_at_random(x[j], bits));
+    out.x[j] = __ushort_as_bfloat16(mt_round_at_random(x[j], addend));
   }
   store_pack<bf16, V>(p, out);
 }
@@ -193,10 +190,18 @@ __device__ __forceinline__ void adamw_at(const struct update_segment<T> &s, cons
     w[j] = to_float(pw.x[j]), m[j] = to_float(pm.x[j]), v[j] = to_float(pv.x[j]);
     mt_adamw_one(&w[j], &m[j], &v[j], to_float(pg.x[j]), s.keep, s.scale, u.factors);
   }
-  store_state<V>(s.w + i, i, MT_ROUND_WEIGHT, u, s.tensor, w);
-  store_state<V>(s.m + i, i, MT_ROUND_M, u, s.tensor, m);
-  store_state<V>(s.v + i, i, MT_ROUND_V, u, s.tensor, v);
-  if constexpr (sizeof(T) == sizeof(float)) {
+  uint32_t r[4] = {};
+  uint64_t block = (uint64_t)i / MT_ROUND_BLOCK;
+  int at = (int)(i % MT_ROUND_BLOCK);
+  constexpr bool rounded = sizeof(T) == sizeof(bf16);
+  if (rounded)
+    mt_rounding_bits(u.seed, s.tensor, MT_ROUND_WEIGHT, u.step, block, &r[0], &r[1], &r[2], &r[3]);
+  store_state<V>(s.w + i, r, at, MT_ROUND_WEIGHT, w);
+  if (rounded)
+    mt_rounding_bits(u.seed, s.tensor, MT_ROUND_M, u.step, block, &r[0], &r[1], &r[2], &r[3]);
+  store_state<V>(s.m + i, r, at, MT_ROUND_M, m);
+  store_state<V>(s.v + i, r, at, MT_ROUND_V, v);
+  if constexpr (!rounded) {
     if (s.compute) store_row<bf16, V>(s.compute + i, w);
   }
 }
@@ -236,13 +241,13 @@ __device__ __forceinline__ void adamw_tile(const struct update_list &l, int e, f
   if (l.is_wide[e]) {
     constexpr int V = wide<T>;
     whole = begin + (end - begin) / V * V;
-    adamw_run<T, V, 2>(s, l.u, begin, whole);
+    adamw_run<T, V, sizeof(T) == sizeof(float) ? 2 : 1>(s, l.u, begin, whole);
   }
   adamw_run<T, 1, 1>(s, l.u, whole, end);
 }
 
 /* One block a tile. A norm that is not finite changes nothing. */
-__global__ void __launch_bounds__(UPDATE_THREADS)
+__global__ void __launch_bounds__(UPDATE_THREADS, UPDATE_BLOCKS)
     adamw_tiles(const __grid_constant__ update_list l) {
   __shared__ float shared_scale;
   if (threadIdx.x == 0) {
