@@ -469,7 +469,7 @@ static void case_experts_down_dgrad(struct bench_case *c, const struct size *z, 
        dev.offsets = p.offsets.dev; ref.offsets = p.offsets.ref;)
   if (!acc) T(row_prob, prob), T(drow_prob, dprob);
   RUN(experts_down_dgrad);
-  expect_scaled(c, &dgu, ACT == MT_BF16 ? 1.5 : 1); /* where dh is rounded, too */
+  expect_scaled(c, &dgu, ACT == MT_BF16 ? 1.5 : 2); /* of dh with its own error */
   expect(c, &h);
   if (!acc) expect(c, &dprob);
 }
