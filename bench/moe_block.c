@@ -107,6 +107,10 @@ static const char *width(struct mt_tensor t) {
   X(dispatch_fwd, width(a->x), 0, size_of(a->xs) + least(size_of(a->x), size_of(a->xs)))           \
   X(linear_fwd, weight(a->w), product(a->x, a->w), size_of(a->x) + size_of(a->w) + size_of(a->y))  \
   X(swiglu_fwd, "", 0, size_of(a->gate_up) + size_of(a->row_prob) + size_of(a->h))                 \
+  X(experts_up_fwd, "", product(a->x, a->w),                                                       \
+    size_of(a->x) + size_of(a->w) + size_of(a->gate_up) + size_of(a->h))                           \
+  X(experts_down_dgrad, "", product(a->dy, a->w),                                                  \
+    size_of(a->dy) + size_of(a->w) + size_of(a->gate_up) + size_of(a->dgate_up) + size_of(a->h))   \
   X(combine_fwd, "", 0, size_of(a->ys) + size_of(a->prob) + size_of(a->y))                         \
   X(scatter_add, "", 0, 3 * size_of(a->ys))                                                        \
   X(combine_bwd, "", 0, least(size_of(a->dy), size_of(a->dys)) + size_of(a->ys) + size_of(a->dys)) \

@@ -328,6 +328,32 @@ mt_err mt_check_swiglu_bwd(const struct mt_swiglu_bwd_args *a) {
   return MT_OK;
 }
 
+mt_err mt_check_experts_up_fwd(const struct mt_experts_up_fwd_args *a) {
+  const char *op = "experts_up_fwd";
+  int64_t r = a->h.dim[0], f = a->h.dim[1], h = a->x.dim[1];
+  PTR(offsets);
+  M2(x, REQUIRED, MT_DTYPE_COUNT, r, h);
+  MT_TRY(want(op, "w", &a->w, REQUIRED, a->x.dtype, 3, ANY_ROWS, 2 * f, h));
+  V1(row_prob, OPTIONAL, stat_of(&a->x), r);
+  M2(gate_up, REQUIRED, a->x.dtype, r, 2 * f);
+  M2(h, REQUIRED, a->x.dtype, r, f);
+  return MT_OK;
+}
+
+mt_err mt_check_experts_down_dgrad(const struct mt_experts_down_dgrad_args *a) {
+  const char *op = "experts_down_dgrad";
+  int64_t r = a->h.dim[0], f = a->h.dim[1], h = a->dy.dim[1];
+  PTR(offsets);
+  M2(dy, REQUIRED, MT_DTYPE_COUNT, r, h);
+  MT_TRY(want(op, "w", &a->w, REQUIRED, a->dy.dtype, 3, ANY_ROWS, h, f));
+  M2(gate_up, REQUIRED, a->dy.dtype, r, 2 * f);
+  V1(row_prob, OPTIONAL, stat_of(&a->dy), r);
+  M2(dgate_up, REQUIRED, a->dy.dtype, r, 2 * f);
+  M2(h, REQUIRED, a->dy.dtype, r, f);
+  V1(drow_prob, OPTIONAL, stat_of(&a->dy), r);
+  return MT_OK;
+}
+
 mt_err mt_check_head_loss(const struct mt_head_loss_args *a) {
   const char *op = "head_loss";
   int64_t t = a->x.dim[0], h = a->x.dim[1], v = a->w.dim[0];

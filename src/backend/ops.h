@@ -57,6 +57,8 @@ enum { MT_OPS_MAX_EXPERTS = 512, MT_OPS_MAX_TOP_K = 16 };
   X(scatter_add)                                                                                   \
   X(swiglu_fwd)                                                                                    \
   X(swiglu_bwd)                                                                                    \
+  X(experts_up_fwd)                                                                                \
+  X(experts_down_dgrad)                                                                            \
   X(head_loss)                                                                                     \
   X(tally)                                                                                         \
   X(sumsq)                                                                                         \
@@ -318,6 +320,31 @@ struct mt_swiglu_bwd_args {
   struct mt_tensor dgate_up;  /* act [R,2F] (=); may be gate_up */
   struct mt_tensor h;         /* act [R,F] (=) recomputed for the down projection's wgrad, or NULL;
                                  may be dh */
+  struct mt_tensor drow_prob; /* stat [R] (=), or NULL */
+};
+
+/* The first half of all experts in one: gate_up = x w^T as linear_fwd grouped, and h as swiglu_fwd
+ * makes it of gate_up as stored. Rows past offsets[G] of gate_up and h are left as they are. */
+struct mt_experts_up_fwd_args {
+  struct mt_tensor x;        /* act [R,H] */
+  struct mt_tensor w;        /* act [G,2F,H]: of each expert gate's F rows, then up's */
+  const int32_t *offsets;    /* [G+1] device */
+  struct mt_tensor row_prob; /* stat [R] or NULL */
+  struct mt_tensor gate_up;  /* act [R,2F] (=) */
+  struct mt_tensor h;        /* act [R,F] (=) */
+};
+
+/* Its counterpart: dh = dy w as linear_dgrad grouped, then swiglu_bwd on dh, which is not kept; a
+ * backend may round it to act in between or not. Rows past offsets[G] of the outputs are left as
+ * they are. */
+struct mt_experts_down_dgrad_args {
+  struct mt_tensor dy;        /* act [R,H] */
+  struct mt_tensor w;         /* act [G,H,F]: down */
+  const int32_t *offsets;     /* [G+1] device */
+  struct mt_tensor gate_up;   /* act [R,2F] */
+  struct mt_tensor row_prob;  /* stat [R] or NULL */
+  struct mt_tensor dgate_up;  /* act [R,2F] (=); may be gate_up */
+  struct mt_tensor h;         /* act [R,F] (=) recomputed for the down projection's wgrad */
   struct mt_tensor drow_prob; /* stat [R] (=), or NULL */
 };
 

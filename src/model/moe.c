@@ -7,7 +7,9 @@
  * - experts loop: tokens are permuted once, then one expert after another runs on its slice;
  * - experts grouped: tokens are permuted once, each projection is one grouped product; the routing
  *   probability enters with SwiGLU, before the down projection (down is linear: the same result),
- *   so that backward needs no expert's output and none is kept.
+ *   so that backward needs no expert's output and none is kept. With blocks fused, SwiGLU is part
+ *   of the products that it stands between.
+ *
  * The loops read the row counts back to the host, once a layer; the grouped way never does. */
 #include "model/layers.h"
 #include "quant/linear.h"
@@ -68,12 +70,24 @@ static mt_err gather(struct moe *o, int64_t begin, int64_t rows, const int32_t *
                                             .xs = mt_rows(&o->ys, begin, rows)});
 }
 
+/* SwiGLU inside the grouped products that it stands between. */
+static bool joined(const struct moe *o, const int32_t *offsets) {
+  return offsets && o->m->options.blocks == MT_BLOCKS_FUSED;
+}
+
 /* gate_up, SwiGLU, down on rows [begin, begin+rows) of ys, dense for one expert or grouped over
  * all. */
 static mt_err mlp_forward(struct moe *o, struct mt_tensor w1, struct mt_tensor w2, int64_t begin,
                           int64_t rows, const int32_t *offsets) {
   struct mt_tensor gu = mt_rows(&o->gu, begin, rows), h = mt_rows(&o->h, begin, rows),
                    ys = mt_rows(&o->ys, begin, rows);
+  if (joined(o, offsets)) {
+    MT_TRY(mt_linear_experts_up(
+        o->be,
+        &(struct mt_experts_up_fwd_args){
+            .x = ys, .w = w1, .offsets = offsets, .row_prob = o->row_prob, .gate_up = gu, .h = h}));
+    return mt_linear_forward(o->be, h, w2, ys, offsets);
+  }
   MT_TRY(mt_linear_forward(o->be, ys, w1, gu, offsets));
   MT_TRY(o->be->ops.swiglu_fwd(
       o->be,
@@ -84,14 +98,22 @@ static mt_err mlp_forward(struct moe *o, struct mt_tensor w1, struct mt_tensor w
   return mt_linear_forward(o->be, h, w2, ys, offsets);
 }
 
-/* In: ys holds dys. Out: ys holds dxs, gate_up its gradient. Between, ys holds the tokens again. */
-static mt_err mlp_backward(struct moe *o, struct mt_tensor w1, struct mt_tensor w2,
-                           struct mt_tensor dw1, struct mt_tensor dw2, int64_t begin, int64_t rows,
-                           const int32_t *offsets) {
-  struct mt_tensor gu = mt_rows(&o->gu, begin, rows), h = mt_rows(&o->h, begin, rows),
-                   ys = mt_rows(&o->ys, begin, rows);
+/* ys holds dys: gate_up becomes its gradient, h is made again. */
+static mt_err down_backward(struct moe *o, struct mt_tensor ys, struct mt_tensor w2,
+                            struct mt_tensor gu, struct mt_tensor h, const int32_t *offsets) {
+  if (joined(o, offsets)) {
+    return mt_linear_experts_down_dgrad(
+        o->be, &(struct mt_experts_down_dgrad_args){.dy = ys,
+                                                    .w = w2,
+                                                    .offsets = offsets,
+                                                    .gate_up = gu,
+                                                    .row_prob = o->row_prob,
+                                                    .dgate_up = gu,
+                                                    .h = h,
+                                                    .drow_prob = o->drow_prob});
+  }
   MT_TRY(mt_linear_dgrad(o->be, ys, w2, h, offsets));
-  MT_TRY(o->be->ops.swiglu_bwd(
+  return o->be->ops.swiglu_bwd(
       o->be,
       &(struct mt_swiglu_bwd_args){.dh = h,
                                    .gate_up = gu,
@@ -99,7 +121,16 @@ static mt_err mlp_backward(struct moe *o, struct mt_tensor w1, struct mt_tensor 
                                    .row_count = offsets ? offsets + o->route.expert_count : NULL,
                                    .dgate_up = gu,
                                    .h = h,
-                                   .drow_prob = o->drow_prob}));
+                                   .drow_prob = o->drow_prob});
+}
+
+/* In: ys holds dys. Out: ys holds dxs, gate_up its gradient. Between, ys holds the tokens again. */
+static mt_err mlp_backward(struct moe *o, struct mt_tensor w1, struct mt_tensor w2,
+                           struct mt_tensor dw1, struct mt_tensor dw2, int64_t begin, int64_t rows,
+                           const int32_t *offsets) {
+  struct mt_tensor gu = mt_rows(&o->gu, begin, rows), h = mt_rows(&o->h, begin, rows),
+                   ys = mt_rows(&o->ys, begin, rows);
+  MT_TRY(down_backward(o, ys, w2, gu, h, offsets));
   MT_TRY(mt_linear_wgrad(o->be, ys, h, dw2, offsets, o->v->accumulate));
   if (dw1.data) MT_TRY(gather(o, begin, rows, offsets)); /* dys has served */
   MT_TRY(mt_linear_wgrad(o->be, gu, ys, dw1, offsets, o->v->accumulate));

@@ -19,3 +19,12 @@ mt_err mt_linear_wgrad(struct mt_backend *be, struct mt_tensor dy, struct mt_ten
       be, &(struct mt_linear_wgrad_args){
               .dy = dy, .x = x, .dw = dw, .offsets = offsets, .accumulate = accumulate});
 }
+
+mt_err mt_linear_experts_up(struct mt_backend *be, const struct mt_experts_up_fwd_args *a) {
+  return be->ops.experts_up_fwd(be, a);
+}
+
+mt_err mt_linear_experts_down_dgrad(struct mt_backend *be,
+                                    const struct mt_experts_down_dgrad_args *a) {
+  return be->ops.experts_down_dgrad(be, a);
+}

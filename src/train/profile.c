@@ -70,6 +70,16 @@ WORK(linear_wgrad) {
   return (struct work){2 * n(a->dy) * (double)a->x.dim[1],
                        b(a->dy) + b(a->x) + acc(a->dw, a->accumulate)};
 }
+WORK(experts_up_fwd) {
+  (void)length;
+  return (struct work){2 * n(a->x) * (double)a->gate_up.dim[1],
+                       b(a->x) + b(a->w) + b(a->gate_up) + b(a->h)};
+}
+WORK(experts_down_dgrad) {
+  (void)length;
+  return (struct work){2 * n(a->dy) * (double)a->h.dim[1],
+                       b(a->dy) + b(a->w) + b(a->gate_up) + b(a->dgate_up) + b(a->h)};
+}
 WORK(router_fwd) {
   (void)length;
   return (struct work){2 * n(a->x) * (double)a->w.dim[0], b(a->x) + b(a->w) + b(a->logits)};
@@ -162,7 +172,7 @@ void mt_profile_print(const struct mt_profile *p, int steps, struct mt_ceilings 
   double total = 0;
   for (int i = 0; i < MT_PROFILE_OPS; i++) total += p->row[i].seconds;
   if (!json) {
-    printf("%-16s %6s %9s %14s %7s %11s\n", "operation", "calls", "ms", "rate", "share",
+    printf("%-18s %6s %9s %14s %7s %11s\n", "operation", "calls", "ms", "rate", "share",
            "over floor");
   }
   bool first = true;
@@ -178,7 +188,7 @@ void mt_profile_print(const struct mt_profile *p, int steps, struct mt_ceilings 
              first ? "" : ", ", mt_op_name(i), ms, (long long)r->calls / steps,
              products ? "flops_per_s" : "bytes_per_s", rate, floor * 1e3 / steps);
     } else {
-      printf("%-16s %6lld %9.3f %8.1f %-5s %6.1f%% %10.2fx\n", mt_op_name(i),
+      printf("%-18s %6lld %9.3f %8.1f %-5s %6.1f%% %10.2fx\n", mt_op_name(i),
              (long long)r->calls / steps, ms, rate * (products ? 1e-12 : 1e-9),
              products ? "TFLOP/s" : "GB/s", 100 * r->seconds / total, r->seconds / floor);
     }

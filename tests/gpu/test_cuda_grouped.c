@@ -1,22 +1,9 @@
 /* Grouped and dense products of the CUDA backend, with the chip's own kernels and the portable
  * ones, against float64 sums of the same rounded inputs. Around the data lies NaN: rows past the
  * last group and columns past the views, which must neither leak in nor be written. */
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stddef.h>
-#include <stdint.h>
-#include <cmocka.h>
-#include <math.h>
-#include <stdlib.h>
-#include <string.h>
-
-#include "backend/device.h"
-#include "base/rng.h"
-#include "gpu/gpu.h"
+#include "gpu/ragged.h"
 
 enum kind { FWD, DGRAD, WGRAD, KINDS };
-enum rows_of { MIXED, ONE_EXPERT, EVEN, RANDOM, NONE, DENSE, DENSE_ONE };
-enum { GROUPS_MOST = 160, SLACK_ROWS = 37, WORK_MOST = 4000000 };
 
 static const char *const kind_name[] = {"fwd", "dgrad", "wgrad"};
 
@@ -35,93 +22,6 @@ static const struct shape shapes[] = {
     {DENSE, 1, 67, 131, 0},    {DENSE, 1, 128, 384, 3},       {DENSE_ONE, 1, 640, 80, 0},
     {DENSE, 1, 1, 8, 1},
 };
-
-#define OK(call)                                                                                   \
-  do {                                                                                             \
-    mt_err ok_err_ = (call);                                                                       \
-    if (ok_err_) fail_msg("%s: %s", #call, mt_error_message());                                    \
-  } while (0)
-
-/* A matrix (or a row of matrices, `rows` in all) on both sides. host: as the device sees it. */
-struct both {
-  struct mt_tensor dev;
-  enum mt_dtype dtype;
-  int64_t rows, cols, ld;
-  float *host;     /* [rows, ld] */
-  void *raw, *was; /* what is downloaded; what was there before */
-  size_t bytes;
-};
-
-static void *take(size_t bytes) {
-  void *p = calloc(1, bytes ? bytes : 1);
-  assert_non_null(p);
-  return p;
-}
-
-static float as_stored(double x, enum mt_dtype dtype) {
-  return dtype == MT_BF16 ? mt_bf16_to_f32(mt_f32_to_bf16((float)x)) : (float)x;
-}
-
-/* Of variance 1, from the sum of four uniform numbers: millions are needed, fast (the mixing
- * function is splitmix64's). */
-static double number(uint64_t i) {
-  i += 0x9e3779b97f4a7c15u;
-  i = (i ^ i >> 30) * 0xbf58476d1ce4e5b9u;
-  i = (i ^ i >> 27) * 0x94d049bb133111ebu;
-  i ^= i >> 31;
-  uint64_t sum = (i & 0xffff) + (i >> 16 & 0xffff) + (i >> 32 & 0xffff) + (i >> 48);
-  return ((double)sum / 65535 - 2) * 1.7320508075688772;
-}
-
-/* The first `filled` rows random, the rest and what is beyond the columns NaN. */
-static struct both make(struct mt_backend *be, struct mt_rng *rng, enum mt_dtype dtype,
-                        int64_t rows, int64_t cols, int64_t pad, int64_t filled) {
-  struct both x = {.dtype = dtype, .rows = rows, .cols = cols, .ld = cols + pad};
-  size_t n = (size_t)(rows * x.ld);
-  x.bytes = n * mt_dtype_bytes(dtype);
-  x.host = take(n * sizeof(float));
-  x.raw = take(x.bytes);
-  x.was = take(x.bytes);
-  uint64_t seed = mt_rng_u32(rng);
-#pragma omp parallel for
-  for (int64_t r = 0; r < rows; r++) {
-    for (int64_t c = 0; c < x.ld; c++) {
-      bool inside = r < filled && c < cols;
-      x.host[r * x.ld + c] =
-          inside ? as_stored(number(seed << 32 ^ (uint64_t)(r * cols + c)), dtype) : NAN;
-    }
-  }
-  mt_dtype_convert(x.was, dtype, x.host, MT_F32, n);
-  void *data;
-  OK(be->mem_alloc(be, x.bytes ? x.bytes : 4, &data));
-  OK(be->upload(be, data, x.was, x.bytes));
-  x.dev = (struct mt_tensor){data, dtype, 2, {rows, cols, 1}, x.ld};
-  return x;
-}
-
-static void drop(struct mt_backend *be, struct both *x) {
-  be->mem_free(be, x->dev.data, x->bytes);
-  free(x->host);
-  free(x->raw);
-  free(x->was);
-}
-
-static int fill_offsets(int32_t *offsets, const struct shape *s, struct mt_rng *rng) {
-  static const int mixed[] = {0, 1, 127, 128, 129, 500, 0, 63};
-  int at = 0;
-  for (int g = 0; g < s->groups; g++) {
-    offsets[g] = at;
-    at += s->rows == MIXED        ? mixed[g % 8]
-          : s->rows == ONE_EXPERT ? (g == 3 ? 2600 : 0)
-          : s->rows == EVEN       ? 256
-          : s->rows == DENSE      ? 333
-          : s->rows == DENSE_ONE  ? 1
-          : s->rows == RANDOM     ? (int)mt_rng_below(rng, s->groups > 16 ? 40 : 420)
-                                  : 0;
-  }
-  offsets[s->groups] = at;
-  return at;
-}
 
 struct product {
   enum kind kind;
@@ -162,10 +62,6 @@ static void run(struct mt_backend *be, struct product *p) {
     OK(be->ops.linear_wgrad(be, &a));
   }
   OK(be->download(be, out->raw, out->dev.data, out->bytes));
-}
-
-static float stored(const struct both *x, const void *raw, int64_t i) {
-  return x->dtype == MT_BF16 ? mt_bf16_to_f32(((const uint16_t *)raw)[i]) : ((const float *)raw)[i];
 }
 
 /* What row r of the output must be: want [cols]; false where it must be left as it was. */
@@ -260,12 +156,13 @@ static double try_one(struct mt_backend *be, const struct shape *s, enum kind ki
                       enum mt_dtype act, int accumulate, struct mt_rng *rng) {
   struct product p = {.kind = kind, .groups = s->groups, .accumulate = accumulate};
   bool dense = s->rows == DENSE || s->rows == DENSE_ONE;
-  int64_t filled = fill_offsets(p.offsets, s, rng), rows = filled + (dense ? 0 : SLACK_ROWS);
+  int64_t filled = fill_offsets(p.offsets, s->rows, s->groups, rng),
+          rows = filled + (dense ? 0 : SLACK_ROWS);
   int64_t w_rows = (int64_t)s->groups * s->n;
   bool wgrad = kind == WGRAD;
-  p.x = make(be, rng, act, rows, s->k, s->pad, kind == DGRAD && !accumulate ? 0 : filled);
-  p.y = make(be, rng, act, rows, s->n, s->pad, kind == FWD ? 0 : filled);
-  p.w = make(be, rng, wgrad ? MT_F32 : act, w_rows, s->k, wgrad ? s->pad : 0,
+  p.x = make(be, rng, act, 1, rows, s->k, s->pad, kind == DGRAD && !accumulate ? 0 : filled);
+  p.y = make(be, rng, act, 1, rows, s->n, s->pad, kind == FWD ? 0 : filled);
+  p.w = make(be, rng, wgrad ? MT_F32 : act, 1, w_rows, s->k, wgrad ? s->pad : 0,
              wgrad && !accumulate ? 0 : w_rows);
   size_t offsets_bytes = (size_t)(s->groups + 1) * sizeof *p.offsets;
   void *data;

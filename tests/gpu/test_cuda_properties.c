@@ -317,6 +317,8 @@ static void no_rows(struct bed *b, struct outputs *o) {
   struct mt_tensor norm = filled(b, mt_vec(NULL, b->recipe->act, H), normals(b, H, 1));
   struct mt_tensor dnorm = filled(b, mt_vec(NULL, MT_F32, H), NULL), none = stat_vec(b, NULL, 0);
   struct mt_tensor aux = stat_vec(b, normals(b, E, 1), E);
+  struct mt_tensor up = mt_cube(act(b, NULL, E * 2 * H, H).data, b->recipe->act, E, 2 * H, H);
+  struct mt_tensor down = mt_cube(up.data, b->recipe->act, E, H, H);
   int32_t *n = one(b, 0), *load = ints(b, NULL, E), *offsets = ints(b, NULL, E + 1);
   int32_t *nothing = ints(b, NULL, 1), *count = ints(b, NULL, E);
   DO(b, embed_fwd, .ids = nothing, .table = w, .out = x);
@@ -339,6 +341,11 @@ static void no_rows(struct bed *b, struct outputs *o) {
   DO(b, swiglu_fwd, .gate_up = act(b, NULL, 0, 2 * H), .h = x);
   DO(b, swiglu_bwd, .dh = x, .gate_up = act(b, NULL, 0, 2 * H), .dgate_up = act(b, NULL, 0, 2 * H),
      .h = x, .drow_prob = none);
+  DO(b, experts_up_fwd, .x = x, .w = up, .offsets = offsets, .gate_up = act(b, NULL, 0, 2 * H),
+     .h = x);
+  DO(b, experts_down_dgrad, .dy = x, .w = down, .offsets = offsets,
+     .gate_up = act(b, NULL, 0, 2 * H), .dgate_up = act(b, NULL, 0, 2 * H), .h = x,
+     .drow_prob = none);
   DO(b, head_loss, .x = x, .w = w, .labels = nothing, .loss = none, .dx = x, .dw = dw);
   keep_values(o, "dtable", values(b, &table), V * H, 0);
   keep_values(o, "dweight", values(b, &dnorm), H, 0);

@@ -442,6 +442,39 @@ static void case_swiglu_bwd(struct bench_case *c, const struct size *z, int acc)
   if (!acc) expect(c, &dprob);
 }
 
+/* Way 1: with row_prob. */
+static void case_experts_up_fwd(struct bench_case *c, const struct size *z, int acc) {
+  struct plan p = plan_of(c, z);
+  int rows = z->t * z->k;
+  struct dual x = A("x", 'r', 1, rows, z->h, 0), w = A("w", 'r', 0.3, z->e, 2 * z->f, z->h);
+  struct dual prob = S("row_prob", 'r', 1, rows, 0, 0);
+  struct dual gu = A("gate_up", 'n', 1, rows, 2 * z->f, 0), h = A("h", 'n', 1, rows, z->f, 0);
+  ARGS(experts_up_fwd, T(x, x); T(w, w); T(gate_up, gu); T(h, h); dev.offsets = p.offsets.dev;
+       ref.offsets = p.offsets.ref;)
+  if (acc) T(row_prob, prob);
+  RUN(experts_up_fwd);
+  expect(c, &gu);
+  expect_scaled(c, &h, ACT == MT_BF16 ? 1.5 : 4); /* of gate and up with their own errors */
+}
+
+/* Way 1: in place, without the probabilities. */
+static void case_experts_down_dgrad(struct bench_case *c, const struct size *z, int acc) {
+  struct plan p = plan_of(c, z);
+  int rows = z->t * z->k;
+  struct dual dy = A("dy", 'r', 1, rows, z->h, 0), w = A("w", 'r', 0.3, z->e, z->h, z->f);
+  struct dual gu = A("gate_up", 'r', 2, rows, 2 * z->f, 0);
+  struct dual prob = S("row_prob", 'r', 1, rows, 0, 0);
+  struct dual dgu = acc ? gu : A("dgate_up", 'n', 1, rows, 2 * z->f, 0);
+  struct dual h = A("h", 'n', 1, rows, z->f, 0), dprob = S("drow_prob", 'n', 1, rows, 0, 0);
+  ARGS(experts_down_dgrad, T(dy, dy); T(w, w); T(gate_up, gu); T(dgate_up, dgu); T(h, h);
+       dev.offsets = p.offsets.dev; ref.offsets = p.offsets.ref;)
+  if (!acc) T(row_prob, prob), T(drow_prob, dprob);
+  RUN(experts_down_dgrad);
+  expect_scaled(c, &dgu, ACT == MT_BF16 ? 1.5 : 2); /* of dh with its own error */
+  expect(c, &h);
+  if (!acc) expect(c, &dprob);
+}
+
 static void case_head_loss(struct bench_case *c, const struct size *z, int acc) {
   int32_t *labels = own(c, (size_t)z->t * sizeof *labels);
   for (int t = 0; t < z->t; t++) {

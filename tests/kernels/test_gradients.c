@@ -451,6 +451,62 @@ static void case_swiglu(struct probe *p, const struct size *z, int way) {
   differences(p, "swiglu", apply_swiglu_fwd, &f);
 }
 
+/* All of the grouped experts: gate and up, SwiGLU, down. */
+struct experts {
+  struct mt_experts_up_fwd_args up;
+  struct mt_linear_fwd_args down;
+};
+
+static void run_experts(struct probe *p, void *args) {
+  struct experts *e = args;
+  apply_experts_up_fwd(p, &e->up);
+  apply_linear_fwd(p, &e->down);
+}
+
+static void case_experts(struct probe *p, const struct size *z, int way) {
+  int weighted = way >= 3, in_place = way & 1, rows = z->t * z->k;
+  struct plan plan = plan_of(p, z, way);
+  struct experts e = {.up = {.x = mat(p, 'r', rows, z->h),
+                             .w = cube(p, 'r', z->e, 2 * z->f, z->h),
+                             .offsets = plan.offsets,
+                             .gate_up = mat(p, 'n', rows, 2 * z->f),
+                             .h = mat(p, 'n', rows, z->f)}};
+  e.down = (struct mt_linear_fwd_args){.x = e.up.h,
+                                       .w = cube(p, 'r', z->e, z->h, z->f),
+                                       .y = mat(p, 'n', rows, z->h),
+                                       .offsets = plan.offsets};
+  if (weighted) e.up.row_prob = vec(p, 'r', rows);
+  run_experts(p, &e);
+  struct mt_tensor dy = cotangent(p, rows, z->h, plan.rows);
+  struct mt_experts_down_dgrad_args b = {.dy = dy,
+                                         .w = e.down.w,
+                                         .offsets = plan.offsets,
+                                         .gate_up = e.up.gate_up,
+                                         .row_prob = e.up.row_prob,
+                                         .dgate_up = mat(p, 'n', rows, 2 * z->f),
+                                         .h = mat(p, 'n', rows, z->f)};
+  if (in_place) copy(&b.dgate_up, &b.gate_up), b.gate_up = b.dgate_up;
+  if (weighted) b.drow_prob = vec(p, 'z', rows);
+  apply_experts_down_dgrad(p, &b);
+  struct mt_linear_wgrad_args dw2 = {
+      .dy = dy, .x = b.h, .dw = cube(p, 'n', z->e, z->h, z->f), .offsets = plan.offsets};
+  struct mt_linear_wgrad_args dw1 = {.dy = b.dgate_up,
+                                     .x = e.up.x,
+                                     .dw = cube(p, 'n', z->e, 2 * z->f, z->h),
+                                     .offsets = plan.offsets};
+  struct mt_linear_dgrad_args dx = {
+      .dy = b.dgate_up, .w = e.up.w, .dx = mat(p, 'z', rows, z->h), .offsets = plan.offsets};
+  apply_linear_wgrad(p, &dw2);
+  apply_linear_wgrad(p, &dw1);
+  apply_linear_dgrad(p, &dx);
+  leaf(p, "x", e.up.x, dx.dx, 0);
+  leaf(p, "gate and up", e.up.w, dw1.dw, 0);
+  leaf(p, "down", e.down.w, dw2.dw, 0);
+  if (weighted) leaf(p, "row_prob", e.up.row_prob, b.drow_prob, 0);
+  output(p, e.down.y, dy);
+  differences(p, "experts", run_experts, &e);
+}
+
 static void case_head_loss(struct probe *p, const struct size *z, int way) {
   int acc = way & 1;
   int32_t *labels = random_ids(p, z->t, z->v);
@@ -479,7 +535,7 @@ typedef void (*case_fn)(struct probe *, const struct size *, int way);
 static const case_fn cases[] = {
     case_embed,   case_add,       case_rmsnorm, case_linear_dense, case_linear_grouped,
     case_rope,    case_attention, case_router,  case_aux_loss,     case_dispatch,
-    case_combine, case_scatter,   case_swiglu,  case_head_loss,
+    case_combine, case_scatter,   case_swiglu,  case_experts,      case_head_loss,
 };
 enum { CASES = sizeof cases / sizeof *cases };
 
@@ -578,6 +634,10 @@ static void forget_row_prob(void *args) {
   ((struct mt_swiglu_bwd_args *)args)->row_prob.data = NULL;
 }
 
+static void forget_experts_row_prob(void *args) {
+  ((struct mt_experts_down_dgrad_args *)args)->row_prob.data = NULL;
+}
+
 static void loss_scale_off(void *args) {
   struct mt_head_loss_args *a = args;
   if (a->dx.data) a->loss_scale *= 1.0001f;
@@ -605,6 +665,7 @@ static void planted_bugs_are_seen(void **state) {
       {"probability forgotten", OP_combine_bwd, case_combine, forget_prob},
       {"probability forgotten", OP_combine_bwd, case_scatter, forget_prob},
       {"row probability forgotten", OP_swiglu_bwd, case_swiglu, forget_row_prob},
+      {"row probability forgotten", OP_experts_down_dgrad, case_experts, forget_experts_row_prob},
       {"loss scale off by 1e-4", OP_head_loss, case_head_loss, loss_scale_off},
   };
   for (size_t i = 0; i < sizeof bugs / sizeof *bugs; i++) {

@@ -263,28 +263,29 @@ static void make_run(const char *dir, char model[MT_PATH_MAX], char data[MT_PATH
 }
 
 static struct mt_train_options train_options(const char *model, const char *data, const char *out) {
-  return (struct mt_train_options){.model = model,
-                                   .data = data,
-                                   .out = out,
-                                   .ep_size = 1,
-                                   .batch_size = 3,
-                                   .grad_accum = 2,
-                                   .max_seq_length = 24,
-                                   .warmup_steps = 2,
-                                   .train_steps = 8,
-                                   .epochs = 1,
-                                   .lr = 1e-3,
-                                   .weight_decay = 0.1,
-                                   .adam_beta1 = 0.9,
-                                   .adam_beta2 = 0.95,
-                                   .adam_eps = 1e-8,
-                                   .grad_clip = 1,
-                                   .seed = 7,
-                                   .device = {"cpu", "native", "bf16", 2},
-                                   .experts = MT_EXPERTS_GROUPED,
-                                   .blocks = MT_BLOCKS_FUSED,
-                                   .router_aux_coef = -1,
-                                   .log_every = 100};
+  return (struct mt_train_options){
+      .model = model,
+      .data = data,
+      .out = out,
+      .ep_size = 1,
+      .batch_size = 3,
+      .grad_accum = 2,
+      .max_seq_length = 24,
+      .warmup_steps = 2,
+      .train_steps = 8,
+      .epochs = 1,
+      .lr = 1e-3,
+      .weight_decay = 0.1,
+      .adam_beta1 = 0.9,
+      .adam_beta2 = 0.95,
+      .adam_eps = 1e-8,
+      .grad_clip = 1,
+      .seed = 7,
+      .device = {.device = "cpu", .kernels = "native", .precision = "bf16", .threads = 2},
+      .experts = MT_EXPERTS_GROUPED,
+      .blocks = MT_BLOCKS_FUSED,
+      .router_aux_coef = -1,
+      .log_every = 100};
 }
 
 static void same_file(const char *a_dir, const char *b_dir, const char *name, bool same) {

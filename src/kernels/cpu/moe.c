@@ -2,6 +2,7 @@
 #include <omp.h>
 #include <string.h>
 
+#include "backend/experts.h"
 #include "kernels/cpu/cpu.h"
 #include "kernels/cpu/vexp.h"
 
@@ -198,4 +199,21 @@ mt_err mt_cpu_swiglu_bwd(struct mt_backend *be, const struct mt_swiglu_bwd_args 
     if (a->drow_prob.data) ((float *)a->drow_prob.data)[r] = dp;
   }
   return MT_OK;
+}
+
+mt_err mt_cpu_experts_up_fwd(struct mt_backend *be, const struct mt_experts_up_fwd_args *a) {
+  MT_TRY(mt_check_experts_up_fwd(a));
+  struct mt_linear_fwd_args product = mt_experts_up_product(a);
+  struct mt_swiglu_fwd_args swiglu = mt_experts_up_swiglu(a);
+  MT_TRY(mt_cpu_linear_fwd(be, &product));
+  return mt_cpu_swiglu_fwd(be, &swiglu);
+}
+
+mt_err mt_cpu_experts_down_dgrad(struct mt_backend *be,
+                                 const struct mt_experts_down_dgrad_args *a) {
+  MT_TRY(mt_check_experts_down_dgrad(a));
+  struct mt_linear_dgrad_args product = mt_experts_down_product(a);
+  struct mt_swiglu_bwd_args swiglu = mt_experts_down_swiglu(a);
+  MT_TRY(mt_cpu_linear_dgrad(be, &product));
+  return mt_cpu_swiglu_bwd(be, &swiglu);
 }

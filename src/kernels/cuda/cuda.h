@@ -63,6 +63,7 @@ size_t mt_cuda_norm_bytes(const struct mt_limits *l);
 size_t mt_cuda_router_bytes(const struct mt_limits *l);
 size_t mt_cuda_permute_bytes(const struct mt_limits *l);
 size_t mt_cuda_linear_bytes(const struct mt_limits *l);
+size_t mt_cuda_experts_bytes(const struct mt_limits *l);
 size_t mt_cuda_attention_bytes(const struct mt_limits *l);
 size_t mt_cuda_head_bytes(const struct mt_limits *l);
 size_t mt_cuda_optimizer_bytes(const struct mt_limits *l);
@@ -109,6 +110,18 @@ mt_err mt_cuda_grouped_portable(struct mt_backend *be, const struct mt_cuda_grou
 /* wgmma on Hopper: false where it does not take this shape, format or chip. */
 bool mt_cuda_grouped_sm90_takes(const struct mt_backend *be, const struct mt_cuda_grouped *p);
 mt_err mt_cuda_grouped_sm90(struct mt_backend *be, const struct mt_cuda_grouped *p);
+
+/* experts_up_fwd and experts_down_dgrad as one kernel on Hopper, SwiGLU on sums still in registers
+ * (dh is not rounded). The kernel for down leaves drow_prob as one part for every
+ * MT_CUDA_EXPERTS_COLS columns of h, parts [columns / that][R], or NULL: none. */
+enum { MT_CUDA_EXPERTS_COLS = 256 };
+bool mt_cuda_experts_up_sm90_takes(const struct mt_backend *be,
+                                   const struct mt_experts_up_fwd_args *a);
+mt_err mt_cuda_experts_up_sm90(struct mt_backend *be, const struct mt_experts_up_fwd_args *a);
+bool mt_cuda_experts_down_sm90_takes(const struct mt_backend *be,
+                                     const struct mt_experts_down_dgrad_args *a);
+mt_err mt_cuda_experts_down_sm90(struct mt_backend *be, const struct mt_experts_down_dgrad_args *a,
+                                 float *parts);
 
 #ifdef __cplusplus
 }

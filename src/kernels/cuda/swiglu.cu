@@ -1,15 +1,6 @@
 /* SwiGLU. Formulas: docs/math.md, "SwiGLU". One block a row, bound by memory. */
 #include "kernels/cuda/rows.cuh"
-
-/* The fast functions are off by a few units of float32's last place: nothing that bfloat16 shows,
- * and they keep the arithmetic under the memory's time. An overflowing e^-x gives 0, as it must. */
-template <class T> __device__ __forceinline__ float sigmoid(float x);
-template <> __device__ __forceinline__ float sigmoid<float>(float x) {
-  return 1.0f / (1.0f + expf(-x));
-}
-template <> __device__ __forceinline__ float sigmoid<bf16>(float x) {
-  return __fdividef(1.0f, 1.0f + __expf(-x));
-}
+#include "kernels/cuda/swiglu.cuh"
 
 struct swiglu_rows {
   int64_t f;
@@ -31,7 +22,7 @@ __global__ void __launch_bounds__(256)
     load_floats<T, V>(gate + i, g);
     load_floats<T, V>(up + i, u);
 #pragma unroll
-    for (int j = 0; j < V; j++) u[j] *= g[j] * sigmoid<T>(g[j]) * weight;
+    for (int j = 0; j < V; j++) u[j] = swiglu_at<T>(g[j], u[j], weight);
     store_floats<T, V>(to + i, u);
   }
 }
@@ -55,12 +46,8 @@ __global__ void __launch_bounds__(256)
     load_floats<T, V>(pdh + i, d);
 #pragma unroll
     for (int j = 0; j < V; j++) {
-      float sig = sigmoid<T>(g[j]), silu = g[j] * sig, su = silu * u[j];
-      dot += d[j] * su;
-      d[j] *= weight;
-      g[j] = d[j] * u[j] * sig * (1.0f + g[j] * (1.0f - sig));
-      u[j] = d[j] * silu;
-      out[j] = su * weight;
+      struct swiglu_gradient d_at = swiglu_bwd_at<T>(g[j], u[j], d[j], weight, &dot);
+      g[j] = d_at.gate, u[j] = d_at.up, out[j] = d_at.h;
     }
     store_floats<T, V>(dgate + i, g);
     store_floats<T, V>(dup + i, u);

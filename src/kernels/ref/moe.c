@@ -1,6 +1,7 @@
 /* Router, auxiliary loss, permutation, dispatch and combine, SwiGLU. */
 #include <math.h>
 
+#include "backend/experts.h"
 #include "kernels/ref/ref.h"
 
 static double softmax_denominator(const struct mt_tensor *logits, int64_t t, double *top) {
@@ -236,22 +237,56 @@ mt_err mt_ref_swiglu_fwd(struct mt_backend *be, const struct mt_swiglu_fwd_args 
   return MT_OK;
 }
 
-/* h = p silu(g) u, sig = 1/(1+e^-g), silu' = sig (1 + g (1 - sig)). */
+/* h = p silu(g) u, sig = 1/(1+e^-g), silu' = sig (1 + g (1 - sig)). Element i of row r; returns its
+ * share of drow_prob. */
+static double swiglu_bwd_at(const struct mt_swiglu_bwd_args *a, int64_t r, int64_t i, double dh) {
+  int64_t f = a->dgate_up.dim[1] / 2;
+  double p = a->row_prob.data ? ref_at(&a->row_prob, r) : 1.0;
+  double g = ref_get(&a->gate_up, r, i), u = ref_get(&a->gate_up, r, f + i);
+  double sig = 1 / (1 + exp(-g)), silu = g * sig;
+  ref_set(&a->dgate_up, r, i, dh * p * u * sig * (1 + g * (1 - sig)));
+  ref_set(&a->dgate_up, r, f + i, dh * p * silu);
+  if (a->h.data) ref_set(&a->h, r, i, silu * u * p);
+  return dh * silu * u;
+}
+
 mt_err mt_ref_swiglu_bwd(struct mt_backend *be, const struct mt_swiglu_bwd_args *a) {
   (void)be;
   MT_TRY(mt_check_swiglu_bwd(a));
-  int64_t rows = a->row_count ? *a->row_count : a->dh.dim[0], f = a->dh.dim[1];
+  int64_t rows = a->row_count ? *a->row_count : a->dh.dim[0];
   for (int64_t r = 0; r < rows; r++) {
-    double p = a->row_prob.data ? ref_at(&a->row_prob, r) : 1.0, dp = 0;
-    for (int64_t i = 0; i < f; i++) {
-      double g = ref_get(&a->gate_up, r, i), u = ref_get(&a->gate_up, r, f + i);
-      double dh = ref_get(&a->dh, r, i), sig = 1 / (1 + exp(-g)), silu = g * sig;
-      dp += dh * silu * u;
-      ref_set(&a->dgate_up, r, i, dh * p * u * sig * (1 + g * (1 - sig)));
-      ref_set(&a->dgate_up, r, f + i, dh * p * silu);
-      if (a->h.data) ref_set(&a->h, r, i, silu * u * p);
-    }
+    double dp = 0;
+    for (int64_t i = 0; i < a->dh.dim[1]; i++) dp += swiglu_bwd_at(a, r, i, ref_get(&a->dh, r, i));
     if (a->drow_prob.data) ref_put(&a->drow_prob, r, dp);
+  }
+  return MT_OK;
+}
+
+mt_err mt_ref_experts_up_fwd(struct mt_backend *be, const struct mt_experts_up_fwd_args *a) {
+  MT_TRY(mt_check_experts_up_fwd(a));
+  struct mt_linear_fwd_args product = mt_experts_up_product(a);
+  struct mt_swiglu_fwd_args swiglu = mt_experts_up_swiglu(a);
+  MT_TRY(mt_ref_linear_fwd(be, &product));
+  return mt_ref_swiglu_fwd(be, &swiglu);
+}
+
+/* dh is never rounded: it is no tensor here. */
+mt_err mt_ref_experts_down_dgrad(struct mt_backend *be,
+                                 const struct mt_experts_down_dgrad_args *a) {
+  (void)be;
+  MT_TRY(mt_check_experts_down_dgrad(a));
+  struct mt_swiglu_bwd_args swiglu = mt_experts_down_swiglu(a);
+  for (int64_t g = 0; g < a->w.dim[0]; g++) {
+    struct mt_tensor w = mt_slice(&a->w, g);
+    for (int64_t r = a->offsets[g]; r < a->offsets[g + 1]; r++) {
+      double dp = 0;
+      for (int64_t i = 0; i < w.dim[1]; i++) {
+        double dh = 0;
+        for (int64_t n = 0; n < w.dim[0]; n++) dh += ref_get(&a->dy, r, n) * ref_get(&w, n, i);
+        dp += swiglu_bwd_at(&swiglu, r, i, dh);
+      }
+      if (a->drow_prob.data) ref_put(&a->drow_prob, r, dp);
+    }
   }
   return MT_OK;
 }

@@ -7,20 +7,9 @@
  *   dgrad    a = dy [rows, depth]      b = w [depth, n]
  *   wgrad    a = dy [depth, m]         b = x [depth, n], depth = a group's rows
  * Nothing is ever transposed: wgmma reads bf16 either way. */
+#include "kernels/cuda/sm90/grouped_maps.cuh"
 #include "kernels/cuda/sm90/grouped_out.cuh"
-#include "kernels/cuda/sm90/grouped_tile.cuh"
-
-enum {
-  DEPTH = 64, /* of a stage: one row of the 128-byte swizzle */
-  THREADS = 3 * 128,
-  MULTIPLIER_WARPS = 8,
-  A_BYTES = TILE_M * DEPTH * 2,
-  HALF_A = A_BYTES / 2,
-  SLAB = 64 * DEPTH * 2, /* 64 along m or n, where the depth is not contiguous */
-  GROUPS_MOST = 512,
-};
-/* Rows of a group as a tensor of 2^30 rows that ends with the group (see ragged_map). */
-enum { RAGGED_ROWS = 1 << 30 };
+#include "kernels/cuda/sm90/grouped_ring.cuh"
 
 struct job {
   const int32_t *offsets;
@@ -28,12 +17,6 @@ struct job {
   int groups, rows, m, n, k;
   int64_t ldc;
   int accumulate;
-};
-
-/* Shared memory past the ring and the staging memory. */
-struct control {
-  uint64_t full[8], empty[8];
-  int offsets[GROUPS_MOST + 1];
 };
 
 /* One kernel: what it computes, its tile, how it divides 227 KB of shared memory into stages and
@@ -50,15 +33,6 @@ template <int KIND_, class C_, int TILE_N_, int STAGES_, int SLOTS_> struct desi
   static_assert(CHUNKS % SLOTS == 0 && STAGES <= 8 && SHARED_BYTES <= 232448, "does not fit");
 };
 
-/* A position in the ring. */
-struct ring {
-  int stage;
-  uint32_t parity;
-};
-template <int STAGES> __device__ __forceinline__ void advance(struct ring *r) {
-  if (++r->stage == STAGES) r->stage = 0, r->parity ^= 1;
-}
-
 template <class S>
 __device__ __forceinline__ bool find(const struct job &j, const struct control *s, struct walk *at,
                                      int unit, int rank, struct place *p) {
@@ -71,37 +45,6 @@ __device__ __forceinline__ bool find(const struct job &j, const struct control *
 template <class S>
 __device__ __forceinline__ int step_count(const struct job &j, const struct place &p) {
   return ((S::WGRAD ? p.end - p.begin : j.k) + DEPTH - 1) / DEPTH;
-}
-
-/* Half h of a's tile at depth k0: 64 rows, or for wgrad 64 columns. */
-template <class S, bool BOTH>
-__device__ __forceinline__ void load_a(uint32_t dst, const CUtensorMap *map, uint32_t bar,
-                                       const struct place &p, int h, int k0) {
-  int at = p.m * TILE_M + h * 64;
-  dst += (uint32_t)(h * HALF_A);
-  if (S::WGRAD)
-    tma_4d<BOTH>(dst, map, bar, at, RAGGED_ROWS - (p.end - p.begin) + k0, RAGGED_ROWS, p.end);
-  else
-    tma_2d<BOTH>(dst, map, bar, k0, p.begin + at);
-}
-
-/* Half h of b's tile. */
-template <class S, bool BOTH>
-__device__ __forceinline__ void load_b(uint32_t dst, const CUtensorMap *map, uint32_t bar,
-                                       const struct place &p, int h, int k0) {
-  int at = p.n * S::TILE_N + h * S::TILE_N / 2;
-  dst += (uint32_t)(h * S::B_BYTES / 2);
-  if (S::KIND == GROUPED_FWD) {
-    tma_3d<BOTH>(dst, map, bar, k0, at, p.g);
-  } else {
-#pragma unroll
-    for (int slab = 0; slab < S::TILE_N / 128; slab++, at += 64, dst += SLAB) {
-      if (S::KIND == GROUPED_DGRAD)
-        tma_3d<BOTH>(dst, map, bar, at, k0, p.g);
-      else
-        tma_4d<BOTH>(dst, map, bar, at, RAGGED_ROWS - (p.end - p.begin) + k0, RAGGED_ROWS, p.end);
-    }
-  }
 }
 
 /* The loading thread's whole life. A stage is loaded again once the multipliers of both blocks have
@@ -133,26 +76,6 @@ __device__ __forceinline__ void load_all(const struct job &j, const CUtensorMap 
       }
       advance<S::STAGES>(&r);
     }
-  }
-}
-
-/* Tells both blocks that this warp has left the stage. */
-__device__ __forceinline__ void leave(uint32_t empty, int stage) {
-  uint32_t lane = threadIdx.x % 32;
-  if (lane < 2) barrier_arrive_at(empty + (uint32_t)stage * 8, lane);
-}
-
-/* One stage: a's 64 rows of this warpgroup by all of b. Steps of 16 along the depth are 32 bytes
- * where it is contiguous, 16 rows of 128 bytes where it is not. */
-template <class S>
-__device__ __forceinline__ void multiply_stage(float (&d)[S::TILE_N / 2], uint32_t a, uint32_t b,
-                                               bool add) {
-  constexpr int A_MN = S::WGRAD, B_MN = S::KIND != GROUPED_FWD;
-  uint64_t da = tile_descriptor(a, A_MN ? SLAB : 0), db = tile_descriptor(b, B_MN ? SLAB : 0);
-#pragma unroll
-  for (int i = 0; i < DEPTH / 16; i++) {
-    wgmma<A_MN, B_MN>(d, da + (uint64_t)(i * (A_MN ? 2048 : 32) / 16),
-                      db + (uint64_t)(i * (B_MN ? 2048 : 32) / 16), add || i > 0);
   }
 }
 
@@ -221,11 +144,7 @@ __device__ __forceinline__ void multiply_all(const struct job &j, const CUtensor
     int row = p.m * TILE_M + half * 64, col = p.n * S::TILE_N;
     int rows = S::WGRAD ? j.m : p.end - p.begin;
     if (row >= rows || !p.inside) { /* nothing to make, but the ring goes on */
-      for (int i = 0; i < steps; i++) {
-        barrier_wait(full + (uint32_t)r.stage * 8, r.parity);
-        leave(empty, r.stage);
-        advance<S::STAGES>(&r);
-      }
+      pass_stages<S>(&r, steps, full, empty);
       continue;
     }
     if (S::WGRAD && steps == 0) {
@@ -234,21 +153,7 @@ __device__ __forceinline__ void multiply_all(const struct job &j, const CUtensor
       if (!j.accumulate) write_zeros<S>(c, j.ldc, rows - warp_row, j.n - col);
       continue;
     }
-    int last = 0;
-    for (int i = 0; i < steps; i++) {
-      uint32_t stage = (uint32_t)(r.stage * S::STAGE_BYTES);
-      barrier_wait(full + (uint32_t)r.stage * 8, r.parity);
-      wgmma_fence();
-      multiply_stage<S>(d, mine + stage, tiles + A_BYTES + stage, i > 0);
-      wgmma_commit();
-      wgmma_wait<1>(); /* the stage before is done with */
-      if (i > 0) leave(empty, last);
-      last = r.stage;
-      advance<S::STAGES>(&r);
-    }
-    wgmma_wait<0>();
-    sums_ready(d);
-    leave(empty, last);
+    multiply_tile<S>(d, &r, steps, full, empty, mine, tiles + A_BYTES, [] {});
     if (sizeof(C) == 2 && j.accumulate) {
       int64_t first = S::WGRAD ? (int64_t)p.g * j.m : p.begin;
       add_old(d, (const bf16 *)j.c + (first + row) * j.ldc + col, j.ldc, rows - row, j.n - col);
@@ -294,66 +199,6 @@ __global__ __cluster_dims__(2, 1, 1)
     multiply_all<S>(j, &map_c, s, tiles, rank, (int)threadIdx.x / 128 - 1);
   }
   cluster_sync(); /* a block must not leave while the other may still write to it */
-}
-
-typedef CUresult (*encode_fn)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *,
-                              const cuuint64_t *, const cuuint64_t *, const cuuint32_t *,
-                              const cuuint32_t *, CUtensorMapInterleave, CUtensorMapSwizzle,
-                              CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-
-/* From the driver that runs, so that nothing links libcuda. */
-static mt_err encoder(encode_fn *out) {
-  static void *fn;
-  cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
-  if (!fn) {
-    MT_TRY(mt_cuda_check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &fn, 12000,
-                                                          cudaEnableDefault, &found),
-                         "grouped products"));
-    if (!fn || found != cudaDriverEntryPointSuccess)
-      return mt_fail(MT_EDEVICE, "grouped products: the driver has no cuTensorMapEncodeTiled");
-  }
-  *out = (encode_fn)fn;
-  return MT_OK;
-}
-
-/* rank dimensions, dim[0] contiguous, stride[i]: bytes between neighbours along dim[i + 1]; boxes
- * of 128 bytes x box_rows. What lies outside reads as 0 and is not written. */
-static mt_err encode(CUtensorMap *map, enum mt_dtype dtype, const void *base, int rank,
-                     const cuuint64_t *dim, const cuuint64_t *stride, int box_rows) {
-  encode_fn fn = NULL;
-  cuuint32_t width = (cuuint32_t)(128 / mt_dtype_bytes(dtype));
-  cuuint32_t box[5] = {width, (cuuint32_t)box_rows, 1, 1, 1}, step[5] = {1, 1, 1, 1, 1};
-  CUtensorMapDataType type =
-      dtype == MT_F32 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  MT_TRY(encoder(&fn));
-  CUresult result = fn(map, type, (cuuint32_t)rank, (void *)(uintptr_t)base, dim, stride, box, step,
-                       CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                       CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (result == CUDA_SUCCESS) return MT_OK;
-  return mt_fail(MT_EDEVICE, "grouped products: tensor map of rank %d: error %d", rank,
-                 (int)result);
-}
-
-/* bf16 rows of groups where a group's end must hold: what follows may be NaN and must read as 0,
- * and must not be written. The map knows no group: the third and fourth dimension only move the
- * start. Row i of a group [begin, end) has coordinates (2^30 - (end - begin) + i, 2^30, end); the
- * address 2^30 (2^34 - stride) + ... wraps around 2^64 to begin + i, and the second coordinate
- * passes its bound exactly at the group's end. Triton's ragged descriptors do the same. */
-static mt_err ragged_map(CUtensorMap *map, const void *base, int64_t cols, int64_t ld,
-                         int box_rows) {
-  cuuint64_t row = 2 * (cuuint64_t)ld;
-  cuuint64_t dim[4] = {(cuuint64_t)cols, RAGGED_ROWS, INT32_MAX, INT32_MAX};
-  cuuint64_t stride[3] = {row, ((cuuint64_t)1 << 34) - row, row};
-  return encode(map, MT_BF16, base, 4, dim, stride, box_rows);
-}
-
-/* [count, rows, cols], matrices one after another. */
-static mt_err matrices_map(CUtensorMap *map, enum mt_dtype dtype, const void *base, int64_t count,
-                           int64_t rows, int64_t cols, int64_t ld, int box_rows) {
-  cuuint64_t row = mt_dtype_bytes(dtype) * (cuuint64_t)ld;
-  cuuint64_t dim[3] = {(cuuint64_t)cols, (cuuint64_t)rows, (cuuint64_t)count};
-  cuuint64_t stride[2] = {row, row * (cuuint64_t)rows};
-  return encode(map, dtype, base, 3, dim, stride, box_rows);
 }
 
 template <class S> static mt_err make_maps(const mt_cuda_grouped *p, CUtensorMap *m) {
