@@ -106,7 +106,7 @@ static void rejects_a_planted_bug(const char *backend) {
   }
 }
 
-/* Same inputs: the same bits from run to run, and whatever the thread count. */
+/* Same inputs: the same bits from run to run, and on a host whatever the thread count. */
 static void repeats_its_bits(const char *backend) {
   static const char *const recipes[] = {"fp32", "bf16", "bf16-states"};
   for (int op = 0; op < CASES; op++) {
@@ -114,8 +114,9 @@ static void repeats_its_bits(const char *backend) {
       const char *recipe = recipes[way / 2];
       uint64_t first = run_case(backend, 2, recipe, op, 3, way % 2, 0).bits;
       uint64_t again = run_case(backend, 2, recipe, op, 3, way % 2, 0).bits;
-      uint64_t single = run_case(backend, 1, recipe, op, 3, way % 2, 0).bits;
       if (again != first) fail_msg("%s %s differs from run to run", cases[op].name, recipe);
+      if (strncmp(backend, "cuda", 4) == 0) continue;
+      uint64_t single = run_case(backend, 1, recipe, op, 3, way % 2, 0).bits;
       if (single != first) fail_msg("%s %s depends on threads", cases[op].name, recipe);
     }
   }
