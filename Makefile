@@ -5,6 +5,8 @@ PREFIX ?= /usr/local
 FUZZ_SECONDS ?= 60
 CUDA ?= AUTO
 cuda = $(if $(filter 1 ON,$(CUDA)),-DMOETUNE_CUDA=ON,$(if $(filter 0 OFF,$(CUDA)),-DMOETUNE_CUDA=OFF))
+# CUDA's compiler is wanted where it is asked for, or where a GPU is visible and it is not refused.
+with_cuda = $(if $(filter 1 ON,$(CUDA)),yes,$(if $(filter AUTO,$(CUDA)),$(wildcard /dev/nvidiactl)))
 C_FILES = $(shell git ls-files -co --exclude-standard '*.c' '*.h' '*.cu' '*.cuh')
 
 .NOTPARALLEL:
@@ -13,8 +15,8 @@ C_FILES = $(shell git ls-files -co --exclude-standard '*.c' '*.h' '*.cu' '*.cuh'
 all: ## build build/release/moetune and the tests beside it (CUDA=1: with CUDA, else where a GPU is)
 	@tools/build.sh release $(cuda)
 
-setup: ## install what the machine lacks (apt-get, says what first; CUDA=1: nvcc too)
-	@tools/setup.sh $(if $(filter 1 ON,$(CUDA)),--cuda)
+setup: ## install what the machine lacks (apt-get, says what first; nvcc for a GPU)
+	@tools/setup.sh $(if $(with_cuda),--cuda)
 
 test: setup all ## set up, build, run all tests
 	@ctest --test-dir build/release --output-on-failure
