@@ -20,6 +20,10 @@ mt_err mt_backend_cpu_create(struct mt_backend *be, int thread_count);
  * Errors: MT_EUNSUPPORTED (no GPU, or a build without CUDA), MT_EDEVICE. */
 mt_err mt_backend_cuda_create(struct mt_backend *be, bool portable);
 
+/* The same backend without a GPU, for memory plans alone: it has a name and workspace_bytes, and
+ * nothing to run. Errors: MT_EUNSUPPORTED in a build without CUDA. */
+mt_err mt_backend_cuda_plan(struct mt_backend *be, bool portable);
+
 /* NVIDIA GPUs that this process sees; 0 in a build without CUDA. */
 int mt_cuda_device_count(void);
 

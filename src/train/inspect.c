@@ -95,7 +95,9 @@ done:
 mt_err mt_inspect_run(const struct mt_inspect_options *o) {
   struct mt_session s;
   struct mt_params params;
-  MT_TRY(mt_session_open(&s, o->model, &o->device, NULL));
+  struct mt_device_options device = o->device;
+  device.plan_only = true;
+  MT_TRY(mt_session_open(&s, o->model, &device, NULL));
   mt_err err = mt_params_build(&s.checkpoint.config, &params);
   if (!err) {
     print_config(&s.checkpoint);

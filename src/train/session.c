@@ -24,7 +24,9 @@ mt_err mt_device_open(const struct mt_device_options *o, const struct mt_recipe 
                    precision);
   }
   if (!*recipe) return mt_fail(MT_EUNSUPPORTED, "no precision '%s'", precision);
-  if (cuda) return mt_backend_cuda_create(be, strcmp(o->kernels, "portable") == 0);
+  bool portable = strcmp(o->kernels, "portable") == 0;
+  if (cuda && o->plan_only) return mt_backend_cuda_plan(be, portable);
+  if (cuda) return mt_backend_cuda_create(be, portable);
   if ((*recipe)->act == MT_F64) return mt_backend_ref_create(be);
   return mt_backend_cpu_create(be, o->threads);
 }

@@ -41,7 +41,11 @@ struct run {
 };
 
 static void open_run(struct run *r, const char *states) {
-  struct mt_device_options device = {"cpu", "native", "bf16", 1, states};
+  struct mt_device_options device = {.device = "cpu",
+                                     .kernels = "native",
+                                     .precision = "bf16",
+                                     .threads = 1,
+                                     .optim_state = states};
   struct mt_loader_options l = {
       .batch_size = 2, .micro_batches = 1, .max_seq_length = 48, .seed = 1, .world = 1};
   OK(mt_session_open(&r->s, MT_SOURCE_DIR "/models/tiny", &device, NULL));

@@ -201,11 +201,17 @@ static mt_err open_device(struct mt_backend *be, struct mt_cuda *c, int device) 
   return MT_OK;
 }
 
-extern "C" mt_err mt_backend_cuda_create(struct mt_backend *be, bool portable) {
-  mt_err err = MT_OK;
+extern "C" mt_err mt_backend_cuda_plan(struct mt_backend *be, bool portable) {
   *be = (struct mt_backend){};
   be->name = portable ? "cuda-portable" : "cuda";
   be->thread_count = 1;
+  be->workspace_bytes = workspace_bytes;
+  return MT_OK;
+}
+
+extern "C" mt_err mt_backend_cuda_create(struct mt_backend *be, bool portable) {
+  MT_TRY(mt_backend_cuda_plan(be, portable));
+  mt_err err = MT_OK;
   if (mt_cuda_device_count() == 0) return mt_fail(MT_EUNSUPPORTED, "no NVIDIA GPU is visible");
   struct mt_cuda *c = (struct mt_cuda *)calloc(1, sizeof *c);
   if (!c) return mt_fail(MT_ENOMEM, "cuda backend");
@@ -216,7 +222,6 @@ extern "C" mt_err mt_backend_cuda_create(struct mt_backend *be, bool portable) {
 #define X(op) be->ops.op = mt_cuda_##op;
   MT_OP_LIST(X)
 #undef X
-  be->workspace_bytes = workspace_bytes;
   be->mem_alloc = mem_alloc;
   be->mem_free = mem_free;
   be->upload = upload;
