@@ -16,7 +16,12 @@ static const struct {
 };
 enum { CASES = sizeof cases / sizeof *cases };
 
+/* Room for a case of any size, NaN throughout: what an operation reads there it must have written.
+ * It stays from case to case, and so do the NaNs on the host: both are tens of megabytes on a GPU.
+ */
 static void workspace_for(struct mt_backend *be, const struct mt_recipe *recipe) {
+  static void *garbage;
+  static size_t garbage_bytes;
   struct mt_limits l = {.tokens = 256,
                         .rows = 768,
                         .hidden = 256,
@@ -28,14 +33,20 @@ static void workspace_for(struct mt_backend *be, const struct mt_recipe *recipe)
                         .kv_heads = 2,
                         .head_dim = 128,
                         .act = recipe->act};
-  be->workspace_size_bytes = be->workspace_bytes(be, &l);
-  OK(be->mem_alloc(be, be->workspace_size_bytes, &be->workspace));
-  /* NaN throughout: what an operation reads there it must have written. */
-  void *garbage = malloc(be->workspace_size_bytes + 1);
-  assert_non_null(garbage);
-  memset(garbage, 0xff, be->workspace_size_bytes);
-  OK(be->upload(be, be->workspace, garbage, be->workspace_size_bytes));
-  free(garbage);
+  size_t bytes = be->workspace_bytes(be, &l);
+  if (bytes != be->workspace_size_bytes) {
+    be->mem_free(be, be->workspace, be->workspace_size_bytes);
+    be->workspace_size_bytes = bytes;
+    OK(be->mem_alloc(be, bytes, &be->workspace));
+  }
+  if (bytes > garbage_bytes) {
+    free(garbage);
+    garbage = malloc(bytes);
+    assert_non_null(garbage);
+    memset(garbage, 0xff, bytes);
+    garbage_bytes = bytes;
+  }
+  OK(be->upload(be, be->workspace, garbage, bytes));
 }
 
 struct outcome {
@@ -50,6 +61,7 @@ static struct mt_backend *opened(const char *backend, int threads) {
   static struct mt_backend be;
   static char name[32];
   if (strcmp(name, backend) != 0 || be.thread_count != threads) {
+    if (be.workspace) be.mem_free(&be, be.workspace, be.workspace_size_bytes);
     mt_backend_destroy(&be);
     OK(mt_backend_create(&be, backend, threads));
     be.thread_count = threads;
@@ -68,7 +80,6 @@ static struct outcome run_case(const char *backend, int threads, const char *rec
   workspace_for(be, c.recipe);
   cases[op].run(&c, &sizes[size], acc);
   release_all(&c);
-  be->mem_free(be, be->workspace, be->workspace_size_bytes);
   return (struct outcome){c.worst, c.worst_name, c.bits};
 }
 
