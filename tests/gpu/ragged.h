@@ -83,6 +83,15 @@ static inline struct both make(struct mt_backend *be, struct mt_rng *rng, enum m
   return x;
 }
 
+/* How many of a test's shapes are tried: all, or as many as the command line's number says (for
+ * compute-sanitizer, which is slow). */
+static size_t shapes_tried;
+
+static inline size_t shapes_asked(int argc, char **argv, size_t all) {
+  size_t asked = argc > 1 ? (size_t)strtoul(argv[1], NULL, 10) : all;
+  return asked < all ? asked : all;
+}
+
 static inline void drop(struct mt_backend *be, struct both *x) {
   be->mem_free(be, x->dev.data, x->bytes);
   free(x->host);

@@ -17,7 +17,6 @@ static const struct shape shapes[] = {
     {NONE, 4, 128, 256, 0},   {RANDOM, 1, 320, 576, 0},  {RANDOM, 3, 2048, 448, 8},
     {RANDOM, 8, 72, 200, 3},  {MIXED, 8, 131, 67, 5},    {RANDOM, 40, 4096, 384, 0},
 };
-static size_t shapes_tried = sizeof shapes / sizeof *shapes;
 
 struct experts {
   struct mt_backend *be;
@@ -372,7 +371,6 @@ static void portable_bf16(void **state) {
   all_shapes("cuda-portable", MT_BF16);
 }
 
-/* With a number: only so many of the shapes (for compute-sanitizer, which is slow). */
 int main(int argc, char **argv) {
   const struct CMUnitTest tests[] = {
       cmocka_unit_test(portable_bf16),
@@ -380,7 +378,6 @@ int main(int argc, char **argv) {
       cmocka_unit_test(native_bf16),
   };
   GPU_OR_SKIP();
-  if (argc > 1 && (size_t)strtoul(argv[1], NULL, 10) < shapes_tried)
-    shapes_tried = (size_t)strtoul(argv[1], NULL, 10);
+  shapes_tried = shapes_asked(argc, argv, sizeof shapes / sizeof *shapes);
   return cmocka_run_group_tests(tests, NULL, NULL);
 }

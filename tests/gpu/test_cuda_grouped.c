@@ -193,8 +193,6 @@ static double try_one(struct mt_backend *be, const struct shape *s, enum kind ki
   return error;
 }
 
-static size_t shapes_tried = sizeof shapes / sizeof *shapes;
-
 static void all_shapes(const char *backend, enum mt_dtype act) {
   struct mt_backend be;
   int failures = 0;
@@ -252,7 +250,6 @@ static void portable_f32(void **state) {
   all_shapes("cuda-portable", MT_F32);
 }
 
-/* With a number: only so many of the shapes (for compute-sanitizer, which is slow). */
 int main(int argc, char **argv) {
   const struct CMUnitTest tests[] = {
       cmocka_unit_test(portable_bf16),
@@ -261,7 +258,6 @@ int main(int argc, char **argv) {
       cmocka_unit_test(native_f32),
   };
   GPU_OR_SKIP();
-  if (argc > 1 && (size_t)strtoul(argv[1], NULL, 10) < shapes_tried)
-    shapes_tried = (size_t)strtoul(argv[1], NULL, 10);
+  shapes_tried = shapes_asked(argc, argv, sizeof shapes / sizeof *shapes);
   return cmocka_run_group_tests(tests, NULL, NULL);
 }

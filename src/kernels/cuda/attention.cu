@@ -295,7 +295,3 @@ extern "C" mt_err mt_cuda_attention_cache(struct mt_backend *be,
   if (mma) return mt_cuda_attention_mma_fwd(cuda, &c);
   return mt_cuda_attention_simple_fwd(cuda, &c, a->qkv.dtype);
 }
-
-extern "C" void mt_cuda_attention_free(struct mt_cuda_attention *attention) {
-  (void)attention;
-}

@@ -38,10 +38,10 @@ extern "C" mt_err mt_cuda_scratch(const struct mt_backend *be, const char *op, s
 
 static size_t workspace_bytes(const struct mt_backend *be, const struct mt_limits *l) {
   (void)be;
-  const size_t parts[] = {
-      mt_cuda_embed_bytes(l),     mt_cuda_norm_bytes(l),   mt_cuda_router_bytes(l),
-      mt_cuda_permute_bytes(l),   mt_cuda_linear_bytes(l), mt_cuda_experts_bytes(l),
-      mt_cuda_attention_bytes(l), mt_cuda_head_bytes(l),   mt_cuda_optimizer_bytes(l)};
+  const size_t parts[] = {mt_cuda_embed_bytes(l),   mt_cuda_norm_bytes(l),
+                          mt_cuda_router_bytes(l),  mt_cuda_permute_bytes(l),
+                          mt_cuda_experts_bytes(l), mt_cuda_attention_bytes(l),
+                          mt_cuda_head_bytes(l),    mt_cuda_optimizer_bytes(l)};
   size_t most = 0;
   for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
     if (parts[i] > most) most = parts[i];
@@ -144,7 +144,6 @@ static mt_err stamp_read(struct mt_backend *be, int from, int to, double *second
 static void destroy(struct mt_backend *be) {
   struct mt_cuda *c = mt_cuda_of(be);
   if (!c) return;
-  mt_cuda_attention_free(c->attention);
   mt_cuda_plans_free(c->plans);
   if (c->lt) (void)cublasLtDestroy(c->lt);
   for (int i = 0; i < MT_STAMPS; i++) {

@@ -31,8 +31,7 @@ struct mt_cuda {
   int ring_next;
   cudaEvent_t stamps[MT_STAMPS]; /* made when first asked for */
   cublasLtHandle_t lt;
-  struct mt_cuda_plans *plans;         /* algorithms chosen for products so far (linear.cu) */
-  struct mt_cuda_attention *attention; /* attention.cu's own state, or NULL */
+  struct mt_cuda_plans *plans; /* algorithms chosen for products so far (linear.cu) */
 };
 
 static inline struct mt_cuda *mt_cuda_of(const struct mt_backend *be) {
@@ -62,7 +61,6 @@ size_t mt_cuda_embed_bytes(const struct mt_limits *l);
 size_t mt_cuda_norm_bytes(const struct mt_limits *l);
 size_t mt_cuda_router_bytes(const struct mt_limits *l);
 size_t mt_cuda_permute_bytes(const struct mt_limits *l);
-size_t mt_cuda_linear_bytes(const struct mt_limits *l);
 size_t mt_cuda_experts_bytes(const struct mt_limits *l);
 size_t mt_cuda_attention_bytes(const struct mt_limits *l);
 size_t mt_cuda_head_bytes(const struct mt_limits *l);
@@ -84,7 +82,6 @@ struct mt_cuda_product {
 };
 mt_err mt_cuda_gemm(struct mt_backend *be, const struct mt_cuda_product *p);
 void mt_cuda_plans_free(struct mt_cuda_plans *plans); /* NULL is fine */
-void mt_cuda_attention_free(struct mt_cuda_attention *attention);
 
 /* Grouped products over experts, offsets[G+1] on the device (rows of group g are
  * [offsets[g], offsets[g+1])), rows_most the host's bound on offsets[G].

@@ -8,11 +8,6 @@
  * bench/grouped_gemm.cu). */
 enum { DENSE_ON_SM90 = 0 };
 
-extern "C" size_t mt_cuda_linear_bytes(const struct mt_limits *l) {
-  (void)l;
-  return 0;
-}
-
 /* What a choice of algorithm depends on. Compared as bytes: make it with key_of alone. */
 struct plan_key {
   int64_t m, n, k, lda, ldb, ldc;

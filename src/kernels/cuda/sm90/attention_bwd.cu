@@ -99,19 +99,19 @@ dkv_multiplier(struct dkv_shared &sh, const struct attention_call &c, const stru
         ring_release(sh.bars, at.stage);
         continue;
       }
-      products_begin();
+      wgmma_fence();
       score(s, sh.k, row0, sh.q[at.stage]);
-      products_commit();
+      wgmma_commit();
       score(dp, sh.v, row0, sh.dout[at.stage]);
-      products_commit();
-      products_wait<1>();
+      wgmma_commit();
+      wgmma_wait<1>();
       sums_ready(s);
       dkv_probabilities(s, sh.lse[at.stage], first, p.key0 + warp_row, c);
       as_left(w, s);
-      products_begin();
+      wgmma_fence();
       mix<QUERIES>(dv, w, sh.dout[at.stage]);
-      products_commit();
-      products_wait<1>();
+      wgmma_commit();
+      wgmma_wait<1>();
       sums_ready(dp);
 #pragma unroll
       for (int n = 0; n < QUERIES / 8; n++) {
@@ -121,10 +121,10 @@ dkv_multiplier(struct dkv_shared &sh, const struct attention_call &c, const stru
           dp[4 * n + i] = s[4 * n + i] * (dp[4 * n + i] - (i % 2 ? delta.y : delta.x));
       }
       as_left(ws, dp);
-      products_begin();
+      wgmma_fence();
       mix<QUERIES>(dk, ws, sh.q[at.stage]);
-      products_commit();
-      products_wait<0>();
+      wgmma_commit();
+      wgmma_wait<0>();
       sums_ready(dv);
       sums_ready(dk);
       left_ready(w);
@@ -299,29 +299,29 @@ __device__ __forceinline__ void dq_multiplier(struct dq_shared &sh,
       float s[32], dp[32];
       barrier_wait_for_products(&sh.bars.full[at.stage], at.parity);
       int stage = uniform(at.stage);
-      products_begin();
+      wgmma_fence();
       score(s, q, sh.k[stage]);
-      products_commit();
+      wgmma_commit();
       score(dp, dout, sh.v[stage]);
-      products_commit();
-      products_wait<2>();
+      wgmma_commit();
+      wgmma_wait<2>();
       sums_ready(dq);
       left_ready(w);
       if (before >= 0) ring_release(sh.bars, before);
       before = stage;
-      products_wait<1>();
+      wgmma_wait<1>();
       sums_ready(s);
       dq_probabilities(s, lse, p.row0 + warp_row, key0, c);
-      products_wait<0>();
+      wgmma_wait<0>();
       sums_ready(dp);
 #pragma unroll
       for (int i = 0; i < 32; i++) dp[i] = s[i] * (dp[i] - delta[i / 2 % 2]);
       as_left(w, dp);
-      products_begin();
+      wgmma_fence();
       mix<DQ_KEYS>(dq, w, sh.k[stage]);
-      products_commit();
+      wgmma_commit();
     }
-    products_wait<0>();
+    wgmma_wait<0>();
     sums_ready(dq);
     if (before >= 0) ring_release(sh.bars, before);
     float scale[2] = {c.scale, c.scale};

@@ -10,6 +10,7 @@
 #define MT_KERNELS_CUDA_SM90_ATTENTION_WGMMA_CUH
 
 #include "kernels/cuda/attention_mma.cuh"
+#include "kernels/cuda/sm90/wgmma.cuh"
 
 /* A block: two warpgroups multiply, one copies. */
 enum { DIM = 128, WARPGROUP = 128, SM90_THREADS = 3 * WARPGROUP, MULTIPLIER_WARPS = 8 };
@@ -118,20 +119,6 @@ __device__ __forceinline__ void copy_column(float *to, const float *src, int64_t
 
 /* Products. Sums of a warpgroup: 64 rows, thread's rows lane/4 and lane/4 + 8 of its warp's 16;
  * d[4 n + i] is column 8 n + lane%4*2 + i%2 of row i/2. */
-__device__ __forceinline__ void products_begin() {
-  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-}
-__device__ __forceinline__ void products_commit() {
-  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-}
-template <int LEFT> __device__ __forceinline__ void products_wait() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
-}
-/* The compiler must not read sums before this point, where their products are done. */
-template <int N> __device__ __forceinline__ void sums_ready(float (&d)[N]) {
-#pragma unroll
-  for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
-}
 template <int N> __device__ __forceinline__ void left_ready(uint32_t (&a)[N][4]) {
 #pragma unroll
   for (int i = 0; i < N; i++) {

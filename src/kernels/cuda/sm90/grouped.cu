@@ -181,11 +181,7 @@ __global__ __cluster_dims__(2, 1, 1)
     prefetch_map(&map_a);
     prefetch_map(&map_b);
     prefetch_map(&map_c);
-    for (int i = 0; i < S::STAGES; i++) {
-      barrier_init(shared_address(&s->full[i]), 1);
-      barrier_init(shared_address(&s->empty[i]), 2 * MULTIPLIER_WARPS);
-    }
-    barrier_init_done();
+    init_ring<S>(s);
   }
   __syncthreads();
   cluster_sync();
