@@ -26,7 +26,7 @@ struct mt_layer_acts {
   struct mt_tensor logits; /* stat [T,E] */
   struct mt_tensor prob;   /* stat [T,K] */
   struct mt_route route;
-  struct mt_tensor row_prob; /* stat [R] routing probability of each row, without keep_outputs */
+  struct mt_tensor row_prob; /* stat [R] routing probability of each row, without weigh_outputs */
   int32_t *load;             /* [E], a row of mt_acts.loads */
   struct mt_tensor qkv;      /* act [T,G*(r+2)*D] after rope */
   struct mt_tensor att;      /* act [T,G*r*D] */
