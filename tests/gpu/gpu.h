@@ -1,5 +1,5 @@
 /* Tests that need an NVIDIA GPU: without one they say so and exit 77, which CTest shows as skipped.
- */
+ * MOETUNE_TEST=PATTERN in the environment runs the matching tests of a program alone. */
 #ifndef TESTS_GPU_GPU_H
 #define TESTS_GPU_GPU_H
 
@@ -16,6 +16,7 @@ enum { GPU_SKIPPED = 77 };
       printf("skipped: no NVIDIA GPU is visible, or this build has no CUDA\n");                    \
       return GPU_SKIPPED;                                                                          \
     }                                                                                              \
+    if (getenv("MOETUNE_TEST")) cmocka_set_test_filter(getenv("MOETUNE_TEST"));                    \
   } while (0)
 
 #endif
