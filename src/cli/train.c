@@ -187,7 +187,63 @@ static const struct mt_option rows[] = {
      .initial_note = "0 (before the first step and after the last)",
      .min = 0,
      .max = 1e12,
-     .help = "Steps between evaluations of --eval-data."},
+     .help = "Steps between evaluations of --eval-data and samples."},
+    {.flag = "patience",
+     .type = MT_OPT_INT,
+     .offset = AT(patience),
+     .unit = "EVALUATIONS",
+     .initial = "0",
+     .initial_note = "0 (never)",
+     .min = 0,
+     .max = 1e9,
+     .help = "Stop early once so many evaluations in a row have not improved the held-out loss."},
+    {.flag = "min-delta",
+     .type = MT_OPT_REAL,
+     .offset = AT(min_delta),
+     .unit = "NATS",
+     .initial = "0",
+     .min = 0,
+     .max = 1e6,
+     .help = "What the held-out loss must fall by to count as improved."},
+    {.flag = "keep-best",
+     .type = MT_OPT_FLAG,
+     .offset = AT(keep_best),
+     .help = "Keep the model of the lowest held-out loss in best/ of --out, as a checkpoint like "
+             "model/."},
+    {.flag = "samples",
+     .type = MT_OPT_INT,
+     .offset = AT(samples),
+     .unit = "QUESTIONS",
+     .initial = "2",
+     .min = 0,
+     .max = 64,
+     .help = "Questions of --eval-data that the model answers at each evaluation, into "
+             "samples.jsonl."},
+    {.flag = "sample-prompt",
+     .type = MT_OPT_LIST,
+     .offset = AT(sample_prompts),
+     .unit = "TEXT",
+     .help = "A user's message to answer at each evaluation, in place of those of --samples."},
+    {.flag = "sample-tokens",
+     .type = MT_OPT_INT,
+     .offset = AT(sample_tokens),
+     .unit = "TOKENS",
+     .initial = "48",
+     .min = 1,
+     .max = 4096,
+     .help = "Longest of these answers."},
+    {.flag = "dead-expert-steps",
+     .type = MT_OPT_INT64,
+     .offset = AT(dead_expert_steps),
+     .unit = "STEPS",
+     .initial = "100",
+     .min = 0,
+     .max = 1e12,
+     .help = "Warn of an expert that no token has reached in so many steps; 0 never does."},
+    {.flag = "tensorboard",
+     .type = MT_OPT_FLAG,
+     .offset = AT(tensorboard),
+     .help = "Write TensorBoard's event files into --out too."},
     {.flag = "save-every",
      .type = MT_OPT_INT64,
      .offset = AT(save_every),
@@ -198,6 +254,15 @@ static const struct mt_option rows[] = {
      .max = 1e12,
      .help =
          "Steps between checkpoints that --resume can go on from; the last step makes one too."},
+    {.flag = "keep-last",
+     .type = MT_OPT_INT,
+     .offset = AT(keep_last),
+     .unit = "CHECKPOINTS",
+     .initial = "0",
+     .initial_note = "0 (all)",
+     .min = 0,
+     .max = 1e9,
+     .help = "Keep only so many of these, the newest."},
 };
 
 static mt_err finish(void *options, const struct mt_parsed *parsed) {
@@ -214,6 +279,10 @@ static mt_err finish(void *options, const struct mt_parsed *parsed) {
   if (!mt_parsed_given(parsed, "blocks")) {
     o->blocks = o->improvement >= 1 ? MT_BLOCKS_FUSED : MT_BLOCKS_UNFUSED;
   }
+  if (o->patience > 0 && (!o->eval_data || o->eval_every == 0)) {
+    return mt_fail(MT_EINVAL, "--patience needs --eval-data and --eval-every");
+  }
+  if (o->keep_best && !o->eval_data) return mt_fail(MT_EINVAL, "--keep-best needs --eval-data");
   if (o->train_steps > 0 && mt_parsed_given(parsed, "epochs")) {
     return mt_fail(MT_EINVAL, "--epochs and --train-steps exclude each other");
   }

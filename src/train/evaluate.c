@@ -4,21 +4,30 @@
 
 #include "base/log.h"
 #include "train/commands.h"
-#include "train/session.h"
+#include "train/evaluation.h"
 
-static mt_err print_evaluation(const struct mt_eval_options *o, const struct mt_evaluation *e) {
+static mt_err print_evaluation(const struct mt_eval_options *o, const struct mt_evaluation *e,
+                               const struct mt_routing *r) {
+  double least, most;
+  mt_routing_shares(r->load, r->layers, r->experts, &least, &most);
   if (o->json) {
     printf("{\"loss\": %.9g, \"perplexity\": %.9g, \"accuracy\": %.9g, \"samples\": %lld, "
-           "\"targets\": %lld}\n",
+           "\"targets\": %lld, \"expert_load\": [",
            e->cross_entropy, e->perplexity, e->accuracy, (long long)e->samples,
            (long long)e->targets);
+    for (int i = 0; i < r->layers * r->experts; i++) {
+      const char *between = i == 0 ? "[" : i % r->experts ? ", " : "], [";
+      printf("%s%lld", between, (long long)r->load[i]);
+    }
+    puts("]]}");
     return MT_OK;
   }
   printf(
       "loss            %.4f\nperplexity      %.3f\ntoken accuracy  %.2f%%\nsamples         %lld\n"
-      "targets         %lld tokens\n",
+      "targets         %lld tokens\nexpert share    %.2f%% to %.2f%% of a layer's choices, even "
+      "%.2f%%\n",
       e->cross_entropy, e->perplexity, 100 * e->accuracy, (long long)e->samples,
-      (long long)e->targets);
+      (long long)e->targets, 100 * least, 100 * most, 100.0 / r->experts);
   return MT_OK;
 }
 
@@ -41,15 +50,18 @@ static mt_err evaluate_file(struct mt_session *s, const struct mt_eval_options *
   struct mt_dataset *data = NULL;
   struct mt_loader loader = {0};
   struct mt_evaluation e;
+  struct mt_routing routing = {0};
   mt_err err;
   if (m.token_capacity < 0) return mt_fail(MT_EINVAL, "batch-size x max-seq-length is too large");
   MT_GO(mt_dataset_open(s->tokenizer, &d, &data));
   MT_GO(mt_session_load(s, &m, NULL));
   MT_GO(mt_dataset_wait(data));
   MT_GO(mt_loader_create(&loader, data, &l));
-  MT_GO(mt_evaluate(&s->model, &loader, &e));
-  err = print_evaluation(o, &e);
+  MT_GO(mt_routing_create(&routing, &s->model));
+  MT_GO(mt_evaluate(&s->model, &loader, &routing, &e));
+  err = print_evaluation(o, &e, &routing);
 done:
+  mt_routing_destroy(&routing);
   mt_loader_destroy(&loader);
   mt_dataset_close(data);
   return err;

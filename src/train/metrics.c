@@ -4,24 +4,63 @@
 #include <math.h>
 #include <stdlib.h>
 #include <sys/resource.h>
+#include <time.h>
+#include <unistd.h>
 
-enum { METRICS_LIMIT = 1 << 30 };
+#include "train/health.h"
 
-/* Lines of the file whose step is at most keep_steps, in memory. */
-static mt_err keep_lines(const char *path, int64_t keep_steps) {
-  char *text;
-  size_t size, kept = 0;
-  if (!mt_path_exists(path)) return MT_OK;
-  MT_TRY(mt_file_read(path, METRICS_LIMIT, &text, &size));
-  for (char *at = text, *end; at < text + size && (end = strchr(at, '\n')); at = end + 1) {
-    long long step;
-    if (sscanf(at, "{\"step\":%lld", &step) != 1 || step > keep_steps) continue;
-    memmove(text + kept, at, (size_t)(end + 1 - at));
-    kept += (size_t)(end + 1 - at);
+/* Step of a complete line; -1 where it has none or is cut short. */
+static int64_t line_step(const char *line, ssize_t length) {
+  long long step;
+  if (length < 1 || line[length - 1] != '\n') return -1;
+  return sscanf(line, "{\"step\":%lld", &step) == 1 ? step : -1;
+}
+
+static mt_err copy_lines(FILE *from, FILE *to, const char *path, int64_t last_step) {
+  char *line = NULL;
+  size_t capacity = 0;
+  for (ssize_t n; (n = getline(&line, &capacity, from)) >= 0;) {
+    int64_t step = line_step(line, n);
+    if (step >= 0 && step <= last_step) fwrite(line, 1, (size_t)n, to);
   }
-  mt_err err = mt_file_write_atomic(path, text, kept);
-  free(text);
+  free(line);
+  if (ferror(from)) return mt_fail(MT_EIO, "cannot read '%s': %s", path, strerror(errno));
+  if (fflush(to) == 0 && !ferror(to) && fsync(fileno(to)) == 0) return MT_OK;
+  return mt_fail(MT_EIO, "cannot write beside '%s': %s", path, strerror(errno));
+}
+
+mt_err mt_lines_keep(const char *path, int64_t last_step) {
+  char temp[MT_PATH_MAX + 16];
+  snprintf(temp, sizeof temp, "%s.tmp-%d", path, (int)getpid());
+  if (!mt_path_exists(path)) return MT_OK;
+  FILE *from = fopen(path, "re"), *to = from ? fopen(temp, "we") : NULL;
+  mt_err err = to ? copy_lines(from, to, path, last_step)
+                  : mt_fail(MT_EIO, "cannot open '%s': %s", from ? temp : path, strerror(errno));
+  if (from) fclose(from);
+  if (to && fclose(to) != 0 && !err) err = mt_fail(MT_EIO, "cannot close '%s'", temp);
+  if (!err && rename(temp, path) != 0)
+    err = mt_fail(MT_EIO, "cannot rename to '%s': %s", path, strerror(errno));
+  if (err && to) unlink(temp);
   return err;
+}
+
+mt_err mt_metrics_best(const char *dir, int64_t last_step, double min_delta, struct mt_best *best) {
+  char path[MT_PATH_MAX], *line = NULL;
+  size_t capacity = 0;
+  *best = (struct mt_best){0};
+  MT_TRY(mt_path_join(path, dir, "metrics.jsonl"));
+  FILE *f = fopen(path, "re");
+  if (!f) return MT_OK;
+  for (ssize_t n; (n = getline(&line, &capacity, f)) >= 0;) {
+    double loss;
+    int64_t step = line_step(line, n);
+    if (step < 0 || step > last_step) continue;
+    if (sscanf(line, "{\"step\":%*d,\"eval_loss\":%lf", &loss) != 1) continue;
+    mt_best_update(best, step, loss, min_delta);
+  }
+  free(line);
+  fclose(f);
+  return MT_OK;
 }
 
 mt_err mt_metrics_open(struct mt_metrics *m, const char *dir, int64_t keep_steps, bool resume,
@@ -29,7 +68,7 @@ mt_err mt_metrics_open(struct mt_metrics *m, const char *dir, int64_t keep_steps
   char path[MT_PATH_MAX];
   *m = (struct mt_metrics){.capacity = timed_steps};
   MT_TRY(mt_path_join(path, dir, "metrics.jsonl"));
-  if (resume) MT_TRY(keep_lines(path, keep_steps));
+  if (resume) MT_TRY(mt_lines_keep(path, keep_steps));
   m->step_ms = calloc((size_t)timed_steps + 1, sizeof *m->step_ms);
   if (!m->step_ms) return mt_fail(MT_ENOMEM, "times of %lld steps", (long long)timed_steps);
   m->file = fopen(path, resume ? "ae" : "we");
@@ -52,13 +91,51 @@ static mt_err flushed(struct mt_metrics *m) {
   return mt_fail(MT_EIO, "cannot write metrics.jsonl: %s", strerror(errno));
 }
 
+mt_err mt_metrics_board(struct mt_metrics *m, const char *dir, int64_t first_step) {
+  return mt_tensorboard_open(&m->board, dir, first_step);
+}
+
+/* What the loads of a step say in a few numbers. */
+static mt_err board_step(struct mt_metrics *m, const struct mt_step_result *r,
+                         const struct mt_model *model) {
+  struct mt_tensorboard *b = &m->board;
+  char tag[64];
+  if (!b->file) return MT_OK;
+  mt_tensorboard_begin(b, r->step);
+  mt_tensorboard_scalar(b, "train/loss", r->loss);
+  mt_tensorboard_scalar(b, "train/cross_entropy", r->cross_entropy);
+  mt_tensorboard_scalar(b, "train/aux_loss", r->aux);
+  mt_tensorboard_scalar(b, "train/grad_norm", r->grad_norm);
+  mt_tensorboard_scalar(b, "train/learning_rate", r->lr);
+  mt_tensorboard_scalar(b, "train/accuracy", (double)r->correct_count / (double)r->target_count);
+  mt_tensorboard_scalar(b, "speed/tokens_per_s", (double)r->token_count / r->ms * 1e3);
+  mt_tensorboard_scalar(b, "speed/step_ms", r->ms);
+  for (int p = 0; p < MT_PHASE_COUNT; p++) {
+    snprintf(tag, sizeof tag, "phase_ms/%s", mt_phase_name((enum mt_phase)p));
+    mt_tensorboard_scalar(b, tag, r->phase_s[p] * 1e3);
+  }
+  for (int l = 0; l < model->config.layers; l++) {
+    struct mt_load_facts f =
+        mt_load_facts(r->load + l * model->config.experts, model->config.experts);
+    snprintf(tag, sizeof tag, "experts/layer_%d/largest_share", l);
+    mt_tensorboard_scalar(b, tag, f.most);
+    snprintf(tag, sizeof tag, "experts/layer_%d/smallest_share", l);
+    mt_tensorboard_scalar(b, tag, f.least);
+    snprintf(tag, sizeof tag, "experts/layer_%d/load_entropy", l);
+    mt_tensorboard_scalar(b, tag, f.entropy);
+    snprintf(tag, sizeof tag, "experts/layer_%d/without_token", l);
+    mt_tensorboard_scalar(b, tag, f.idle);
+  }
+  return mt_tensorboard_end(b);
+}
+
 mt_err mt_metrics_step(struct mt_metrics *m, const struct mt_step_result *r,
                        const struct mt_model *model, bool timed) {
   FILE *f = m->file;
   struct rusage usage;
   struct mt_memory memory = mt_model_memory(model);
   if (timed && m->count < m->capacity) m->step_ms[m->count++] = r->ms;
-  fprintf(f, "{\"step\":%lld,", (long long)r->step);
+  fprintf(f, "{\"step\":%lld,\"time\":%lld,", (long long)r->step, (long long)time(NULL));
   number(f, "loss", r->loss);
   number(f, "cross_entropy", r->cross_entropy);
   number(f, "aux", r->aux);
@@ -87,16 +164,69 @@ mt_err mt_metrics_step(struct mt_metrics *m, const struct mt_step_result *r,
           "\"activations\":%zu,\"process_peak\":%lld}}\n",
           memory.parameters, memory.gradients, memory.optimizer, memory.activations,
           (long long)usage.ru_maxrss * 1024);
-  return flushed(m);
+  MT_TRY(flushed(m));
+  return board_step(m, r, model);
 }
 
-mt_err mt_metrics_evaluation(struct mt_metrics *m, int64_t step, const struct mt_evaluation *e) {
+static mt_err board_evaluation(struct mt_metrics *m, int64_t step, const struct mt_evaluation *e,
+                               const struct mt_routing *routing) {
+  struct mt_tensorboard *b = &m->board;
+  char tag[64];
+  mt_tensorboard_begin(b, step);
+  mt_tensorboard_scalar(b, "held_out/loss", e->cross_entropy);
+  mt_tensorboard_scalar(b, "held_out/perplexity", e->perplexity);
+  mt_tensorboard_scalar(b, "held_out/accuracy", e->accuracy);
+  for (int l = 0; routing && l < routing->layers; l++) {
+    snprintf(tag, sizeof tag, "experts/layer_%d/router_entropy", l);
+    mt_tensorboard_scalar(b, tag, routing->entropy[l]);
+  }
+  return mt_tensorboard_end(b);
+}
+
+/* Without the brace that closes the line. */
+static void write_routing(FILE *f, const struct mt_routing *r) {
+  fputs(",\"eval_router_entropy\":[", f);
+  for (int l = 0; l < r->layers; l++) {
+    if (isfinite(r->entropy[l]))
+      fprintf(f, l ? ",%.6g" : "%.6g", r->entropy[l]);
+    else
+      fputs(l ? ",null" : "null", f);
+  }
+  fputs("],\"eval_expert_load\":[", f);
+  for (int l = 0; l < r->layers; l++) {
+    fputs(l ? ",[" : "[", f);
+    for (int e = 0; e < r->experts; e++)
+      fprintf(f, e ? ",%lld" : "%lld", (long long)r->load[l * r->experts + e]);
+    fputc(']', f);
+  }
+  fputc(']', f);
+}
+
+mt_err mt_metrics_evaluation(struct mt_metrics *m, int64_t step, const struct mt_evaluation *e,
+                             const struct mt_routing *routing) {
   fprintf(m->file, "{\"step\":%lld,", (long long)step);
   number(m->file, "eval_loss", e->cross_entropy);
   number(m->file, "eval_perplexity", e->perplexity);
   number(m->file, "eval_accuracy", e->accuracy);
-  fprintf(m->file, "\"eval_targets\":%lld}\n", (long long)e->targets);
-  return flushed(m);
+  fprintf(m->file, "\"eval_samples\":%lld,\"eval_targets\":%lld,\"time\":%lld",
+          (long long)e->samples, (long long)e->targets, (long long)time(NULL));
+  if (routing) write_routing(m->file, routing);
+  fputs("}\n", m->file);
+  MT_TRY(flushed(m));
+  return board_evaluation(m, step, e, routing);
+}
+
+mt_err mt_metrics_warning(struct mt_metrics *m, int64_t step, const char *text) {
+  json_t *value = json_string(text);
+  char *quoted = value ? json_dumps(value, JSON_ENCODE_ANY) : NULL;
+  json_decref(value);
+  if (!quoted) return mt_fail(MT_ENOMEM, "a warning's line");
+  fprintf(m->file, "{\"step\":%lld,\"warning\":%s}\n", (long long)step, quoted);
+  free(quoted);
+  mt_tensorboard_begin(&m->board, step);
+  mt_tensorboard_text(&m->board, "warnings", text);
+  MT_TRY(flushed(m));
+  return mt_tensorboard_end(&m->board);
 }
 
 static int ascending(const void *a, const void *b) {
@@ -114,5 +244,6 @@ double mt_metrics_median_ms(struct mt_metrics *m) {
 void mt_metrics_close(struct mt_metrics *m) {
   if (m->file) fclose(m->file);
   free(m->step_ms);
+  mt_tensorboard_close(&m->board);
   *m = (struct mt_metrics){0};
 }

@@ -54,12 +54,21 @@ struct mt_train_options {
   struct mt_string_list freeze; /* shell patterns over parameter names: "layers.0.*", "*router" */
   double router_aux_coef;       /* < 0: as the checkpoint's config says; 0: none */
   int64_t eval_every;           /* steps; 0: before the first and after the last alone */
+  int patience;                 /* evaluations without improvement that end the run; 0: none do */
+  double min_delta;             /* what the held-out loss must fall by to be an improvement */
+  bool keep_best;               /* OUT/best: the model of the lowest held-out loss */
   int64_t save_every;           /* steps; 0: after the last alone */
-  int64_t log_every;            /* steps between plain lines */
-  bool train_on_prompt;         /* loss on every token, not the answer's alone */
-  bool skip_bad_lines;          /* count malformed lines instead of stopping */
-  const char *chat_template;    /* name of a known template; NULL: the checkpoint's */
-  uint64_t max_shard_bytes;     /* of exported weights */
+  int keep_last;                /* checkpoints kept, the newest; 0: all */
+  int samples;                  /* answers written at each evaluation */
+  int sample_tokens;            /* of each, at most */
+  struct mt_string_list sample_prompts; /* empty: questions of the held-out data */
+  int64_t dead_expert_steps;            /* steps without a token after which is warned; 0: never */
+  bool tensorboard;                     /* event files beside metrics.jsonl */
+  int64_t log_every;                    /* steps between plain lines */
+  bool train_on_prompt;                 /* loss on every token, not the answer's alone */
+  bool skip_bad_lines;                  /* count malformed lines instead of stopping */
+  const char *chat_template;            /* name of a known template; NULL: the checkpoint's */
+  uint64_t max_shard_bytes;             /* of exported weights */
 };
 
 /* `moetune eval`: mean cross-entropy, perplexity and accuracy of a file's targets. */

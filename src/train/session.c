@@ -1,6 +1,5 @@
 #include "train/session.h"
 
-#include <math.h>
 #include <time.h>
 
 #include "base/log.h"
@@ -75,45 +74,29 @@ void mt_session_close(struct mt_session *s) {
   *s = (struct mt_session){0};
 }
 
-void mt_session_describe(const struct mt_session *s) {
+struct mt_parameter_counts mt_session_parameters(const struct mt_session *s) {
   const struct mt_config *c = &s->checkpoint.config;
-  int64_t total = 0, learning = 0, routed = 0;
+  struct mt_parameter_counts n = {0};
+  int64_t routed = 0;
   for (int i = 0; i < s->model.params.count; i++) {
     const struct mt_param *p = &s->model.params.row[i];
-    int64_t n = mt_param_count(p);
-    total += n;
-    if (p->learns) learning += n;
-    if (p->sync == MT_SYNC_EXPERT) routed += n;
+    n.total += mt_param_count(p);
+    if (p->learns) n.learning += mt_param_count(p);
+    if (p->sync == MT_SYNC_EXPERT) routed += mt_param_count(p);
   }
-  int64_t active = total - routed + routed * c->top_k / c->experts;
+  n.active = n.total - routed + routed * c->top_k / c->experts;
+  return n;
+}
+
+void mt_session_describe(const struct mt_session *s) {
+  const struct mt_config *c = &s->checkpoint.config;
+  struct mt_parameter_counts n = mt_session_parameters(s);
   mt_info("model    %s: %.1f M parameters (%.1f M a token, %.1f M learning), %d layers, hidden %d, "
           "%d experts, top-%d",
-          s->checkpoint.dir, (double)total / 1e6, (double)active / 1e6, (double)learning / 1e6,
-          c->layers, c->hidden, c->experts, c->top_k);
+          s->checkpoint.dir, (double)n.total / 1e6, (double)n.active / 1e6,
+          (double)n.learning / 1e6, c->layers, c->hidden, c->experts, c->top_k);
   if (s->be.description[0])
     mt_info("device   %s: %s, %s", s->be.name, s->be.description, s->recipe->name);
   else
     mt_info("device   %s, %d threads, %s", s->be.name, s->be.thread_count, s->recipe->name);
-}
-
-mt_err mt_evaluate(struct mt_model *m, struct mt_loader *l, struct mt_evaluation *out) {
-  double sum = 0;
-  int64_t correct = 0;
-  struct mt_batch *b;
-  mt_err err;
-  *out = (struct mt_evaluation){0};
-  l->next = (struct mt_position){0};
-  while ((err = mt_loader_next_once(l, &b)) == MT_OK) {
-    struct mt_loss loss;
-    MT_TRY(mt_model_eval_pass(m, b, &loss));
-    sum += loss.cross_entropy_sum;
-    correct += loss.correct_count;
-    out->samples += b->sequence_count;
-    out->targets += b->target_count;
-  }
-  if (err != MT_EEND) return err;
-  out->cross_entropy = sum / (double)out->targets;
-  out->perplexity = exp(out->cross_entropy);
-  out->accuracy = (double)correct / (double)out->targets;
-  return MT_OK;
 }

@@ -29,15 +29,14 @@ mt_err mt_session_load(struct mt_session *s, const struct mt_model_options *opti
                        const struct mt_string_list *freeze);
 void mt_session_close(struct mt_session *s);
 
+/* What a token uses of all parameters, and what learns. */
+struct mt_parameter_counts {
+  int64_t total, active, learning;
+};
+struct mt_parameter_counts mt_session_parameters(const struct mt_session *s);
+
 /* "key: value" facts, one a line on standard error, of what was opened. */
 void mt_session_describe(const struct mt_session *s);
-
-/* Mean over the targets of a data set, in file order. */
-struct mt_evaluation {
-  double cross_entropy, perplexity, accuracy;
-  int64_t samples, targets;
-};
-mt_err mt_evaluate(struct mt_model *m, struct mt_loader *l, struct mt_evaluation *out);
 
 /* Seconds of a steady clock. */
 double mt_now_s(void);

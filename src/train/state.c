@@ -1,8 +1,10 @@
 #include "train/state.h"
 
 #include <dirent.h>
+#include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <unistd.h>
 
 enum { STATE_VERSION = 1, STAGE_BYTES = 8 << 20, STATE_LIMIT = 1 << 20 };
 
@@ -119,6 +121,39 @@ done:
   return err;
 }
 
+/* The largest N below `limit` of OUT/checkpoint-N; -1: none. */
+static void below(const char *out, int64_t limit, int64_t *found) {
+  *found = -1;
+  DIR *d = opendir(out);
+  for (struct dirent *e; d && (e = readdir(d));) {
+    long long n;
+    int used = 0;
+    if (sscanf(e->d_name, "checkpoint-%lld%n", &n, &used) != 1 || e->d_name[used]) continue;
+    if (n < limit && n > *found) *found = n;
+  }
+  if (d) closedir(d);
+}
+
+static mt_err remove_checkpoint(const char *out, int64_t n) {
+  char name[64], path[MT_PATH_MAX], gone[MT_PATH_MAX];
+  snprintf(name, sizeof name, "checkpoint-%lld", (long long)n);
+  MT_TRY(mt_path_join(path, out, name));
+  snprintf(name, sizeof name, "checkpoint-%lld.gone-%d", (long long)n, (int)getpid());
+  MT_TRY(mt_path_join(gone, out, name));
+  if (rename(path, gone) != 0)
+    return mt_fail(MT_EIO, "cannot remove '%s': %s", path, strerror(errno));
+  return mt_dir_remove(gone);
+}
+
+mt_err mt_state_retain(const char *out, int64_t step, int keep) {
+  int64_t n = step + 1;
+  for (int kept = 0; keep > 0 && n >= 0; kept++) {
+    below(out, n, &n);
+    if (n >= 0 && kept >= keep) MT_TRY(remove_checkpoint(out, n));
+  }
+  return MT_OK;
+}
+
 mt_err mt_state_find(const struct mt_train_options *options, char path[MT_PATH_MAX]) {
   char file[MT_PATH_MAX];
   if (*options->resume) {
@@ -130,18 +165,11 @@ mt_err mt_state_find(const struct mt_train_options *options, char path[MT_PATH_M
     snprintf(path, MT_PATH_MAX, "%s", options->resume);
     return MT_OK;
   }
-  long long newest = -1;
-  DIR *d = opendir(options->out);
-  for (struct dirent *e; d && (e = readdir(d));) {
-    long long n;
-    int used = 0;
-    if (sscanf(e->d_name, "checkpoint-%lld%n", &n, &used) != 1 || e->d_name[used]) continue;
-    if (n > newest) newest = n;
-  }
-  if (d) closedir(d);
+  int64_t newest;
+  below(options->out, INT64_MAX, &newest);
   if (newest < 0) return mt_fail(MT_ENOENT, "'%s' holds no checkpoint to resume", options->out);
   char name[64];
-  snprintf(name, sizeof name, "checkpoint-%lld", newest);
+  snprintf(name, sizeof name, "checkpoint-%lld", (long long)newest);
   return mt_path_join(path, options->out, name);
 }
 

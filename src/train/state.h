@@ -9,6 +9,10 @@
 mt_err mt_state_save(struct mt_session *s, const struct mt_optimizer *o, const struct mt_loader *l,
                      const struct mt_train_options *options, char path[MT_PATH_MAX]);
 
+/* Removes OUT/checkpoint-N of N below the `keep` largest up to `step`; keep 0: none. Whoever looks
+ * sees a checkpoint whole or not at all. Errors: MT_EIO naming the path. */
+mt_err mt_state_retain(const char *out, int64_t step, int keep);
+
 /* The checkpoint to resume from: `resume` itself, or the newest under out when it is "".
  * MT_ENOENT when there is none. */
 mt_err mt_state_find(const struct mt_train_options *options, char path[MT_PATH_MAX]);

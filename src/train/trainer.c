@@ -2,11 +2,15 @@
 #include <math.h>
 #include <signal.h>
 #include <stdlib.h>
+#include <time.h>
 
 #include "base/log.h"
 #include "train/commands.h"
+#include "train/facts.h"
+#include "train/health.h"
 #include "train/metrics.h"
 #include "train/progress.h"
+#include "train/samples.h"
 #include "train/state.h"
 #include "train/trainer.h"
 
@@ -18,9 +22,15 @@ struct run {
   struct mt_optimizer optimizer;
   struct mt_step_queue queue;
   struct mt_metrics metrics;
+  struct mt_samples samples;
+  struct mt_routing routing;
+  struct mt_expert_watch watch;
+  struct mt_evaluation before, after; /* the first and the last of this process */
+  struct mt_best best;
+  bool evaluated, recorded; /* there is an evaluation; there is a run.json */
   struct mt_progress progress;
-  int64_t total_steps;
-  double begin_s;                    /* of the first step */
+  int64_t total_steps, first_step, looked_at, started;
+  double open_s, begin_s;            /* of the process, of the first step */
   char last_checkpoint[MT_PATH_MAX]; /* "" before the first */
 };
 
@@ -131,67 +141,96 @@ static mt_err open_optimizer(struct run *r) {
   return mt_step_queue_create(&r->queue, &r->optimizer);
 }
 
-/* What was asked and what was found, for whoever opens the directory later. */
-static mt_err write_facts(const struct run *r) {
-  const struct mt_train_options *o = r->o;
-  const struct mt_config *c = &r->s.checkpoint.config;
-  struct mt_dataset_stats d = mt_dataset_stats(r->data);
-  struct mt_memory m = mt_model_memory(&r->s.model);
-  char path[MT_PATH_MAX];
-  json_t *root = json_object();
-  json_object_set_new(root, "moetune", json_string(MOETUNE_VERSION));
-  json_object_set_new(root, "files",
-                      json_pack("{s:s, s:s, s:s}", "model/", "the fine-tuned checkpoint",
-                                "metrics.jsonl", "one line a step, and one an evaluation",
-                                "checkpoint-N/",
-                                "the model after N steps with what --resume needs"));
-  json_object_set_new(
-      root, "options",
-      json_pack("{s:s, s:s, s:s?, s:s, s:s, s:s, s:s, s:i, s:i, s:i, s:I, s:I, s:f, s:f, "
-                "s:f, s:f, s:f, s:f, s:f, s:I}",
-                "model", o->model, "data", o->data, "eval-data", o->eval_data, "precision",
-                r->s.recipe->precision, "optim-state", r->s.recipe->states, "experts",
-                o->experts == MT_EXPERTS_LOOP ? "loop" : "grouped", "blocks",
-                o->blocks == MT_BLOCKS_UNFUSED ? "unfused" : "fused", "batch-size", o->batch_size,
-                "grad-accum", o->grad_accum, "max-seq-length", o->max_seq_length, "warmup-steps",
-                (json_int_t)o->warmup_steps, "total-steps", (json_int_t)r->total_steps, "lr", o->lr,
-                "weight-decay", o->weight_decay, "adam-beta1", o->adam_beta1, "adam-beta2",
-                o->adam_beta2, "adam-eps", o->adam_eps, "grad-clip", o->grad_clip,
-                "router-aux-coef", r->s.model.options.aux_coef, "seed", (json_int_t)o->seed));
-  json_object_set_new(root, "model",
-                      json_pack("{s:s, s:i, s:i, s:i, s:i, s:i, s:i}", "type", c->model_type,
-                                "layers", c->layers, "hidden", c->hidden, "ffn", c->ffn, "experts",
-                                c->experts, "top_k", c->top_k, "vocab", c->vocab));
-  json_object_set_new(root, "data",
-                      json_pack("{s:I, s:I, s:I, s:I}", "samples", (json_int_t)d.samples, "tokens",
-                                (json_int_t)d.tokens, "targets", (json_int_t)d.targets, "truncated",
-                                (json_int_t)d.truncated));
-  json_object_set_new(root, "memory_bytes",
-                      json_pack("{s:I, s:I, s:I, s:I}", "parameters", (json_int_t)m.parameters,
-                                "gradients", (json_int_t)m.gradients, "optimizer",
-                                (json_int_t)m.optimizer, "activations", (json_int_t)m.activations));
-  char *text = json_dumps(root, JSON_INDENT(2));
-  json_decref(root);
-  if (!text) return mt_fail(MT_ENOMEM, "run.json");
-  mt_err err = mt_path_join(path, o->out, "run.json");
-  if (!err) err = mt_file_write_atomic(path, text, strlen(text));
-  free(text);
-  return err;
+static struct mt_run_result result_so_far(struct run *r, const char *status) {
+  return (struct mt_run_result){.status = status,
+                                .step = r->optimizer.step,
+                                .seconds = mt_now_s() - r->open_s,
+                                .median_step_ms = mt_metrics_median_ms(&r->metrics),
+                                .evaluated = r->evaluated,
+                                .loss_before = r->before.cross_entropy,
+                                .loss_after = r->after.cross_entropy,
+                                .best = r->best};
 }
 
-static mt_err evaluate(struct run *r, struct mt_evaluation *e) {
-  MT_TRY(mt_evaluate(&r->s.model, &r->eval_loader, e));
-  mt_progress_break(&r->progress);
+static mt_err write_facts(struct run *r, const char *status, const char *error) {
+  struct mt_run_facts f = {.options = r->o,
+                           .session = &r->s,
+                           .data = r->data,
+                           .eval_data = r->eval_data,
+                           .total_steps = r->total_steps,
+                           .first_step = r->first_step,
+                           .started = r->started};
+  struct mt_run_result result = result_so_far(r, status);
+  result.error = error;
+  return mt_facts_write(&f, &result);
+}
+
+/* The model whose held-out loss is the lowest yet; what has learned nothing is not worth it. */
+static mt_err keep_best(struct run *r) {
+  struct mt_hf_export_options e = {MT_HF_KEEP, MT_HF_KEEP, r->o->max_shard_bytes};
+  char path[MT_PATH_MAX];
+  if (!r->o->keep_best || r->optimizer.step == 0) return MT_OK;
+  MT_TRY(mt_path_join(path, r->o->out, "best"));
+  MT_TRY(mt_hf_export(&r->s.checkpoint, &r->s.model.params, &r->s.be, path, &e));
+  mt_info("best     step %lld: %s", (long long)r->optimizer.step, path);
+  return MT_OK;
+}
+
+static void tell_evaluation(const struct run *r) {
+  const struct mt_evaluation *e = &r->after;
+  double least, most, low = INFINITY, high = 0;
   mt_info("held out step %lld: loss %.4f, perplexity %.2f, token accuracy %.1f%%",
           (long long)r->optimizer.step, e->cross_entropy, e->perplexity, 100 * e->accuracy);
-  return mt_metrics_evaluation(&r->metrics, r->optimizer.step, e);
+  for (int l = 0; l < r->routing.layers; l++) {
+    low = fmin(low, r->routing.entropy[l]);
+    high = fmax(high, r->routing.entropy[l]);
+  }
+  mt_routing_shares(r->routing.load, r->routing.layers, r->routing.experts, &least, &most);
+  mt_info("routing  an expert's share of its layer %.1f%% to %.1f%%, even %.1f%%; router entropy "
+          "%.2f to %.2f of %.2f nats",
+          100 * least, 100 * most, 100.0 / r->routing.experts, low, high,
+          log((double)r->routing.experts));
+}
+
+/* Whether this step's evaluation belongs to the run: a resumed one looks where it begins too, and
+ * must decide as if it had not been stopped. */
+static bool look_counts(const struct run *r) {
+  const struct mt_train_options *o = r->o;
+  int64_t step = r->optimizer.step;
+  if (r->best.any && r->best.last_step == step) return false;
+  return step == 0 || step == r->total_steps || (o->eval_every && step % o->eval_every == 0);
+}
+
+/* The held-out loss and the samples as the model is now. */
+static mt_err look(struct run *r) {
+  int64_t step = r->optimizer.step;
+  bool counts = look_counts(r);
+  mt_progress_break(&r->progress);
+  if (r->eval_data) {
+    MT_TRY(mt_evaluate(&r->s.model, &r->eval_loader, &r->routing, &r->after));
+    if (!r->evaluated) r->before = r->after;
+    r->evaluated = true;
+    tell_evaluation(r);
+  }
+  r->looked_at = step;
+  if (!counts) return MT_OK;
+  if (r->eval_data) {
+    MT_TRY(mt_metrics_evaluation(&r->metrics, step, &r->after, &r->routing));
+    if (mt_best_update(&r->best, step, r->after.cross_entropy, r->o->min_delta))
+      MT_TRY(keep_best(r));
+  }
+  return mt_samples_take(&r->samples, step);
+}
+
+static bool patience_is_over(const struct run *r) {
+  return r->o->patience > 0 && r->best.since >= r->o->patience;
 }
 
 static mt_err save(struct run *r) {
   MT_TRY(mt_state_save(&r->s, &r->optimizer, &r->loader, r->o, r->last_checkpoint));
   mt_progress_break(&r->progress);
   mt_info("saved    %s", r->last_checkpoint);
-  return MT_OK;
+  return mt_state_retain(r->o->out, r->optimizer.step, r->o->keep_last);
 }
 
 /* Names the samples of the step that went wrong, and what is left. */
@@ -208,6 +247,18 @@ static mt_err numeric_failure(const struct run *r, const struct mt_step_result *
                  *r->last_checkpoint ? r->last_checkpoint : "none yet");
 }
 
+/* Tells of experts that have gone without a token for long. */
+static mt_err watch_experts(struct run *r, const struct mt_step_result *step) {
+  char names[256], text[512];
+  int n = mt_expert_watch_step(&r->watch, step->step, step->load, names, sizeof names);
+  if (n == 0) return MT_OK;
+  snprintf(text, sizeof text, "%d expert%s without a token for %lld steps (%s)", n,
+           n == 1 ? "" : "s", (long long)r->watch.patience, names);
+  mt_progress_break(&r->progress);
+  mt_warn("step %lld: %s", (long long)step->step, text);
+  return mt_metrics_warning(&r->metrics, step->step, text);
+}
+
 static mt_err take_step(struct run *r) {
   struct mt_step_result result;
   mt_err err = mt_step_take(&r->queue, &result);
@@ -221,7 +272,7 @@ static mt_err take_step(struct run *r) {
                                      .lr = result.lr,
                                      .tokens_per_s = (double)result.token_count / result.ms * 1e3,
                                      .elapsed_s = mt_now_s() - r->begin_s});
-  return MT_OK;
+  return watch_experts(r, &result);
 }
 
 static mt_err take_all(struct run *r) {
@@ -241,15 +292,14 @@ static mt_err steps(struct run *r) {
   const struct mt_train_options *o = r->o;
   r->begin_s = mt_now_s();
   mt_progress_begin(&r->progress, 2, r->optimizer.step, r->total_steps, o->log_every);
-  while (r->optimizer.step < r->total_steps && !stop_signal) {
+  while (r->optimizer.step < r->total_steps && !stop_signal && !patience_is_over(r)) {
     MT_TRY(one_step(r));
     int64_t step = r->optimizer.step;
-    struct mt_evaluation e;
     bool last = step == r->total_steps;
-    bool look = r->eval_data && o->eval_every && step % o->eval_every == 0 && !last;
+    bool due = o->eval_every && step % o->eval_every == 0 && !last;
     bool keep = o->save_every && step % o->save_every == 0 && !last;
-    if (look || keep) MT_TRY(take_all(r));
-    if (look) MT_TRY(evaluate(r, &e));
+    if (due || keep) MT_TRY(take_all(r));
+    if (due) MT_TRY(look(r));
     if (keep) MT_TRY(save(r));
   }
   MT_TRY(take_all(r));
@@ -257,27 +307,49 @@ static mt_err steps(struct run *r) {
   return MT_OK;
 }
 
-static mt_err finish(struct run *r, const struct mt_evaluation *before) {
+static mt_err finish(struct run *r) {
   char path[MT_PATH_MAX];
   struct mt_hf_export_options e = {MT_HF_KEEP, MT_HF_KEEP, r->o->max_shard_bytes};
-  if (r->eval_data) {
-    struct mt_evaluation after;
-    MT_TRY(evaluate(r, &after));
-    printf("Held-out loss: %.4f before, %.4f after\n", before->cross_entropy, after.cross_entropy);
-  }
+  int64_t step = r->optimizer.step;
+  bool early = step < r->total_steps;
+  if (r->looked_at != step) MT_TRY(look(r));
+  if (r->evaluated)
+    printf("Held-out loss: %.4f before, %.4f after\n", r->before.cross_entropy,
+           r->after.cross_entropy);
+  if (early)
+    printf("Stopped early after step %lld: no better held-out loss in %d evaluations; the best was "
+           "%.4f at step %lld\n",
+           (long long)step, r->best.since, (double)r->best.loss, (long long)r->best.step);
   if (r->o->save_every) MT_TRY(save(r));
   MT_TRY(mt_path_join(path, r->o->out, "model"));
   MT_TRY(mt_hf_export(&r->s.checkpoint, &r->s.model.params, &r->s.be, path, &e));
   printf("Fine-tuned checkpoint: %s\n", path);
-  printf("%lld fine-tuning steps complete!\n", (long long)(r->total_steps - r->o->warmup_steps));
+  printf("%lld fine-tuning steps complete!\n",
+         (long long)(step > r->o->warmup_steps ? step - r->o->warmup_steps : 0));
   printf("Median time per step: %.0f ms\n", mt_metrics_median_ms(&r->metrics));
-  return MT_OK;
+  return write_facts(r, early ? "stopped early" : "finished", NULL);
+}
+
+/* Everything that is written as the run goes. */
+static mt_err open_records(struct run *r, bool resume) {
+  const struct mt_train_options *o = r->o;
+  const struct mt_config *c = &r->s.checkpoint.config;
+  r->first_step = r->optimizer.step;
+  r->looked_at = -1;
+  MT_TRY(mt_metrics_open(&r->metrics, o->out, r->first_step, resume, r->total_steps));
+  if (o->tensorboard) MT_TRY(mt_metrics_board(&r->metrics, o->out, r->first_step));
+  if (resume) MT_TRY(mt_metrics_best(o->out, r->first_step, o->min_delta, &r->best));
+  MT_TRY(mt_samples_open(&r->samples, &r->s, o, r->eval_data, r->first_step, resume));
+  MT_TRY(mt_expert_watch_create(&r->watch, c->layers, c->experts, o->dead_expert_steps,
+                                r->first_step));
+  MT_TRY(mt_routing_create(&r->routing, &r->s.model));
+  r->recorded = true;
+  return write_facts(r, "running", NULL);
 }
 
 static mt_err train(struct run *r) {
   const struct mt_train_options *o = r->o;
   char from[MT_PATH_MAX] = "";
-  struct mt_evaluation before = {0};
   if (o->resume) MT_TRY(mt_state_find(o, from));
   MT_TRY(mt_dir_create(o->out));
   MT_TRY(mt_session_open(&r->s, *from ? from : o->model, &o->device, o->chat_template));
@@ -291,27 +363,36 @@ static mt_err train(struct run *r) {
     snprintf(r->last_checkpoint, sizeof r->last_checkpoint, "%s", from);
     mt_info("resuming %s at step %lld", from, (long long)r->optimizer.step);
   }
-  MT_TRY(mt_metrics_open(&r->metrics, o->out, r->optimizer.step, *from != '\0', r->total_steps));
-  MT_TRY(write_facts(r));
-  if (r->eval_data) MT_TRY(evaluate(r, &before));
+  MT_TRY(open_records(r, *from != '\0'));
+  MT_TRY(look(r));
   catch_signals();
   MT_TRY(steps(r));
-  if (r->optimizer.step < r->total_steps) {
-    MT_TRY(save(r));
-    mt_info("stopped by signal %d after step %lld; go on with --resume %s", (int)stop_signal,
-            (long long)r->optimizer.step, r->last_checkpoint);
-    return MT_OK;
-  }
-  return finish(r, &before);
+  if (r->optimizer.step == r->total_steps || patience_is_over(r)) return finish(r);
+  MT_TRY(save(r));
+  mt_info("stopped by signal %d after step %lld; go on with --resume %s", (int)stop_signal,
+          (long long)r->optimizer.step, r->last_checkpoint);
+  return write_facts(r, "interrupted", NULL);
+}
+
+/* The error that ended the run stays the one that is told. */
+static void record_failure(struct run *r) {
+  char why[1024];
+  snprintf(why, sizeof why, "%s", mt_error_message());
+  (void)write_facts(r, "failed", why);
+  (void)mt_fail(MT_OK, "%s", why);
 }
 
 mt_err mt_train_run(const struct mt_train_options *options) {
-  struct run r = {.o = options};
+  struct run r = {.o = options, .open_s = mt_now_s(), .started = (int64_t)time(NULL)};
   if (options->ep_size != 1) {
     return mt_fail(MT_EUNSUPPORTED, "--ep-size %d: this build runs on one rank", options->ep_size);
   }
   mt_err err = train(&r);
   mt_progress_break(&r.progress);
+  if (err && r.recorded) record_failure(&r);
+  mt_samples_close(&r.samples);
+  mt_routing_destroy(&r.routing);
+  mt_expert_watch_destroy(&r.watch);
   mt_metrics_close(&r.metrics);
   mt_step_queue_destroy(&r.queue);
   if (r.optimizer.model) mt_optimizer_destroy(&r.optimizer);

@@ -359,6 +359,90 @@ static void a_run_repeats_and_resumes_bit_for_bit(void **state) {
   run_repeats_and_resumes("bf16");
 }
 
+static char *read_text(const char *dir, const char *name) {
+  char path[MT_PATH_MAX], *text;
+  size_t size;
+  OK(mt_path_join(path, dir, name));
+  OK(mt_file_read(path, 1 << 20, &text, &size));
+  return text;
+}
+
+static bool there(const char *dir, const char *name) {
+  char path[MT_PATH_MAX];
+  OK(mt_path_join(path, dir, name));
+  return mt_path_exists(path);
+}
+
+/* Evaluations, the best model, checkpoints kept, samples; and the samples change nothing. */
+static void held_out_data_decides(void **state) {
+  (void)state;
+  char dir[MT_PATH_MAX], model[MT_PATH_MAX], data[MT_PATH_MAX], a[MT_PATH_MAX], b[MT_PATH_MAX];
+  temp_dir(dir);
+  make_run(dir, model, data);
+  OK(mt_path_join(a, dir, "a"));
+  OK(mt_path_join(b, dir, "b"));
+  struct mt_train_options o = train_options(model, data, a);
+  o.eval_data = data;
+  o.eval_every = 2;
+  o.save_every = 3;
+  o.keep_last = 2;
+  o.keep_best = o.tensorboard = true;
+  o.samples = 2;
+  o.sample_tokens = 5;
+  o.dead_expert_steps = 1;
+  OK(mt_train_run(&o));
+  assert_int_equal(count_lines(a, "samples.jsonl"), 2 * 6); /* at 0, 2, ..., 10 */
+  char *text = read_text(a, "samples.jsonl");
+  assert_non_null(strstr(text, "{\"step\":10,\"index\":1,\"prompt\":\"Item "));
+  assert_non_null(strstr(text, "\"expected\":\"number 0 of 0\""));
+  free(text);
+  text = read_text(a, "metrics.jsonl");
+  assert_non_null(strstr(text, "\"eval_router_entropy\":["));
+  assert_non_null(strstr(text, "\"eval_expert_load\":[["));
+  assert_null(strstr(text, "null"));
+  free(text);
+  text = read_text(a, "run.json");
+  assert_non_null(strstr(text, "\"status\": \"finished\""));
+  assert_non_null(strstr(text, "\"best_step\": 10")); /* it learns what it is asked */
+  free(text);
+  assert_true(there(a, "best/model.safetensors"));
+  assert_true(there(a, "checkpoint-9") && there(a, "checkpoint-10"));
+  assert_false(there(a, "checkpoint-3") || there(a, "checkpoint-6"));
+  /* The same without looking: the same model. */
+  o.out = b;
+  o.eval_every = o.save_every = 0;
+  o.samples = 0;
+  o.keep_best = o.tensorboard = false;
+  OK(mt_train_run(&o));
+  char x[MT_PATH_MAX], y[MT_PATH_MAX];
+  OK(mt_path_join(x, a, "model"));
+  OK(mt_path_join(y, b, "model"));
+  same_file(x, y, "model.safetensors", true);
+  assert_false(there(b, "samples.jsonl") || there(b, "best"));
+  /* Nothing improves by that much: the second evaluation after the first ends the run, and so it
+   * does where it goes on from between them, where it looks too. */
+  o.eval_every = 2;
+  o.save_every = 3;
+  o.min_delta = 1e6;
+  o.patience = 2;
+  OK(mt_train_run(&o));
+  text = read_text(b, "run.json");
+  assert_non_null(strstr(text, "\"status\": \"stopped early\""));
+  assert_non_null(strstr(text, "\"step\": 4,"));
+  free(text);
+  OK(mt_path_join(x, b, "checkpoint-3"));
+  o.resume = x;
+  OK(mt_train_run(&o));
+  text = read_text(b, "metrics.jsonl");
+  assert_null(strstr(text, "{\"step\":3,\"eval_loss"));
+  free(text);
+  text = read_text(b, "run.json");
+  assert_non_null(strstr(text, "\"first_step\": 3,"));
+  assert_non_null(strstr(text, "\"step\": 4,"));
+  free(text);
+  OK(mt_dir_remove(dir));
+}
+
 static void refusals(void **state) {
   (void)state;
   char dir[MT_PATH_MAX], model[MT_PATH_MAX], data[MT_PATH_MAX];
@@ -398,6 +482,7 @@ int main(void) {
       cmocka_unit_test(sampling),
       cmocka_unit_test(progress_line),
       cmocka_unit_test(a_run_repeats_and_resumes_bit_for_bit),
+      cmocka_unit_test(held_out_data_decides),
       cmocka_unit_test(refusals),
   };
   return cmocka_run_group_tests(tests, NULL, NULL);
