@@ -24,7 +24,8 @@ BEGIN {
   down["hf"] = "io model quant backend base"
   down["par"] = "model quant backend base"
   down["train"] = "par hf data io model quant backend base"
-  down["cli"] = "train par hf data io model quant backend base"
+  down["report"] = "train data base"
+  down["cli"] = "report train par hf data io model quant backend base"
   # single headers beyond that
   door["train kernels/registry.h"] = door["cli kernels/registry.h"] = 1
   split("strcpy strcat sprintf vsprintf gets atoi atol atof strtok alloca system popen tmpnam " \

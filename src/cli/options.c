@@ -165,11 +165,13 @@ static struct option *long_options(const struct mt_command *command, char (*name
   return o;
 }
 
-/* The place-th word that is no option. */
+/* The place-th word that is no option; only a list takes more than one. */
 static mt_err set_positional(struct mt_parsed *p, const char *word, int place, int argc) {
   const char *flag = p->command->positional;
-  if (!flag || place > 0) return mt_fail(MT_EINVAL, "unexpected argument '%s'", word);
-  return set_given(p, mt_option_index(p->command, flag, strlen(flag)), false, word, argc);
+  int i = flag ? mt_option_index(p->command, flag, strlen(flag)) : -1;
+  if (i < 0 || (place > 0 && mt_option_row(p->command, i)->type != MT_OPT_LIST))
+    return mt_fail(MT_EINVAL, "unexpected argument '%s'", word);
+  return set_given(p, i, false, word, argc);
 }
 
 /* Walks the command line. Twice: once for the common options alone (config_only), since the

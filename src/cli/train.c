@@ -1,5 +1,12 @@
+#include "base/log.h"
 #include "cli/commands.h"
+#include "report/report.h"
 #include "train/commands.h"
+
+struct train_flags {
+  struct mt_train_options run; /* first: run() gets its address */
+  bool report;
+};
 
 #define S        struct mt_train_options
 #define AT(name) offsetof(S, name)
@@ -244,6 +251,13 @@ static const struct mt_option rows[] = {
      .type = MT_OPT_FLAG,
      .offset = AT(tensorboard),
      .help = "Write TensorBoard's event files into --out too."},
+    {.flag = "report",
+     .type = MT_OPT_FLAG,
+     .offset = offsetof(struct train_flags, report),
+     .initial = "true",
+     .initial_note = "report",
+     .help = "Do not write report.html, the run as a page to look at, at its end. `moetune report "
+             "--watch` shows a run as it goes."},
     {.flag = "save-every",
      .type = MT_OPT_INT64,
      .offset = AT(save_every),
@@ -289,8 +303,21 @@ static mt_err finish(void *options, const struct mt_parsed *parsed) {
   return mt_check_micro_batch(o->batch_size, o->max_seq_length);
 }
 
+/* The page tells of a run that failed too, and its own failure is not the run's. */
 static mt_err run(const void *options) {
-  return mt_train_run(options);
+  const struct train_flags *flags = options;
+  char why[1024], page[MT_PATH_MAX], facts[MT_PATH_MAX];
+  mt_err err = mt_train_run(&flags->run);
+  bool recorded = !mt_path_join(facts, flags->run.out, "run.json") && mt_path_exists(facts);
+  if (!flags->report || !recorded) return err;
+  snprintf(why, sizeof why, "%s", mt_error_message());
+  const char *dirs[] = {flags->run.out};
+  struct mt_report_options report = {.dirs = dirs, .dir_count = 1};
+  if (mt_report_write(&report, page))
+    mt_warn("no report: %s", mt_error_message());
+  else
+    mt_info("report   %s", page);
+  return err ? mt_fail(err, "%s", why) : MT_OK;
 }
 
 const struct mt_command mt_command_train = {
@@ -309,7 +336,7 @@ const struct mt_command mt_command_train = {
                 "    --freeze 'model.layers.*' --train-steps 100\n",
     .options = rows,
     .option_count = MT_ROW_COUNT(rows),
-    .options_bytes = sizeof(S),
+    .options_bytes = sizeof(struct train_flags),
     .finish = finish,
     .run = run,
 };
