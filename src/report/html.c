@@ -156,8 +156,9 @@ int mt_ticks(double lo, double hi, int wanted, int log, double *out, int max) {
   double raw = (hi - lo) / wanted, power = pow(10, floor(log10(raw)));
   double part = raw / power;
   double step = power * (part < 1.5 ? 1 : part < 3.5 ? 2 : part < 7.5 ? 5 : 10);
+  double first = ceil(lo / step - 1e-9);
   int n = 0;
-  for (double k = ceil(lo / step - 1e-9); k * step <= hi + 1e-9 * step && n < max; k++)
-    out[n++] = k == 0 ? 0 : k * step;
+  for (; n < max && (first + n) * step <= hi + 1e-9 * step; n++)
+    out[n] = first + n == 0 ? 0 : (first + n) * step;
   return n;
 }

@@ -252,8 +252,9 @@ static mt_err watch_experts(struct run *r, const struct mt_step_result *step) {
   char names[256], text[512];
   int n = mt_expert_watch_step(&r->watch, step->step, step->load, names, sizeof names);
   if (n == 0) return MT_OK;
-  snprintf(text, sizeof text, "%d expert%s without a token for %lld steps (%s)", n,
-           n == 1 ? "" : "s", (long long)r->watch.patience, names);
+  snprintf(text, sizeof text, "%d expert%s without a token for %lld step%s (%s)", n,
+           n == 1 ? "" : "s", (long long)r->watch.patience, r->watch.patience == 1 ? "" : "s",
+           names);
   mt_progress_break(&r->progress);
   mt_warn("step %lld: %s", (long long)step->step, text);
   return mt_metrics_warning(&r->metrics, step->step, text);

@@ -92,7 +92,17 @@ static void names_of_train(void **state) {
                                       "help",
                                       "train-on-prompt",
                                       "skip-bad-lines",
-                                      "max-shard-size"};
+                                      "max-shard-size",
+                                      "patience",
+                                      "min-delta",
+                                      "keep-best",
+                                      "keep-last",
+                                      "samples",
+                                      "sample-prompt",
+                                      "sample-tokens",
+                                      "dead-expert-steps",
+                                      "tensorboard",
+                                      "report"};
   const struct mt_command *train = mt_command_find("train");
   assert_non_null(train);
   for (size_t i = 0; i < sizeof names / sizeof *names; i++) {

@@ -106,6 +106,18 @@ static void forms(void **state) {
 
 static void other_commands(void **state) {
   (void)state;
+  assert_message(TRAIN("--patience", "2"), "--patience needs --eval-data and --eval-every");
+  assert_message(TRAIN("--patience", "2", "--eval-data", "e"), "--patience needs");
+  assert_int_equal(TRAIN("--patience", "2", "--eval-data", "e", "--eval-every", "5"), MT_OK);
+  assert_message(TRAIN("--keep-best"), "--keep-best needs --eval-data");
+  assert_int_equal(PARSE("report", "a", "--watch", "b", "--", "-c"), MT_OK);
+  const struct mt_string_list *runs = parsed.options; /* the first field */
+  assert_int_equal(runs->count, 3);
+  assert_string_equal(runs->item[0], "a");
+  assert_string_equal(runs->item[1], "b");
+  assert_string_equal(runs->item[2], "-c");
+  assert_message(PARSE("report", "--watch"), "--run DIR is required");
+  assert_message(PARSE("report", "1", "2", "3", "4", "5", "6", "7", "8", "9"), "9 runs: at most 8");
   assert_int_equal(PARSE("generate", "--model", "m", "--greedy"), MT_OK);
   assert_true(((const struct mt_generate_options *)parsed.options)->temperature == 0);
   assert_true(((const struct mt_generate_options *)parsed.options)->stream);

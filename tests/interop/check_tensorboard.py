@@ -3,8 +3,8 @@
 
 usage: check_tensorboard.py RUN_DIR   (of `moetune train --tensorboard`)
 
-Every step's loss and every evaluation's loss must be there, to float32, at its step, and records
-must pass their checksums. Exit 77 where the package tensorboard is missing.
+Every step's loss and every evaluation's loss must be there once, to float32, at its step, and so must
+warnings; the loader checks the records' checksums. Exit 77 where the package tensorboard is missing.
 """
 
 import json
@@ -39,14 +39,19 @@ def main():
     events.Reload()
     failed = 0
     for tag, values in want.items():
-        got = {e.step: float32(e.value) for e in events.Scalars(tag)} if values else {}
+        found = events.Scalars(tag) if values else []
+        got = {e.step: float32(e.value) for e in found}
         off = [s for s in values if s not in got or abs(got[s] - values[s]) > 1e-6 * abs(values[s])]
         print(f"{tag}: {len(values)} values, {len(off)} missing or different")
-        failed += bool(off) or set(got) != set(values)
+        failed += bool(off) or set(got) != set(values) or len(found) != len(values)
+    warned = any("warning" in line[:40] for line in open(os.path.join(run, "metrics.jsonl"), encoding="utf-8"))
+    texts = [t for e in events.Tensors("warnings") for t in e.tensor_proto.string_val] if warned else []
+    print(f"warnings: {len(texts)} texts{', such as ' + repr(texts[0].decode()) if texts else ''}")
+    failed += warned and not texts
     tags = events.Tags()["scalars"]
-    found = sum(f"experts/layer_{l}/load_entropy" in tags for l in range(layers))
-    print(f"experts: {found} of {layers} layers; {len(tags)} scalar tags in all")
-    return 1 if failed or found != layers else 0
+    known = sum(f"experts/layer_{l}/load_entropy" in tags for l in range(layers))
+    print(f"experts: {known} of {layers} layers; {len(tags)} scalar tags in all")
+    return 1 if failed or known != layers else 0
 
 
 if __name__ == "__main__":
