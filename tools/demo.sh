@@ -33,11 +33,12 @@ summary=$(mktemp)
 trap 'rm -f "$summary"' EXIT
 echo "Fine-tuning $model on $train"
 if ! "$moetune" train --model "$model" --data "$train" --eval-data "$heldout" --out "$out" \
-  --batch-size 16 --max-seq-length 192 --warmup-steps 10 --train-steps 200 --lr 5e-4 >"$summary"; then
+  --batch-size 16 --max-seq-length 192 --warmup-steps 10 --train-steps 200 --lr 5e-4 --eval-every 50 >"$summary"; then
   cat "$summary"
   exit 1
 fi
 after=$(answer "$out/model")
+[ -s "$out/report.html" ] || { echo "demo: no $out/report.html" >&2; exit 1; }
 
 echo
 cat "$summary"
@@ -47,6 +48,7 @@ Question: $question
 Before:   $before
 After:    $after
 
+Look at it:   $out/report.html
 Chat with it: $moetune generate --model $out/model --chat
 REPORT
 if [ -n "$min_fall" ]; then
