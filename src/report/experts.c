@@ -197,23 +197,24 @@ static void write_matrix(FILE *f, const struct mt_run *r, int index, int count) 
   fputs("</tbody></table></div></figure>\n", f);
 }
 
-/* A line a layer where there are few; the first, the middle and the last where there are many. */
+/* A line a layer where there are few; the first, the middle and the last where there are many; of
+ * several runs the means over the layers, a line a run. */
 static void add_layers(struct mt_plot *p, char names[][320], const struct mt_run *r, int run,
-                       int count, const struct mt_series *layers, bool points) {
-  int step = r->layers <= FEW_LAYERS && count == 1 ? 1 : r->layers > 2 ? (r->layers - 1) / 2 : 1;
-  for (int l = 0; l < r->layers && p->line_count < MT_PLOT_LINES; l += step) {
+                       int count, const struct mt_series *layers, const struct mt_series *mean,
+                       bool points) {
+  int step = r->layers > FEW_LAYERS ? (r->layers - 1) / 2 : 1;
+  int lines = count > 1 ? 1 : r->layers;
+  for (int l = 0; l < lines && p->line_count < MT_PLOT_LINES; l += step) {
+    const struct mt_series *s = count > 1 ? mean : &layers[l];
     char *label = names[p->line_count];
-    if (layers[l].count == 0) continue;
+    if (s->count == 0) continue;
     if (count > 1)
-      snprintf(label, 320, "%s, layer %d", r->name, l);
+      snprintf(label, 320, "%s, mean of its layers", r->name);
     else
       snprintf(label, 320, "layer %d", l);
-    p->line[p->line_count++] = (struct mt_line){.label = label,
-                                                .css = count > 1 ? run_css[run] : run_css[l % 8],
-                                                .series = &layers[l],
-                                                .points = points,
-                                                .smooth = !points};
-    if (count > 1) break; /* of several runs, layer 0 alone */
+    const char *css = count > 1 ? run_css[run] : run_css[p->line_count % 8];
+    p->line[p->line_count++] = (struct mt_line){
+        .label = label, .css = css, .series = s, .points = points, .smooth = !points};
   }
 }
 
@@ -232,10 +233,12 @@ static mt_err write_entropy(FILE *f, const struct mt_run *runs, int count, bool 
       .unit = MT_UNIT_PERCENT,
       .mark = NAN};
   for (int i = 0; i < count; i++)
-    add_layers(&load, names, &runs[i], i, count, runs[i].load_entropy, false);
+    add_layers(&load, names, &runs[i], i, count, runs[i].load_entropy, &runs[i].load_evenness,
+               false);
   MT_TRY(mt_plot_write(f, &load));
   for (int i = 0; i < count; i++)
-    add_layers(&router, names, &runs[i], i, count, runs[i].router_entropy, true);
+    add_layers(&router, names, &runs[i], i, count, runs[i].router_entropy, &runs[i].router_evenness,
+               true);
   *routers = router.line_count > 0;
   return *routers ? mt_plot_write(f, &router) : MT_OK;
 }

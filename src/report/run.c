@@ -69,14 +69,17 @@ static mt_err read_load(struct mt_run *r, const json_t *rows) {
 }
 
 static void take_load(struct mt_run *r, int64_t step) {
-  double largest = 0, even = log((double)r->experts);
+  double largest = 0, evenness = 0, even = log((double)r->experts);
   int idle = 0;
   for (int l = 0; l < r->layers; l++) {
     struct mt_load_facts f = mt_load_facts(r->load + l * r->experts, r->experts);
-    mt_series_add(&r->load_entropy[l], step, even > 0 ? f.entropy / even : 1);
+    double one = even > 0 ? f.entropy / even : 1;
+    mt_series_add(&r->load_entropy[l], step, one);
+    evenness += one / r->layers;
     if (f.most > largest) largest = f.most;
     idle += f.idle;
   }
+  mt_series_add(&r->load_evenness, step, evenness);
   mt_series_add(&r->largest, step, largest);
   mt_series_add(&r->idle, step, (double)idle / (double)(r->layers * r->experts));
   mt_frames_add(&r->frames, step, r->load);
@@ -152,11 +155,14 @@ static mt_err take_evaluation(struct mt_run *r, int64_t step, const json_t *o) {
   if (!entropy || r->layers == 0) return MT_OK;
   if ((int)json_array_size(entropy) != r->layers)
     return wrong(&r->metrics, "eval_router_entropy has other layers");
+  double evenness = 0, even = log((double)r->experts);
   for (int l = 0; l < r->layers; l++) {
     const json_t *v = json_array_get(entropy, (size_t)l);
-    double x = json_is_number(v) ? json_number_value(v) : NAN, even = log((double)r->experts);
-    mt_series_add(&r->router_entropy[l], step, even > 0 ? x / even : 1);
+    double x = json_is_number(v) ? json_number_value(v) : NAN, one = even > 0 ? x / even : 1;
+    mt_series_add(&r->router_entropy[l], step, one);
+    evenness += one / r->layers;
   }
+  mt_series_add(&r->router_evenness, step, evenness);
   return MT_OK;
 }
 
@@ -253,6 +259,8 @@ static void forget_metrics(struct mt_run *r) {
   MT_EVAL_NUMBERS(X)
 #undef X
   mt_series_clear(&r->process_peak);
+  mt_series_clear(&r->load_evenness);
+  mt_series_clear(&r->router_evenness);
   mt_series_clear(&r->idle);
   mt_series_clear(&r->largest);
   for (int i = 0; i < r->phase_count; i++) mt_series_destroy(&r->phase[i]);
@@ -351,6 +359,8 @@ mt_err mt_run_open(struct mt_run *r, const char *dir) {
   MT_EVAL_NUMBERS(X)
 #undef X
   MT_GO(mt_series_create(&r->process_peak, MT_SERIES_POINTS));
+  MT_GO(mt_series_create(&r->load_evenness, MT_SERIES_POINTS));
+  MT_GO(mt_series_create(&r->router_evenness, MT_SERIES_POINTS));
   MT_GO(mt_series_create(&r->idle, MT_SERIES_POINTS));
   MT_GO(mt_series_create(&r->largest, MT_SERIES_POINTS));
 done:
@@ -366,6 +376,8 @@ void mt_run_close(struct mt_run *r) {
   MT_EVAL_NUMBERS(X)
 #undef X
   mt_series_destroy(&r->process_peak);
+  mt_series_destroy(&r->load_evenness);
+  mt_series_destroy(&r->router_evenness);
   mt_series_destroy(&r->idle);
   mt_series_destroy(&r->largest);
   json_decref(r->facts);

@@ -64,9 +64,10 @@ struct mt_run {
   int memory_count;
   /* Experts; layers 0: nothing is known of them. */
   int layers, experts;
-  struct mt_series *load_entropy;   /* [layers] in units of ln(experts) */
-  struct mt_series *router_entropy; /* [layers] likewise, at evaluations */
-  struct mt_series idle, largest;   /* share of experts without a token; the largest share */
+  struct mt_series *load_entropy;                  /* [layers] in units of ln(experts) */
+  struct mt_series *router_entropy;                /* [layers] likewise, at evaluations */
+  struct mt_series load_evenness, router_evenness; /* means of these over the layers */
+  struct mt_series idle, largest; /* share of experts without a token; the largest share */
   struct mt_frames frames;
   int32_t *load;                 /* scratch [layers,experts] */
   int64_t step_count, last_step; /* steps read; the last one's number */

@@ -268,13 +268,16 @@ static void runs_side_by_side(void **state) {
   temp_text(a, "metrics.jsonl", metrics);
   temp_text(b, "run.json",
             "{\"result\":{\"status\":\"running\"},\"options\":{\"model\":\"m\",\"lr\":0.25}}");
-  temp_text(b, "metrics.jsonl", "{\"step\":1,\"loss\":4,\"lr\":0.25}\n{\"step\":9,\"loss\":2}\n");
+  temp_text(b, "metrics.jsonl",
+            "{\"step\":1,\"loss\":4,\"lr\":0.25,\"expert_load\":[[5,5],[7,0]]}\n"
+            "{\"step\":9,\"loss\":2}\n");
   const char *dirs[] = {a, b, b, b, b, b, b, b, b};
   char *text = page_of(dirs, 2, out);
   has(text, "first and second");
   has(text, "first, training: from 4.125 at step 1");
   has(text, "second, training: from 4 at step 1 to 2 at step 9.");
   has(text, "lr <span class=\"tag\">differs</span></th><td>0.0005</td><td>0.25</td>");
+  has(text, "second, mean of its layers <b>50.0%</b>"); /* one even, one all to one */
   lacks(text, "model <span class=\"tag\">");
   has(text, ">running</span>");
   free(text);
