@@ -278,7 +278,10 @@ static mt_err train(struct run *r) {
   const struct mt_train_options *o = r->o;
   char from[MT_PATH_MAX] = "";
   struct mt_evaluation before = {0};
-  if (o->resume) MT_TRY(mt_state_find(o, from));
+  if (o->resume) {
+    MT_TRY(mt_state_find(o, from));
+    MT_TRY(mt_state_verify(from));
+  }
   MT_TRY(mt_dir_create(o->out));
   MT_TRY(mt_session_open(&r->s, *from ? from : o->model, &o->device, o->chat_template));
   MT_TRY(open_data(r, o->data, &r->data)); /* tokenised while the weights are read */
