@@ -10,6 +10,7 @@ foreach(source ${test_sources})
   target_compile_definitions(${name} PRIVATE MT_SOURCE_DIR="${CMAKE_SOURCE_DIR}")
   add_test(NAME ${label}/${name} COMMAND ${name} WORKING_DIRECTORY ${CMAKE_BINARY_DIR})
   set_tests_properties(${label}/${name} PROPERTIES LABELS ${label} TIMEOUT 600
+    ENVIRONMENT "XDG_CACHE_HOME=${CMAKE_BINARY_DIR}/test-cache" # not the developer's own
     SKIP_RETURN_CODE 77) # what tests/gpu give where no GPU is
   if(label STREQUAL "cli") # these start the program
     add_dependencies(${name} moetune_cli)

@@ -111,6 +111,18 @@ extern const struct mt_command mt_command_train, mt_command_eval, mt_command_gen
     .unit = "NAME", .initial_note = "the model's own",                                             \
     .help = "Template that turns messages into text, such as mistral or chatml.",                  \
   }
+#define MT_ROWS_CACHE(S)                                                                           \
+  {.flag = "cache",                                                                                \
+   .type = MT_OPT_FLAG,                                                                            \
+   .offset = offsetof(S, cache.use),                                                               \
+   .initial = "true",                                                                              \
+   .help = "Tokenise anew and keep nothing. Otherwise a data file's tokens are kept, and the "     \
+           "next run with the same data, tokenizer and options finds them."},                      \
+  {                                                                                                \
+    .flag = "cache-dir", .type = MT_OPT_TEXT, .offset = offsetof(S, cache.dir), .unit = "DIR",     \
+    .initial_note = "$XDG_CACHE_HOME/moetune, else ~/.cache/moetune",                              \
+    .help = "Where tokens are kept. Files there may be removed at any time.",                      \
+  }
 #define MT_ROW_SEED(S, text)                                                                       \
   {                                                                                                \
     .flag = "seed", .type = MT_OPT_UINT64, .offset = offsetof(S, seed), .unit = "NUMBER",          \

@@ -10,6 +10,7 @@
 #include <stdint.h>
 
 #include "base/error.h"
+#include "base/hash.h"
 
 struct mt_tokenizer; /* immutable once loaded: shared by threads */
 struct mt_encoder;   /* scratch and word cache of one thread */
@@ -31,6 +32,8 @@ mt_err mt_tokenizer_parse(const char *json, size_t size_bytes, const char *name,
                           struct mt_tokenizer **out);
 void mt_tokenizer_free(struct mt_tokenizer *t);
 
+/* Of the file's content. */
+struct mt_hash mt_tokenizer_hash(const struct mt_tokenizer *t);
 int mt_tokenizer_vocab(const struct mt_tokenizer *t); /* largest id + 1 */
 /* -1 when there is none. */
 int32_t mt_tokenizer_id(const struct mt_tokenizer *t, const char *token);

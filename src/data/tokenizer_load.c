@@ -477,6 +477,7 @@ mt_err mt_tokenizer_parse(const char *json, size_t size_bytes, const char *name,
     goto done;
   }
   l.t->unk = -1;
+  l.t->hash = mt_hash_bytes(json, size_bytes);
   if (!json_is_object(root)) {
     err = mt_fail(MT_EFORMAT, "%s: line %d: %s", name, root ? 1 : why.line,
                   root ? "is no object" : why.text);
@@ -513,6 +514,10 @@ static void free_stages(struct stages *s) {
     pcre2_code_free(s->at[i].regex);
   }
   free(s->at);
+}
+
+struct mt_hash mt_tokenizer_hash(const struct mt_tokenizer *t) {
+  return t->hash;
 }
 
 void mt_tokenizer_free(struct mt_tokenizer *t) {

@@ -20,6 +20,12 @@ struct mt_device_options {
   bool plan_only;          /* no GPU is opened: the backend plans memory and runs nothing */
 };
 
+/* Whether and where tokenised data is kept for the next time. */
+struct mt_cache_options {
+  bool use;
+  const char *dir; /* NULL: the user's cache directory (mt_dataset_cache_dir) */
+};
+
 struct mt_string_list {
   const char *const *item;
   int count;
@@ -59,7 +65,8 @@ struct mt_train_options {
   bool train_on_prompt;         /* loss on every token, not the answer's alone */
   bool skip_bad_lines;          /* count malformed lines instead of stopping */
   const char *chat_template;    /* name of a known template; NULL: the checkpoint's */
-  uint64_t max_shard_bytes;     /* of exported weights */
+  struct mt_cache_options cache;
+  uint64_t max_shard_bytes; /* of exported weights */
 };
 
 /* `moetune eval`: mean cross-entropy, perplexity and accuracy of a file's targets. */
@@ -69,6 +76,7 @@ struct mt_eval_options {
   struct mt_device_options device;
   bool train_on_prompt, skip_bad_lines;
   const char *chat_template;
+  struct mt_cache_options cache;
   bool json;               /* one JSON object on stdout instead of lines */
   const char *ids;         /* "1,2,3": run these instead of a file's samples */
   const char *dump_logits; /* with ids: write "logits" F32 [T,V] to this safetensors file */
