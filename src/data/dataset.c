@@ -16,8 +16,9 @@
 #include "data/tokenise.h"
 
 enum { SMALL_FILE = 16 << 20 };
-/* Mapped pages are let go after samples that may have touched this much. */
-enum { RESIDENT_LIMIT = 256 << 20, FAULT_BYTES = 128 << 10 };
+/* Mapped pages are let go after samples that may have touched this much: the kernel maps far more
+ * around a page than was asked for. */
+enum { RESIDENT_LIMIT = 256 << 20, FAULT_BYTES = 1 << 20 };
 
 struct mt_dataset {
   struct mt_dataset_options options;

@@ -41,6 +41,17 @@ int32_t mt_tokenizer_id(const struct mt_tokenizer *t, const char *token);
 const char *mt_tokenizer_token(const struct mt_tokenizer *t, int32_t id);
 bool mt_tokenizer_is_special(const struct mt_tokenizer *t, int32_t id);
 
+struct mt_tokenizer_facts {
+  int tokens, merges; /* ids in use; rules of the byte-pair encoding */
+  int added, special; /* tokens beside the vocabulary; those of them that are special */
+  bool byte_fallback, byte_level;
+  const int32_t *prefix; /* what is put before a text, and behind it */
+  const int32_t *suffix;
+  int prefix_count, suffix_count;
+  int32_t unknown; /* -1: none */
+};
+struct mt_tokenizer_facts mt_tokenizer_facts(const struct mt_tokenizer *t);
+
 mt_err mt_encoder_create(const struct mt_tokenizer *t, struct mt_encoder **out);
 void mt_encoder_free(struct mt_encoder *e);
 

@@ -507,6 +507,21 @@ done:
   return err;
 }
 
+struct mt_tokenizer_facts mt_tokenizer_facts(const struct mt_tokenizer *t) {
+  struct mt_tokenizer_facts f = {.byte_fallback = t->byte_fallback,
+                                 .added = t->added_count,
+                                 .prefix = t->prefix,
+                                 .suffix = t->suffix,
+                                 .prefix_count = t->prefix_count,
+                                 .suffix_count = t->suffix_count,
+                                 .unknown = t->unk};
+  for (int i = 0; i < t->vocab; i++) f.tokens += t->token[i].text != NULL;
+  for (size_t i = 0; i <= t->merge_mask; i++) f.merges += t->merge[i].key != EMPTY_KEY;
+  for (int i = 0; i < t->added_count; i++) f.special += t->added[i].special;
+  for (int i = 0; i < t->pre.count; i++) f.byte_level |= t->pre.at[i].kind == STAGE_BYTE_LEVEL;
+  return f;
+}
+
 static void free_stages(struct stages *s) {
   for (int i = 0; i < s->count; i++) {
     free(s->at[i].a);

@@ -98,11 +98,19 @@ struct mt_generate_options {
   bool stream; /* print as tokens come */
 };
 
-/* `moetune inspect`. The memory plan is printed when `train` is set; the fields after it are the
- * flags of `moetune train` that decide it. */
+/* `moetune inspect`. With data, that file as training with `model`'s tokenizer would see it; else
+ * the checkpoint. The memory plan is printed when `train` is set; the fields after it are the flags
+ * of `moetune train` that decide it, and what is seen of data. */
 struct mt_inspect_options {
-  const char *model;
+  const char *path; /* what the command line names, from which cli/ fills in model or data */
+  const char *model, *data;
   bool tensors; /* list every tensor */
+  bool norms;   /* read all experts' weights, however many there are */
+  int samples;  /* of data, to show */
+  int color;    /* enum mt_color */
+  bool train_on_prompt, skip_bad_lines;
+  const char *chat_template; /* NULL: the checkpoint's */
+  struct mt_cache_options cache;
   bool train;
   int batch_size, max_seq_length;
   struct mt_device_options device;
