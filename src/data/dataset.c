@@ -17,8 +17,8 @@
 
 enum { SMALL_FILE = 16 << 20 };
 /* Mapped pages are let go after samples that may have touched this much: the kernel maps far more
- * around a page than was asked for. */
-enum { RESIDENT_LIMIT = 256 << 20, FAULT_BYTES = 1 << 20 };
+ * around a page than was asked for. Records lie together, a sample's share of them is small. */
+enum { RESIDENT_LIMIT = 256 << 20, FAULT_BYTES = 1 << 20, RECORD_BYTES = 4 << 10 };
 
 struct mt_dataset {
   struct mt_dataset_options options;
@@ -298,8 +298,7 @@ struct mt_dataset_origin mt_dataset_origin(const struct mt_dataset *d) {
 /* The kernel may take mapped pages back whenever it likes; that they do not count as the process's
  * memory until then, they are let go from time to time. */
 static void touch(const struct mt_dataset *d, int64_t bytes) {
-  int64_t before = atomic_fetch_add(d->touched_bytes, bytes + FAULT_BYTES);
-  if (before + bytes + FAULT_BYTES < RESIDENT_LIMIT) return;
+  if (atomic_fetch_add(d->touched_bytes, bytes) + bytes < RESIDENT_LIMIT) return;
   atomic_store(d->touched_bytes, 0);
   mt_map_forget(d->tokens.data, d->tokens.size_bytes);
 }
@@ -308,11 +307,12 @@ struct mt_sample mt_dataset_sample(const struct mt_dataset *d, int64_t i) {
   const uint8_t *block;
   const struct mt_tokens_record *r = mt_tokens_find(&d->tokens, i, &block);
   const int32_t *ids = (const int32_t *)(block + r->at);
-  touch(d, (int64_t)r->count * 5);
+  touch(d, (int64_t)r->count * 5 + FAULT_BYTES);
   return (struct mt_sample){ids, (const uint8_t *)(ids + r->count), r->count, r->line};
 }
 
 int mt_dataset_whole(const struct mt_dataset *d, int64_t i) {
   const uint8_t *block;
+  touch(d, RECORD_BYTES);
   return mt_tokens_find(&d->tokens, i, &block)->whole;
 }

@@ -8,7 +8,7 @@
 #include "train/session.h"
 #include "train/terminal.h"
 
-enum { BARS = 14, BAR_WIDTH = 40, SHOWN_TOKENS = 4096 };
+enum { PACKED_BATCHES = 10000, BARS = 14, BAR_WIDTH = 40, SHOWN_TOKENS = 4096 };
 
 struct view {
   const struct mt_inspect_options *o;
@@ -82,7 +82,7 @@ static mt_err print_lengths(const struct view *v) {
   return MT_OK;
 }
 
-/* One epoch's batches as the trainer packs them. */
+/* An epoch's batches as the trainer packs them; the first of them tell enough. */
 static mt_err print_packing(const struct view *v) {
   struct mt_loader_options o = {.batch_size = v->o->batch_size,
                                 .micro_batches = 1,
@@ -99,6 +99,7 @@ static mt_err print_packing(const struct view *v) {
   MT_TRY(mt_loader_create(&l, v->data, &o));
   mt_err err = MT_OK;
   int64_t steps = mt_loader_steps_per_epoch(&l);
+  if (steps > PACKED_BATCHES) steps = PACKED_BATCHES;
   for (int64_t step = 0; !err && step < steps; step++) {
     err = mt_loader_next(&l);
     const struct mt_batch *b = l.list[0];
