@@ -7,7 +7,8 @@
 #include "cli/options.h"
 
 extern const struct mt_command mt_command_train, mt_command_eval, mt_command_generate,
-    mt_command_convert, mt_command_inspect, mt_command_bench, mt_command_report;
+    mt_command_convert, mt_command_inspect, mt_command_bench, mt_command_report,
+    mt_command_completion, mt_command_man;
 
 /* Rows that several commands share; S is the command's struct. */
 #define MT_ROW_MODEL(S, text)                                                                      \
@@ -110,6 +111,18 @@ extern const struct mt_command mt_command_train, mt_command_eval, mt_command_gen
     .flag = "chat-template", .type = MT_OPT_TEXT, .offset = offsetof(S, chat_template),            \
     .unit = "NAME", .initial_note = "the model's own",                                             \
     .help = "Template that turns messages into text, such as mistral or chatml.",                  \
+  }
+#define MT_ROWS_CACHE(S)                                                                           \
+  {.flag = "cache",                                                                                \
+   .type = MT_OPT_FLAG,                                                                            \
+   .offset = offsetof(S, cache.use),                                                               \
+   .initial = "true",                                                                              \
+   .help = "Tokenise anew and keep nothing. Otherwise a data file's tokens are kept, and the "     \
+           "next run with the same data, tokenizer and options finds them."},                      \
+  {                                                                                                \
+    .flag = "cache-dir", .type = MT_OPT_TEXT, .offset = offsetof(S, cache.dir), .unit = "DIR",     \
+    .initial_note = "$XDG_CACHE_HOME/moetune, else ~/.cache/moetune",                              \
+    .help = "Where tokens are kept. Files there may be removed at any time.",                      \
   }
 #define MT_ROW_SEED(S, text)                                                                       \
   {                                                                                                \

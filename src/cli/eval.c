@@ -15,6 +15,7 @@ static const struct mt_option rows[] = {
     MT_ROW_MAX_SEQ_LENGTH(S, "512"),
     MT_ROW_TRAIN_ON_PROMPT(S),
     MT_ROW_SKIP_BAD_LINES(S),
+    MT_ROWS_CACHE(S),
     MT_ROW_CHAT_TEMPLATE(S),
     MT_ROWS_DEVICE(S),
     MT_ROW_JSON(S),

@@ -8,6 +8,9 @@
 
 enum { MIN_WIDTH = 40, MAX_WIDTH = 100, DEFAULT_WIDTH = 80, MAX_NAME = 64 };
 
+const char mt_program_summary[] =
+    "fine-tunes mixture-of-experts models from Hugging Face checkpoints";
+
 int mt_help_width(int fd) {
   struct winsize size;
   long width = 0;
@@ -60,24 +63,34 @@ static void range_text(const struct mt_option *row, char *text, size_t size_byte
   }
 }
 
-static void print_option(FILE *out, const struct mt_option *row, int width) {
-  char range[96], text[1024];
-  bool on = row->type == MT_OPT_FLAG && row->initial && strcmp(row->initial, "true") == 0;
+bool mt_option_negated(const struct mt_option *row) {
+  return row->type == MT_OPT_FLAG && row->initial && strcmp(row->initial, "true") == 0;
+}
+
+const char *mt_option_value(const struct mt_option *row) {
+  if (row->type == MT_OPT_FLAG) return NULL;
+  return row->choices && row->type != MT_OPT_OPTIONAL ? row->choices : row->unit;
+}
+
+void mt_option_text(const struct mt_option *row, char *text, size_t size_bytes) {
+  char range[96];
   const char *initial = row->initial_note ? row->initial_note : row->initial;
   if (row->type == MT_OPT_FLAG && !initial) initial = "off";
-  fprintf(out, "  --%s%s", on ? "no-" : "", row->flag);
-  if (row->type == MT_OPT_OPTIONAL)
-    fprintf(out, " [%s]", row->unit);
-  else if (row->choices)
-    fprintf(out, " %s", row->choices);
-  else if (row->type != MT_OPT_FLAG)
-    fprintf(out, " %s", row->unit);
-  fputc('\n', out);
   range_text(row, range, sizeof range);
-  snprintf(text, sizeof text, "%s%s%s%s%s%s%s", row->help, range,
+  snprintf(text, size_bytes, "%s%s%s%s%s%s%s", row->help, range,
            row->type == MT_OPT_LIST ? " May be given several times." : "",
            row->required ? " Required." : "", initial ? " Default: " : "", initial ? initial : "",
            initial ? "." : "");
+}
+
+static void print_option(FILE *out, const struct mt_option *row, int width) {
+  char text[1024];
+  const char *value = mt_option_value(row);
+  bool optional = row->type == MT_OPT_OPTIONAL;
+  fprintf(out, "  --%s%s", mt_option_negated(row) ? "no-" : "", row->flag);
+  if (value) fprintf(out, " %s%s%s", optional ? "[" : "", value, optional ? "]" : "");
+  fputc('\n', out);
+  mt_option_text(row, text, sizeof text);
   wrap(out, text, 6, width);
 }
 
@@ -94,11 +107,10 @@ void mt_help_command(FILE *out, const struct mt_command *command, int width) {
 }
 
 void mt_help_program(FILE *out, int width) {
-  fputs("moetune: fine-tunes mixture-of-experts models from Hugging Face checkpoints\n\n"
-        "Usage\n  moetune COMMAND [options]\n\nCommands\n",
-        out);
+  fprintf(out, "moetune: %s\n\nUsage\n  moetune COMMAND [options]\n\nCommands\n",
+          mt_program_summary);
   for (const struct mt_command *const *c = mt_commands(); *c; c++) {
-    fprintf(out, "  %-10s%s\n", (*c)->name, (*c)->summary);
+    fprintf(out, "  %-12s%s\n", (*c)->name, (*c)->summary);
   }
   fputs("\n", out);
   wrap(out,

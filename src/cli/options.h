@@ -1,5 +1,5 @@
 /* The option table: one row an option. Value parsing, --help, the configuration file and the check
- * of ranges all read the same rows; a man page or a shell completion can be made from them too. */
+ * of ranges, the shells' completions and the man page all read the same rows. */
 #ifndef MT_CLI_OPTIONS_H
 #define MT_CLI_OPTIONS_H
 
@@ -112,6 +112,19 @@ mt_err mt_parsed_keep_list(struct mt_parsed *p, int count, const char ***out);
 /* The nearest of names (ended by NULL) if it is near enough to be meant, or NULL. */
 const char *mt_nearest(const char *text, const char *const *names);
 const char *mt_nearest_flag(const struct mt_command *command, const char *flag);
+
+/* How pages, completions and the man page show a row: as --no-NAME (a flag that is on by default),
+ * the name of its value or the choices (NULL: a flag, which takes none), and its help with range
+ * and default. */
+bool mt_option_negated(const struct mt_option *row);
+const char *mt_option_value(const struct mt_option *row);
+void mt_option_text(const struct mt_option *row, char *text, size_t size_bytes);
+extern const char mt_program_summary[];
+
+/* What a shell completes command lines with, and the man page in roff. */
+void mt_completion_bash(FILE *out);
+void mt_completion_zsh(FILE *out);
+void mt_man_page(FILE *out);
 
 /* The page of a command, and of the program, wrapped to width columns. */
 void mt_help_command(FILE *out, const struct mt_command *command, int width);

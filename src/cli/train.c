@@ -48,6 +48,7 @@ static const struct mt_option rows[] = {
     MT_ROW_CHAT_TEMPLATE(S),
     MT_ROW_TRAIN_ON_PROMPT(S),
     MT_ROW_SKIP_BAD_LINES(S),
+    MT_ROWS_CACHE(S),
 
     {.group = "Length of the run",
      .flag = "warmup-steps",

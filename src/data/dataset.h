@@ -1,4 +1,4 @@
-/* A data file (JSON lines) as tokens in memory, and the batches made of it. */
+/* A data file (JSON lines) as tokens, and the batches made of it. */
 #ifndef MT_DATA_DATASET_H
 #define MT_DATA_DATASET_H
 
@@ -12,28 +12,54 @@ struct mt_dataset_options {
   int32_t eos_id;
   bool train_on_prompt; /* every token is a target */
   bool skip_bad_lines;
+  int threads; /* that tokenise; 0: one a core */
+  const char
+      *cache_dir; /* where tokens are kept for the next time, made if need be; NULL: nowhere */
 };
 
 struct mt_dataset_stats {
   int64_t samples, tokens, targets;
-  int64_t truncated; /* samples cut at max_seq_length */
-  int64_t dropped;   /* samples left without a target */
+  int64_t truncated;   /* samples cut at max_seq_length */
+  int64_t dropped;     /* samples left without a target */
+  int64_t dropped_cut; /* of them those whose targets lay behind the cut */
   int64_t bad_lines, first_bad_line;
   int64_t longest; /* tokens, before cutting */
 };
 
 struct mt_dataset; /* read-only once waited for */
 
-/* Starts reading and tokenising in a thread of its own. The file: one JSON object a line (UTF-8, no
- * key twice, 64 MiB at most), lines end in LF or CRLF, blank ones are passed over, and so is a byte
- * order mark; template.h says what an object may hold. The tokenizer must outlive the dataset. */
+/* Starts reading and tokenising in a thread of its own, which has others help it. The file: one
+ * JSON object a line (UTF-8, no key twice, 64 MiB at most), lines end in LF or CRLF, blank ones are
+ * passed over, and so is a byte order mark; template.h says what an object may hold. The result
+ * does not depend on the number of threads. The tokenizer must outlive the dataset.
+ *
+ * Tokens go into a file that is mapped, never into the process's memory, whatever the data's size:
+ * one in cache_dir, found again by a hash of the data's content, the tokenizer, the template and
+ * these options, and checked in every byte before it is used; without cache_dir (or where it
+ * cannot be written) a nameless one in $TMPDIR or /tmp. A pipe is never cached. */
 mt_err mt_dataset_open(const struct mt_tokenizer *tokenizer,
                        const struct mt_dataset_options *options, struct mt_dataset **out);
 /* Waits for the thread. Errors: what went wrong there: MT_ENOENT, MT_EFORMAT naming FILE:LINE (a
  * malformed line, unless skip_bad_lines), or no usable sample in the file. */
 mt_err mt_dataset_wait(struct mt_dataset *d);
+/* Waits at most this long; false when there is more to do. *share (=): of the work, 0..1, -1 where
+ * it is not known (a pipe). */
+bool mt_dataset_wait_ms(struct mt_dataset *d, int ms, double *share);
+/* Also gives up what is not yet done. */
 void mt_dataset_close(struct mt_dataset *d);
 struct mt_dataset_stats mt_dataset_stats(const struct mt_dataset *d);
+
+/* How the tokens came to be. */
+struct mt_dataset_origin {
+  bool cached;       /* found, not made */
+  const char *cache; /* the file that holds them; NULL: none that will stay */
+  double seconds;    /* finding or making them */
+  int64_t bytes;     /* of the data file that were tokenised */
+};
+struct mt_dataset_origin mt_dataset_origin(const struct mt_dataset *d);
+
+/* $XDG_CACHE_HOME/moetune, else $HOME/.cache/moetune; "" when neither is set. */
+void mt_dataset_cache_dir(char *out, size_t size_bytes);
 
 /* Sample i: its tokens, which of them are targets, the line it came from. */
 struct mt_sample {
@@ -43,6 +69,8 @@ struct mt_sample {
   int64_t line;
 };
 struct mt_sample mt_dataset_sample(const struct mt_dataset *d, int64_t i);
+/* Its tokens before it was cut. */
+int mt_dataset_whole(const struct mt_dataset *d, int64_t i);
 
 /* Room for a packed row. Errors: MT_ENOMEM. */
 mt_err mt_batch_create(struct mt_batch *b, int token_capacity, int sequence_capacity);

@@ -17,6 +17,8 @@ mt_err mt_template_find(const char *name, const struct mt_template **out);
  * with --chat-template); MT_EFORMAT for a file that is no JSON. */
 mt_err mt_template_detect(const char *dir, const struct mt_template **out);
 const char *mt_template_name(const struct mt_template *t);
+/* Of what it writes, whatever its name. */
+struct mt_hash mt_template_hash(const struct mt_template *t);
 
 /* Tokens of one sample and which of them are learned. Grows; reused by the caller. */
 struct mt_rendered {

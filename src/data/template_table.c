@@ -124,6 +124,17 @@ const char *mt_template_name(const struct mt_template *t) {
   return t->name;
 }
 
+struct mt_hash mt_template_hash(const struct mt_template *t) {
+  const char *const texts[] = {t->default_system, t->system_begin, t->system_end,  t->user_begin,
+                               t->user_end,       t->answer_begin, t->answer_lead, t->last_lead,
+                               t->answer_tail,    t->answer_end,   t->after};
+  struct mt_hash parts[sizeof texts / sizeof *texts + 1] = {{t->bos, t->after_last}};
+  for (size_t i = 0; i < sizeof texts / sizeof *texts; i++) {
+    if (texts[i]) parts[i + 1] = mt_hash_bytes(texts[i], strlen(texts[i]));
+  }
+  return mt_hash_bytes(parts, sizeof parts);
+}
+
 /* Jinja text in one spelling, so that markers need not know them all: inside {{ }} and {% %} spaces
  * go, "..." becomes '...', message.content becomes message['content'], the two characters \n in a
  * string become a new line, and the - of {{- and -}} goes. NULL: out of memory. */

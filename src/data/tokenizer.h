@@ -10,6 +10,7 @@
 #include <stdint.h>
 
 #include "base/error.h"
+#include "base/hash.h"
 
 struct mt_tokenizer; /* immutable once loaded: shared by threads */
 struct mt_encoder;   /* scratch and word cache of one thread */
@@ -31,12 +32,25 @@ mt_err mt_tokenizer_parse(const char *json, size_t size_bytes, const char *name,
                           struct mt_tokenizer **out);
 void mt_tokenizer_free(struct mt_tokenizer *t);
 
+/* Of the file's content. */
+struct mt_hash mt_tokenizer_hash(const struct mt_tokenizer *t);
 int mt_tokenizer_vocab(const struct mt_tokenizer *t); /* largest id + 1 */
 /* -1 when there is none. */
 int32_t mt_tokenizer_id(const struct mt_tokenizer *t, const char *token);
 /* NULL when the id is unused; terminated. */
 const char *mt_tokenizer_token(const struct mt_tokenizer *t, int32_t id);
 bool mt_tokenizer_is_special(const struct mt_tokenizer *t, int32_t id);
+
+struct mt_tokenizer_facts {
+  int tokens, merges; /* ids in use; rules of the byte-pair encoding */
+  int added, special; /* tokens beside the vocabulary; those of them that are special */
+  bool byte_fallback, byte_level;
+  const int32_t *prefix; /* what is put before a text, and behind it */
+  const int32_t *suffix;
+  int prefix_count, suffix_count;
+  int32_t unknown; /* -1: none */
+};
+struct mt_tokenizer_facts mt_tokenizer_facts(const struct mt_tokenizer *t);
 
 mt_err mt_encoder_create(const struct mt_tokenizer *t, struct mt_encoder **out);
 void mt_encoder_free(struct mt_encoder *e);

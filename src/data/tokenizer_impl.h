@@ -58,6 +58,7 @@ struct token_entry {
 };
 
 struct mt_tokenizer {
+  struct mt_hash hash;       /* of the file */
   struct token_entry *token; /* by id */
   int vocab;
   int32_t *slot; /* open addressing over token texts; -1 free */

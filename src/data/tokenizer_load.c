@@ -477,6 +477,7 @@ mt_err mt_tokenizer_parse(const char *json, size_t size_bytes, const char *name,
     goto done;
   }
   l.t->unk = -1;
+  l.t->hash = mt_hash_bytes(json, size_bytes);
   if (!json_is_object(root)) {
     err = mt_fail(MT_EFORMAT, "%s: line %d: %s", name, root ? 1 : why.line,
                   root ? "is no object" : why.text);
@@ -506,6 +507,21 @@ done:
   return err;
 }
 
+struct mt_tokenizer_facts mt_tokenizer_facts(const struct mt_tokenizer *t) {
+  struct mt_tokenizer_facts f = {.byte_fallback = t->byte_fallback,
+                                 .added = t->added_count,
+                                 .prefix = t->prefix,
+                                 .suffix = t->suffix,
+                                 .prefix_count = t->prefix_count,
+                                 .suffix_count = t->suffix_count,
+                                 .unknown = t->unk};
+  for (int i = 0; i < t->vocab; i++) f.tokens += t->token[i].text != NULL;
+  for (size_t i = 0; i <= t->merge_mask; i++) f.merges += t->merge[i].key != EMPTY_KEY;
+  for (int i = 0; i < t->added_count; i++) f.special += t->added[i].special;
+  for (int i = 0; i < t->pre.count; i++) f.byte_level |= t->pre.at[i].kind == STAGE_BYTE_LEVEL;
+  return f;
+}
+
 static void free_stages(struct stages *s) {
   for (int i = 0; i < s->count; i++) {
     free(s->at[i].a);
@@ -513,6 +529,10 @@ static void free_stages(struct stages *s) {
     pcre2_code_free(s->at[i].regex);
   }
   free(s->at);
+}
+
+struct mt_hash mt_tokenizer_hash(const struct mt_tokenizer *t) {
+  return t->hash;
 }
 
 void mt_tokenizer_free(struct mt_tokenizer *t) {

@@ -22,12 +22,29 @@ struct mt_hf_checkpoint {
  * of the right shape, in F32, BF16 or F16. Reads no weight.
  * Errors: MT_ENOENT, MT_EFORMAT, MT_ESHAPE, MT_EUNSUPPORTED naming file, tensor and shapes. */
 mt_err mt_hf_open(const char *dir, struct mt_hf_checkpoint *out);
+/* Its three parts, for who wants to see what there is although something is missing or does not
+ * fit. The first begins *out, and the second may follow it even where it failed; the third needs
+ * both. Each leaves *out to be closed with mt_hf_close, also after an error. */
+mt_err mt_hf_open_config(const char *dir, struct mt_hf_checkpoint *out);
+mt_err mt_hf_open_shards(struct mt_hf_checkpoint *h);
+mt_err mt_hf_check(const struct mt_hf_checkpoint *h);
+/* Is there a file of weights, of either name, to open at all? */
+bool mt_hf_has_weights(const char *dir);
 void mt_hf_close(struct mt_hf_checkpoint *h);
 
 /* Fills `compute`, and `master` where it is memory of its own, of every row of params. Each byte of
  * the files is read once, through a staging buffer of at most 8 MiB, and its pages let go. */
 mt_err mt_hf_load(const struct mt_hf_checkpoint *h, const struct mt_params *params,
                   struct mt_backend *be);
+
+/* Frobenius norms of one expert's matrices. */
+struct mt_hf_expert_norms {
+  double gate, up, down;
+};
+/* Of all experts of a layer, out[experts] (=), from the files; the same bits on any number of
+ * threads. params: the table of h->config. Errors: those of mt_hf_check. */
+mt_err mt_hf_expert_norms(const struct mt_hf_checkpoint *h, const struct mt_params *params,
+                          int layer, struct mt_hf_expert_norms *out);
 
 enum { MT_HF_KEEP = -1 };
 

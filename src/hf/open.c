@@ -78,7 +78,7 @@ done:
   return err;
 }
 
-static mt_err open_shards(struct mt_hf_checkpoint *h) {
+static mt_err open_files(struct mt_hf_checkpoint *h) {
   char path[MT_PATH_MAX];
   MT_TRY(mt_path_join(path, h->dir, "model.safetensors.index.json"));
   if (mt_path_exists(path)) return open_index(h, path);
@@ -116,7 +116,7 @@ static mt_err check_tensor(const struct mt_hf_checkpoint *h, const struct mt_hf_
   return MT_OK;
 }
 
-static mt_err check_tensors(const struct mt_hf_checkpoint *h) {
+mt_err mt_hf_check(const struct mt_hf_checkpoint *h) {
   struct mt_params params;
   MT_TRY(mt_params_build(&h->config, &params));
   mt_err err = MT_OK;
@@ -131,18 +131,34 @@ static mt_err check_tensors(const struct mt_hf_checkpoint *h) {
   return err;
 }
 
-mt_err mt_hf_open(const char *dir, struct mt_hf_checkpoint *out) {
+mt_err mt_hf_open_config(const char *dir, struct mt_hf_checkpoint *out) {
   *out = (struct mt_hf_checkpoint){0};
   if (strlen(dir) >= MT_PATH_MAX) return mt_fail(MT_EINVAL, "path too long: '%.200s'", dir);
   snprintf(out->dir, sizeof out->dir, "%s", dir);
   if (!mt_path_is_dir(dir)) return mt_fail(MT_ENOENT, "'%s' is no directory", dir);
-  mt_err err;
-  MT_GO(mt_hf_config_load(dir, &out->config, &out->json));
-  MT_GO(open_shards(out));
-  bool packed = mt_hf_find(out, "model.layers.0.mlp.experts.gate_up_proj", NULL) != NULL;
-  out->layout = packed ? MT_HF_PACKED : MT_HF_PER_EXPERT;
-  MT_GO(check_tensors(out));
-done:
+  return mt_hf_config_load(dir, &out->config, &out->json);
+}
+
+mt_err mt_hf_open_shards(struct mt_hf_checkpoint *h) {
+  MT_TRY(open_files(h));
+  bool packed = mt_hf_find(h, "model.layers.0.mlp.experts.gate_up_proj", NULL) != NULL;
+  h->layout = packed ? MT_HF_PACKED : MT_HF_PER_EXPERT;
+  return MT_OK;
+}
+
+bool mt_hf_has_weights(const char *dir) {
+  static const char *const names[] = {"model.safetensors.index.json", "model.safetensors"};
+  for (int i = 0; i < 2; i++) {
+    char path[MT_PATH_MAX];
+    if (mt_path_join(path, dir, names[i]) == MT_OK && mt_path_exists(path)) return true;
+  }
+  return false;
+}
+
+mt_err mt_hf_open(const char *dir, struct mt_hf_checkpoint *out) {
+  mt_err err = mt_hf_open_config(dir, out);
+  if (!err) err = mt_hf_open_shards(out);
+  if (!err) err = mt_hf_check(out);
   if (err) mt_hf_close(out);
   return err;
 }

@@ -4,6 +4,7 @@
 
 #include "base/log.h"
 #include "train/commands.h"
+#include "train/data.h"
 #include "train/evaluation.h"
 
 static mt_err print_evaluation(const struct mt_eval_options *o, const struct mt_evaluation *e,
@@ -37,7 +38,8 @@ static mt_err evaluate_file(struct mt_session *s, const struct mt_eval_options *
                                  .max_seq_length = o->max_seq_length,
                                  .eos_id = s->checkpoint.config.eos_id,
                                  .train_on_prompt = o->train_on_prompt,
-                                 .skip_bad_lines = o->skip_bad_lines};
+                                 .skip_bad_lines = o->skip_bad_lines,
+                                 .threads = o->device.threads};
   struct mt_loader_options l = {.batch_size = o->batch_size,
                                 .micro_batches = 1,
                                 .max_seq_length = o->max_seq_length,
@@ -53,9 +55,9 @@ static mt_err evaluate_file(struct mt_session *s, const struct mt_eval_options *
   struct mt_routing routing = {0};
   mt_err err;
   if (m.token_capacity < 0) return mt_fail(MT_EINVAL, "batch-size x max-seq-length is too large");
-  MT_GO(mt_dataset_open(s->tokenizer, &d, &data));
+  MT_GO(mt_data_open(s->tokenizer, &d, &o->cache, &data));
   MT_GO(mt_session_load(s, &m, NULL));
-  MT_GO(mt_dataset_wait(data));
+  MT_GO(mt_data_wait(data, o->data));
   MT_GO(mt_loader_create(&loader, data, &l));
   MT_GO(mt_routing_create(&routing, &s->model));
   MT_GO(mt_evaluate(&s->model, &loader, &routing, &e));

@@ -1,14 +1,75 @@
-/* `moetune inspect`: what a checkpoint holds, and what training it would take. */
+/* `moetune inspect MODEL`: what a checkpoint holds, whether it can be trained, and what that takes.
+ * Whatever is missing or does not fit, the rest is shown. */
+#include "train/inspect.h"
+
+#include <stdarg.h>
 #include <stdio.h>
 
 #include "train/commands.h"
 #include "train/session.h"
+#include "train/terminal.h"
 #include "train/trainer.h"
 
-static void print_config(const struct mt_hf_checkpoint *h) {
+enum { MAX_REASONS = 8, AUTO_NORMS_WEIGHTS = 1000 * 1000 * 1000 };
+
+struct survey {
+  const struct mt_inspect_options *o;
+  struct mt_hf_checkpoint h;
+  struct mt_params params;
+  bool config, shards, fits; /* could be opened; the tensors are those of the config */
+  bool no_weights, no_tokenizer;
+  struct mt_tokenizer *tokenizer;
+  const struct mt_template *chat;
+  char reason[MAX_REASONS][1024];
+  int reasons;
+};
+
+/* One reason more against training: the thread's message. */
+static void against(struct survey *s) {
+  if (s->reasons == MAX_REASONS) return;
+  snprintf(s->reason[s->reasons++], sizeof s->reason[0], "%s", mt_error_message());
+}
+
+static void look_at_weights(struct survey *s) {
+  s->no_weights = !mt_hf_has_weights(s->o->model);
+  if (s->no_weights) return;
+  s->shards = mt_hf_open_shards(&s->h) == MT_OK;
+  s->fits = s->shards && s->config && mt_hf_check(&s->h) == MT_OK;
+  if (!s->shards || (s->config && !s->fits)) against(s);
+}
+
+static void look_at_tokenizer(struct survey *s) {
+  char path[MT_PATH_MAX];
+  if (mt_path_join(path, s->o->model, "tokenizer.json") != MT_OK) return;
+  mt_err err = mt_tokenizer_load(path, &s->tokenizer);
+  s->no_tokenizer = err == MT_ENOENT;
+  if (err && !s->no_tokenizer) against(s);
+  if (!err && s->config && mt_tokenizer_vocab(s->tokenizer) > s->h.config.vocab) {
+    mt_fail(MT_ESHAPE, "%s has ids up to %d, the model's vocab_size is %d", path,
+            mt_tokenizer_vocab(s->tokenizer) - 1, s->h.config.vocab);
+    against(s);
+  }
+  err = s->o->chat_template ? mt_template_find(s->o->chat_template, &s->chat)
+                            : mt_template_detect(s->o->model, &s->chat);
+  if (err) {
+    s->chat = NULL;
+    against(s);
+  }
+}
+
+static void print_config(const struct survey *s) {
+  const struct mt_hf_checkpoint *h = &s->h;
   const struct mt_config *c = &h->config;
-  printf("checkpoint      %s (%s, %d shard%s, %s experts)\n", h->dir, c->model_type, h->shard_count,
-         h->shard_count == 1 ? "" : "s", h->layout == MT_HF_PACKED ? "packed" : "separate");
+  printf("checkpoint      ");
+  mt_inspect_text(h->dir);
+  printf(" (");
+  if (s->config) mt_inspect_text(c->model_type);
+  if (s->shards) {
+    printf("%s%d shard%s, %s experts", s->config ? ", " : "", h->shard_count,
+           h->shard_count == 1 ? "" : "s", h->layout == MT_HF_PACKED ? "packed" : "separate");
+  }
+  puts(!s->shards && s->no_weights ? ", no weights)" : ")");
+  if (!s->config) return;
   printf("layers          %d, hidden %d, ffn %d, vocabulary %d, %s head\n", c->layers, c->hidden,
          c->ffn, c->vocab, c->tied_head ? "tied" : "untied");
   printf("attention       %d query heads, %d key-value heads of %d, rope theta %g", c->heads,
@@ -16,6 +77,69 @@ static void print_config(const struct mt_hf_checkpoint *h) {
   if (c->layer[0].window) printf(", window %d", c->layer[0].window);
   printf("\nexperts         %d, top-%d, auxiliary loss %g%s\n", c->experts, c->top_k, c->aux_coef,
          c->aux_in_loss ? "" : " (not in the loss)");
+}
+
+static void print_token(const struct survey *s, const char *what, int32_t id) {
+  const char *text = id >= 0 ? mt_tokenizer_token(s->tokenizer, id) : NULL;
+  if (id < 0) {
+    printf("%s none", what);
+    return;
+  }
+  printf("%s %d", what, (int)id);
+  if (!text) return;
+  printf(" '");
+  mt_inspect_text(text);
+  putchar('\'');
+}
+
+static void print_tokenizer(const struct survey *s) {
+  printf("tokenizer       ");
+  if (!s->tokenizer) {
+    puts(s->no_tokenizer ? "none" : "cannot be used");
+  } else {
+    struct mt_tokenizer_facts f = mt_tokenizer_facts(s->tokenizer);
+    printf("%d ids up to %d, %d merges, %s; %d added tokens, %d of them special\n", f.tokens,
+           mt_tokenizer_vocab(s->tokenizer) - 1, f.merges,
+           f.byte_fallback ? "byte fallback"
+           : f.byte_level  ? "byte-level"
+                           : "no bytes",
+           f.added, f.special);
+    printf("                before a text:");
+    for (int i = 0; i < f.prefix_count; i++) print_token(s, "", f.prefix[i]);
+    if (f.prefix_count == 0) printf(" nothing");
+    if (f.suffix_count) printf("; behind it:");
+    for (int i = 0; i < f.suffix_count; i++) print_token(s, "", f.suffix[i]);
+    print_token(s, "; unknown", f.unknown);
+    putchar('\n');
+    if (s->config) {
+      print_token(s, "                BOS", s->h.config.bos_id);
+      print_token(s, "; EOS", s->h.config.eos_id);
+      print_token(s, "; padding", s->h.config.pad_id);
+      putchar('\n');
+    }
+  }
+  printf("chat template   %s\n", s->chat ? mt_template_name(s->chat) : "not known");
+}
+
+static void print_compatible(const struct survey *s) {
+  printf("compatible      ");
+  if (s->reasons == 0 && !s->no_weights && !s->no_tokenizer) {
+    puts("yes");
+    return;
+  }
+  if (s->reasons == 0) {
+    printf("yes, as far as it goes; to train, it still needs %s%s%s\n",
+           s->no_weights ? "model.safetensors or model.safetensors.index.json with its shards" : "",
+           s->no_weights && s->no_tokenizer ? " and " : "",
+           s->no_tokenizer ? "tokenizer.json" : "");
+    return;
+  }
+  puts("no");
+  for (int i = 0; i < s->reasons; i++) {
+    printf("                - ");
+    mt_inspect_text(s->reason[i]);
+    putchar('\n');
+  }
 }
 
 static void print_parameters(const struct mt_config *c, const struct mt_params *params) {
@@ -36,22 +160,6 @@ static void print_parameters(const struct mt_config *c, const struct mt_params *
          (long long)(total - routed + routed * c->top_k / c->experts));
 }
 
-static void print_tensors(const struct mt_hf_checkpoint *h) {
-  printf("\n%-64s %-5s %-22s %s\n", "tensor", "dtype", "shape", "file");
-  for (int s = 0; s < h->shard_count; s++) {
-    for (size_t i = 0; i < h->shard[s].count; i++) {
-      const struct mt_st_tensor *t = &h->shard[s].tensor[i];
-      char shape[128] = "";
-      size_t used = 0;
-      for (int d = 0; d < t->rank && used < sizeof shape - 24; d++) {
-        used += (size_t)snprintf(shape + used, sizeof shape - used, d ? " x %lld" : "%lld",
-                                 (long long)t->dim[d]);
-      }
-      printf("%-64s %-5s %-22s %s\n", t->name, t->dtype_name, shape, h->shard_name[s]);
-    }
-  }
-}
-
 static void print_plan(const struct mt_memory *m) {
   const struct {
     const char *name;
@@ -67,47 +175,81 @@ static void print_plan(const struct mt_memory *m) {
   }
 }
 
-static mt_err plan(struct mt_session *s, const struct mt_inspect_options *o) {
-  struct mt_params params;
+static mt_err plan_on(struct mt_backend *be, const struct mt_recipe *recipe, struct survey *s) {
+  const struct mt_inspect_options *o = s->o;
   struct mt_memory memory;
-  mt_err err;
   struct mt_loader_options l = {.batch_size = o->batch_size,
                                 .max_seq_length = o->max_seq_length,
-                                .pad_multiple = s->recipe->pad_multiple};
+                                .pad_multiple = recipe->pad_multiple};
   struct mt_model_options m = {.experts = (enum mt_experts_strategy)o->experts,
                                .blocks = (enum mt_blocks_strategy)o->blocks,
                                .recompute = (enum mt_recompute)o->recompute,
-                               .aux_coef =
-                                   mt_train_aux_coef(o->router_aux_coef, &s->checkpoint.config),
+                               .aux_coef = mt_train_aux_coef(o->router_aux_coef, &s->h.config),
                                .training = true,
                                .token_capacity = mt_loader_token_capacity(&l),
                                .sequence_capacity = o->batch_size};
   if (m.token_capacity < 0) return mt_fail(MT_EINVAL, "batch-size x max-seq-length is too large");
-  MT_TRY(mt_params_build(&s->checkpoint.config, &params));
-  MT_GO(mt_hf_freeze(&s->checkpoint.config, &params, o->freeze.item, o->freeze.count));
-  MT_GO(mt_model_plan(&s->checkpoint.config, &params, s->recipe, &s->be, &m, &memory));
+  MT_TRY(mt_hf_freeze(&s->h.config, &s->params, o->freeze.item, o->freeze.count));
+  MT_TRY(mt_model_plan(&s->h.config, &s->params, recipe, be, &m, &memory));
   print_plan(&memory);
-done:
-  mt_params_free(&params);
+  return MT_OK;
+}
+
+static mt_err plan(struct survey *s) {
+  const struct mt_recipe *recipe;
+  struct mt_backend be = {0};
+  struct mt_device_options device = s->o->device;
+  device.plan_only = true;
+  mt_err err = mt_device_open(&device, &recipe, &be);
+  if (!err) err = plan_on(&be, recipe, s);
+  mt_backend_destroy(&be);
   return err;
 }
 
-mt_err mt_inspect_run(const struct mt_inspect_options *o) {
-  struct mt_session s;
-  struct mt_params params;
-  struct mt_device_options device = o->device;
-  device.plan_only = true;
-  MT_TRY(mt_session_open(&s, o->model, &device, NULL));
-  mt_err err = mt_params_build(&s.checkpoint.config, &params);
-  if (!err) {
-    print_config(&s.checkpoint);
-    printf("tokenizer       %d ids, chat template %s\n", mt_tokenizer_vocab(s.tokenizer),
-           mt_template_name(s.chat));
-    print_parameters(&s.checkpoint.config, &params);
-    if (o->tensors) print_tensors(&s.checkpoint);
-    if (o->train) err = plan(&s, o);
+/* Norms where they are asked for, or where reading the experts takes no more than a moment. */
+static mt_err norms(struct survey *s) {
+  int64_t elements = 0;
+  for (int i = 0; i < s->params.count; i++) {
+    if (s->params.row[i].sync == MT_SYNC_EXPERT) elements += mt_param_count(&s->params.row[i]);
   }
-  mt_params_free(&params);
-  mt_session_close(&s);
+  if (s->o->norms || elements <= AUTO_NORMS_WEIGHTS) {
+    return mt_inspect_norms(&s->h, &s->params, s->o->norms);
+  }
+  printf("\nexpert norms: %.1f billion weights would have to be read; --norms does\n",
+         (double)elements / 1e9);
+  return MT_OK;
+}
+
+static mt_err report(struct survey *s) {
+  print_config(s);
+  print_tokenizer(s);
+  print_compatible(s);
+  if (s->config) {
+    MT_TRY(mt_params_build(&s->h.config, &s->params));
+    print_parameters(&s->h.config, &s->params);
+  }
+  if (s->shards) {
+    mt_inspect_shards(&s->h);
+    MT_TRY(mt_inspect_tensors(&s->h, s->o->tensors));
+  }
+  if (s->fits) MT_TRY(norms(s));
+  if (s->o->train && s->config) MT_TRY(plan(s));
+  if (s->reasons) return mt_fail(MT_EUNSUPPORTED, "not compatible: %s", s->reason[0]);
+  return MT_OK;
+}
+
+mt_err mt_inspect_run(const struct mt_inspect_options *o) {
+  struct survey s = {.o = o};
+  if (o->data) return mt_inspect_data(o);
+  mt_err err = mt_hf_open_config(o->model, &s.h);
+  s.config = !err;
+  if (err && !mt_path_is_dir(o->model)) return err;
+  if (err) against(&s);
+  look_at_weights(&s);
+  look_at_tokenizer(&s);
+  err = report(&s);
+  mt_params_free(&s.params);
+  mt_tokenizer_free(s.tokenizer);
+  mt_hf_close(&s.h);
   return err;
 }

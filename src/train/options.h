@@ -20,6 +20,12 @@ struct mt_device_options {
   bool plan_only;          /* no GPU is opened: the backend plans memory and runs nothing */
 };
 
+/* Whether and where tokenised data is kept for the next time. */
+struct mt_cache_options {
+  bool use;
+  const char *dir; /* NULL: the user's cache directory (mt_dataset_cache_dir) */
+};
+
 struct mt_string_list {
   const char *const *item;
   int count;
@@ -68,7 +74,8 @@ struct mt_train_options {
   bool train_on_prompt;                 /* loss on every token, not the answer's alone */
   bool skip_bad_lines;                  /* count malformed lines instead of stopping */
   const char *chat_template;            /* name of a known template; NULL: the checkpoint's */
-  uint64_t max_shard_bytes;             /* of exported weights */
+  struct mt_cache_options cache;
+  uint64_t max_shard_bytes; /* of exported weights */
 };
 
 /* `moetune eval`: mean cross-entropy, perplexity and accuracy of a file's targets. */
@@ -78,6 +85,7 @@ struct mt_eval_options {
   struct mt_device_options device;
   bool train_on_prompt, skip_bad_lines;
   const char *chat_template;
+  struct mt_cache_options cache;
   bool json;               /* one JSON object on stdout instead of lines */
   const char *ids;         /* "1,2,3": run these instead of a file's samples */
   const char *dump_logits; /* with ids: write "logits" F32 [T,V] to this safetensors file */
@@ -99,11 +107,19 @@ struct mt_generate_options {
   bool stream; /* print as tokens come */
 };
 
-/* `moetune inspect`. The memory plan is printed when `train` is set; the fields after it are the
- * flags of `moetune train` that decide it. */
+/* `moetune inspect`. With data, that file as training with `model`'s tokenizer would see it; else
+ * the checkpoint. The memory plan is printed when `train` is set; the fields after it are the flags
+ * of `moetune train` that decide it, and what is seen of data. */
 struct mt_inspect_options {
-  const char *model;
+  const char *path; /* what the command line names, from which cli/ fills in model or data */
+  const char *model, *data;
   bool tensors; /* list every tensor */
+  bool norms;   /* read all experts' weights, however many there are */
+  int samples;  /* of data, to show */
+  int color;    /* enum mt_color */
+  bool train_on_prompt, skip_bad_lines;
+  const char *chat_template; /* NULL: the checkpoint's */
+  struct mt_cache_options cache;
   bool train;
   int batch_size, max_seq_length;
   struct mt_device_options device;

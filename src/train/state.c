@@ -6,6 +6,9 @@
 #include <stdlib.h>
 #include <unistd.h>
 
+#include "base/log.h"
+#include "train/checksums.h"
+
 enum { STATE_VERSION = 1, STAGE_BYTES = 8 << 20, STATE_LIMIT = 1 << 20 };
 
 static const char tensors_name[] = "moetune-state.safetensors";
@@ -115,6 +118,7 @@ mt_err mt_state_save(struct mt_session *s, const struct mt_optimizer *o, const s
   MT_GO(save_tensors(s, file));
   MT_GO(mt_path_join(file, txn.temp, facts_name));
   MT_GO(save_facts(o, l, options, file));
+  MT_GO(mt_checksums_write(txn.temp));
   MT_GO(mt_dir_commit(&txn));
 done:
   mt_dir_abort(&txn);
@@ -171,6 +175,13 @@ mt_err mt_state_find(const struct mt_train_options *options, char path[MT_PATH_M
   char name[64];
   snprintf(name, sizeof name, "checkpoint-%lld", (long long)newest);
   return mt_path_join(path, options->out, name);
+}
+
+mt_err mt_state_verify(const char *path) {
+  bool listed;
+  MT_TRY(mt_checksums_verify(path, &listed));
+  if (!listed) mt_info("%s was made without checksums: it goes unchecked", path);
+  return MT_OK;
 }
 
 static mt_err load_tensors(const char *path, struct mt_session *s) {

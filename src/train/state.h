@@ -5,7 +5,8 @@
 
 #include "train/session.h"
 
-/* Writes OUT/checkpoint-STEP, which appears whole. path (=) its name. */
+/* Writes OUT/checkpoint-STEP, which appears whole, with the checksums of its files. path (=) its
+ * name. */
 mt_err mt_state_save(struct mt_session *s, const struct mt_optimizer *o, const struct mt_loader *l,
                      const struct mt_train_options *options, char path[MT_PATH_MAX]);
 
@@ -16,6 +17,10 @@ mt_err mt_state_retain(const char *out, int64_t step, int keep);
 /* The checkpoint to resume from: `resume` itself, or the newest under out when it is "".
  * MT_ENOENT when there is none. */
 mt_err mt_state_find(const struct mt_train_options *options, char path[MT_PATH_MAX]);
+
+/* Compares a checkpoint's files with their checksums; one of an earlier version, which has none, is
+ * let through with a note. Errors: MT_EFORMAT naming the damaged file. */
+mt_err mt_state_verify(const char *path);
 
 /* Step, data position, masters and moments from a checkpoint written by mt_state_save. Errors:
  * MT_EFORMAT; MT_EINVAL naming an option that differs and would change the run. */

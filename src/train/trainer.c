@@ -6,6 +6,7 @@
 
 #include "base/log.h"
 #include "train/commands.h"
+#include "train/data.h"
 #include "train/facts.h"
 #include "train/health.h"
 #include "train/metrics.h"
@@ -55,20 +56,9 @@ static mt_err open_data(struct run *r, const char *path, struct mt_dataset **out
                                  .max_seq_length = r->o->max_seq_length,
                                  .eos_id = r->s.checkpoint.config.eos_id,
                                  .train_on_prompt = r->o->train_on_prompt,
-                                 .skip_bad_lines = r->o->skip_bad_lines};
-  return mt_dataset_open(r->s.tokenizer, &o, out);
-}
-
-static void describe_data(const char *what, const char *path, const struct mt_dataset *d) {
-  struct mt_dataset_stats s = mt_dataset_stats(d);
-  mt_info("%-8s %s: %lld samples, %lld tokens, %lld of them targets; longest %lld", what, path,
-          (long long)s.samples, (long long)s.tokens, (long long)s.targets, (long long)s.longest);
-  if (s.truncated) mt_info("         %lld samples cut at max-seq-length", (long long)s.truncated);
-  if (s.dropped) mt_info("         %lld samples without a target left out", (long long)s.dropped);
-  if (s.bad_lines) {
-    mt_warn("%s: %lld malformed lines skipped, the first is line %lld", path,
-            (long long)s.bad_lines, (long long)s.first_bad_line);
-  }
+                                 .skip_bad_lines = r->o->skip_bad_lines,
+                                 .threads = r->o->device.threads};
+  return mt_data_open(r->s.tokenizer, &o, &r->o->cache, out);
 }
 
 static struct mt_loader_options loader_options(const struct run *r, bool training) {
@@ -83,12 +73,12 @@ static struct mt_loader_options loader_options(const struct run *r, bool trainin
 
 static mt_err open_loaders(struct run *r) {
   struct mt_loader_options o = loader_options(r, true);
-  MT_TRY(mt_dataset_wait(r->data));
-  describe_data("data", r->o->data, r->data);
+  MT_TRY(mt_data_wait(r->data, r->o->data));
+  mt_data_describe("data", r->o->data, r->data);
   MT_TRY(mt_loader_create(&r->loader, r->data, &o));
   if (!r->eval_data) return MT_OK;
-  MT_TRY(mt_dataset_wait(r->eval_data));
-  describe_data("held out", r->o->eval_data, r->eval_data);
+  MT_TRY(mt_data_wait(r->eval_data, r->o->eval_data));
+  mt_data_describe("held out", r->o->eval_data, r->eval_data);
   o = loader_options(r, false);
   return mt_loader_create(&r->eval_loader, r->eval_data, &o);
 }
@@ -351,7 +341,10 @@ static mt_err open_records(struct run *r, bool resume) {
 static mt_err train(struct run *r) {
   const struct mt_train_options *o = r->o;
   char from[MT_PATH_MAX] = "";
-  if (o->resume) MT_TRY(mt_state_find(o, from));
+  if (o->resume) {
+    MT_TRY(mt_state_find(o, from));
+    MT_TRY(mt_state_verify(from));
+  }
   MT_TRY(mt_dir_create(o->out));
   MT_TRY(mt_session_open(&r->s, *from ? from : o->model, &o->device, o->chat_template));
   MT_TRY(open_data(r, o->data, &r->data)); /* tokenised while the weights are read */

@@ -443,6 +443,44 @@ static void held_out_data_decides(void **state) {
   OK(mt_dir_remove(dir));
 }
 
+static void flip_byte(const char *dir, const char *name, size_t at) {
+  char path[MT_PATH_MAX], *data;
+  size_t size;
+  OK(mt_path_join(path, dir, name));
+  OK(mt_file_read(path, 1 << 30, &data, &size));
+  data[at < size ? at : size - 1] ^= 0x01;
+  temp_file(dir, name, data, size);
+  free(data);
+}
+
+static void a_damaged_checkpoint_is_named(void **state) {
+  (void)state;
+  static const char *const names[] = {"model.safetensors", "moetune-state.safetensors",
+                                      "moetune-state.json", "tokenizer.json", "config.json"};
+  char dir[MT_PATH_MAX], model[MT_PATH_MAX], data[MT_PATH_MAX], a[MT_PATH_MAX], middle[MT_PATH_MAX],
+      list[MT_PATH_MAX];
+  temp_dir(dir);
+  make_run(dir, model, data);
+  OK(mt_path_join(a, dir, "a"));
+  OK(mt_path_join(middle, a, "checkpoint-5"));
+  OK(mt_path_join(list, middle, "moetune-checksums.json"));
+  struct mt_train_options o = train_options(model, data, a);
+  o.save_every = 5;
+  OK(mt_train_run(&o));
+  o.resume = middle;
+  for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+    flip_byte(middle, names[i], SIZE_MAX); /* in the last tensor, or behind the last brace */
+    FAILS(mt_train_run(&o), MT_EFORMAT, names[i]);
+    if (!strstr(mt_error_message(), "damaged")) fail_msg("%s", mt_error_message());
+    flip_byte(middle, names[i], SIZE_MAX);
+  }
+  OK(mt_train_run(&o));
+  /* One of an earlier version has no list. */
+  assert_int_equal(unlink(list), 0);
+  OK(mt_train_run(&o));
+  OK(mt_dir_remove(dir));
+}
+
 static void refusals(void **state) {
   (void)state;
   char dir[MT_PATH_MAX], model[MT_PATH_MAX], data[MT_PATH_MAX];
@@ -483,6 +521,7 @@ int main(void) {
       cmocka_unit_test(progress_line),
       cmocka_unit_test(a_run_repeats_and_resumes_bit_for_bit),
       cmocka_unit_test(held_out_data_decides),
+      cmocka_unit_test(a_damaged_checkpoint_is_named),
       cmocka_unit_test(refusals),
   };
   return cmocka_run_group_tests(tests, NULL, NULL);

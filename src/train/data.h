@@ -1,0 +1,20 @@
+/* Data sets as commands open them: with the cache that was asked for, and with word of how far they
+ * are. */
+#ifndef MT_TRAIN_DATA_H
+#define MT_TRAIN_DATA_H
+
+#include "data/dataset.h"
+#include "train/options.h"
+
+/* As mt_dataset_open, but for o->cache_dir, which `cache` decides. */
+mt_err mt_data_open(const struct mt_tokenizer *tokenizer, struct mt_dataset_options *o,
+                    const struct mt_cache_options *cache, struct mt_dataset **out);
+
+/* As mt_dataset_wait. What takes longer than a moment is shown on standard error: on a terminal a
+ * line that stays in place, else one now and then. */
+mt_err mt_data_wait(struct mt_dataset *d, const char *path);
+
+/* Says what the file held and how its tokens came to be. */
+void mt_data_describe(const char *what, const char *path, const struct mt_dataset *d);
+
+#endif

@@ -1,0 +1,22 @@
+/* The parts of `moetune inspect`. */
+#ifndef MT_TRAIN_INSPECT_H
+#define MT_TRAIN_INSPECT_H
+
+#include "hf/checkpoint.h"
+#include "train/options.h"
+
+/* Tables of a checkpoint's files. */
+void mt_inspect_shards(const struct mt_hf_checkpoint *h);
+/* all: every tensor; else one line for those that differ in the numbers of their names alone. */
+mt_err mt_inspect_tensors(const struct mt_hf_checkpoint *h, bool all);
+/* Reads all experts' weights. each: a number for every expert whatever their count. */
+mt_err mt_inspect_norms(const struct mt_hf_checkpoint *h, const struct mt_params *params,
+                        bool each);
+
+/* What training on a data file would see. */
+mt_err mt_inspect_data(const struct mt_inspect_options *o);
+
+/* Text that came from a file, on standard output, made harmless (terminal.h). */
+void mt_inspect_text(const char *text);
+
+#endif
