@@ -1,36 +1,12 @@
 /* The experts' products joined with SwiGLU beside the two operations that each stands for: median
  * ms of CUDA events, TFLOP/s of the product; random normal data, rows shared evenly. experts_joined
  * [repetitions, default 20] */
-#include <stdio.h>
-#include <stdlib.h>
-
-#include "kernels/cuda/device.cuh"
+#include "bench/common.cuh"
 
 extern "C" {
 #include "backend/experts.h"
-#include "kernels/registry.h"
 }
 
-#define OK(call)                                                                                   \
-  do {                                                                                             \
-    if (call) {                                                                                    \
-      printf("%s: %s\n", #call, mt_error_message());                                               \
-      exit(1);                                                                                     \
-    }                                                                                              \
-  } while (0)
-
-__device__ static uint32_t mix(uint32_t x) {
-  x ^= x >> 16, x *= 0x7feb352du, x ^= x >> 15, x *= 0x846ca68bu, x ^= x >> 16;
-  return x;
-}
-__global__ void fill_normal(bf16 *p, size_t n, uint32_t seed, float scale) {
-  size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
-  for (; i < n; i += (size_t)gridDim.x * blockDim.x) {
-    uint32_t a = mix((uint32_t)i * 2 + seed), b = mix(a ^ 0x9e3779b9u ^ (uint32_t)(i >> 31));
-    float u = ((float)(a >> 8) + 1) / 16777217.0f, v = (float)(b >> 8) / 16777216.0f;
-    p[i] = from_float<bf16>(scale * sqrtf(-2 * logf(u)) * cospif(2 * v));
-  }
-}
 __global__ void fill_ones(float *p, size_t n) {
   for (size_t i = threadIdx.x; i < n; i += blockDim.x) p[i] = 1;
 }
@@ -67,11 +43,6 @@ static void run(struct mt_backend *be, const struct calls *c, int way) {
   if (way == DOWN_APART) OK(be->ops.swiglu_bwd(be, &swiglu_bwd));
 }
 
-static int by_size(const void *a, const void *b) {
-  double x = *(const double *)a, y = *(const double *)b;
-  return (x > y) - (x < y);
-}
-
 static double median_ms(struct mt_backend *be, const struct calls *c, int way, int reps) {
   double s[100];
   for (int i = 0; i < reps / 2 + 1; i++) run(be, c, way); /* to the clock that lasts, too */
@@ -81,8 +52,7 @@ static double median_ms(struct mt_backend *be, const struct calls *c, int way, i
     OK(be->stamp(be, 1));
     OK(be->stamp_read(be, 0, 1, &s[i]));
   }
-  qsort(s, (size_t)reps, sizeof *s, by_size);
-  return 1e3 * s[reps / 2];
+  return 1e3 * median(s, reps);
 }
 
 static void one(int64_t rows, int64_t h, int64_t f, int experts, int reps) {
@@ -124,10 +94,7 @@ static void one(int64_t rows, int64_t h, int64_t f, int experts, int reps) {
 
 int main(int argc, char **argv) {
   int reps = argc > 1 ? atoi(argv[1]) : 20;
-  if (reps < 1 || reps > 100) {
-    printf("repetitions: 1 to 100\n");
-    return 1;
-  }
+  if (reps < 1 || reps > 100) die("repetitions", "1 to 100");
   one(4096, 4096, 14336, 8, reps);
   one(16384, 4096, 14336, 8, reps);
   one(32768, 4096, 14336, 8, reps);

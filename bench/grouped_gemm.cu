@@ -1,189 +1,177 @@
-/* Grouped products of one layer's experts: the Hopper kernel, the portable one, and a loop of
- * cuBLASLt products over the experts with row counts that the host knows (no model has that; it is
- * the library's best case). TFLOP/s from the median of CUDA events; random normal data.
- *   grouped_gemm [repetitions, default 20] [only cases whose name contains this] [which, default
- * chpl] which: h Hopper, p portable, l library; c checks Hopper's result against the portable
- * one's. */
-#include <math.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-
-#include "kernels/cuda/device.cuh"
+/* Grouped products of one layer's experts, ways of making them in turns on the same operands:
+ * TFLOP/s from the median of CUDA events; random normal data. The libraries are given the row
+ * counts on the host, which no model has, and what can be prepared is prepared outside of the
+ * clock: their best case.
+ *   grouped_gemm [--loads] [--runs N] [--only PART_OF_A_NAME] [--ways hlsgx] [--no-check]
+ * Cases: mixtral, 8 experts of hidden 4096 and ffn 14336; qwen3, 128 of hidden 2048 and ffn 768; so
+ * many routed rows, shared evenly or by Dirichlet's distribution.
+ * ways: h moetune on Hopper, p moetune's portable kernel, l cuBLASLt in a loop over experts, s the
+ * same over 8 streams, g cublasGemmGroupedBatchedEx, x CUTLASS (where it was built with
+ * -DMOETUNE_CUTLASS_DIR=, see bench/get_cutlass.sh). Each way's result is first compared with h's:
+ * the largest difference over the largest value stands under "off".
+ * --loads prints the rows of each expert in each case instead, for other programs. */
+#include "bench/common.cuh"
+#include "bench/grouped_gemm/contender.h"
 
 extern "C" {
-#include "kernels/registry.h"
+#include "base/rng.h"
 }
 
-#define CHECK(call)                                                                                \
-  do {                                                                                             \
-    cudaError_t e_ = (call);                                                                       \
-    if (e_ != cudaSuccess) die(#call, cudaGetErrorString(e_));                                     \
-  } while (0)
-#define OK(call)                                                                                   \
-  do {                                                                                             \
-    if (call) die(#call, mt_error_message());                                                      \
-  } while (0)
+enum { WAYS_MOST = 8, RUNS_MOST = 100, WARM = 3 };
 
-static void die(const char *what, const char *why) {
-  printf("%s: %s\n", what, why);
-  exit(1);
+static mt_err own_prepare(struct mt_backend *be, const struct test *t, void **state) {
+  *state = mt_cuda_grouped_sm90_takes(be, &t->p) ? be : NULL;
+  return MT_OK;
 }
-
-__device__ static uint32_t mix(uint32_t x) {
-  x ^= x >> 16, x *= 0x7feb352du, x ^= x >> 15, x *= 0x846ca68bu, x ^= x >> 16;
-  return x;
+static mt_err own_run(struct mt_backend *be, const struct test *t, void *) {
+  return mt_cuda_grouped_sm90(be, &t->p);
 }
-template <class T> __global__ void fill_normal(T *p, size_t n, uint32_t seed) {
-  size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
-  for (; i < n; i += (size_t)gridDim.x * blockDim.x) {
-    uint32_t a = mix((uint32_t)i * 2 + seed), b = mix(a ^ 0x9e3779b9u ^ (uint32_t)(i >> 31));
-    float u = ((float)(a >> 8) + 1) / 16777217.0f, v = (float)(b >> 8) / 16777216.0f;
-    p[i] = from_float<T>(sqrtf(-2 * logf(u)) * cospif(2 * v));
-  }
+static mt_err portable_prepare(struct mt_backend *be, const struct test *, void **state) {
+  *state = be;
+  return MT_OK;
 }
-
-/* top[0]: the largest difference, top[1]: the largest value, as bits of non-negative floats. */
-template <class T> __global__ void compare(const T *a, const T *b, size_t n, unsigned *top) {
-  size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
-  float off = 0, most = 0;
-  for (; i < n; i += (size_t)gridDim.x * blockDim.x) {
-    float x = to_float(a[i]), y = to_float(b[i]), d = fabsf(x - y);
-    off = fmaxf(off, isnan(d) ? INFINITY : d);
-    most = fmaxf(most, fabsf(y));
-  }
-  atomicMax(&top[0], __float_as_uint(off));
-  atomicMax(&top[1], __float_as_uint(most));
+static mt_err portable_run(struct mt_backend *be, const struct test *t, void *) {
+  return mt_cuda_grouped_portable(be, &t->p);
 }
-
-enum { GROUPS_MOST = 128, REPS_MOST = 100 };
+static void nothing(void *) {}
+static const struct contender own = {'h', "moetune", own_prepare, own_run, nothing, NULL};
+static const struct contender portable = {
+    'p', "moetune portable", portable_prepare, portable_run, nothing, NULL};
+#ifndef BENCH_WITH_CUTLASS
+extern const struct contender bench_cutlass = {};
+#endif
+static const struct contender *const known[] = {
+    &own, &portable, &bench_lt_loop, &bench_lt_streams, &bench_cublas_grouped, &bench_cutlass};
 
 struct bench {
   struct mt_backend native;
-  int reps;
-  const char *only, *which;
+  int runs;
+  const char *only, *ways;
+  bool check, loads;
+  const struct contender *way[WAYS_MOST];
+  int way_count;
 };
 
-static void *device_memory(size_t bytes) {
-  void *p;
-  CHECK(cudaMalloc(&p, bytes ? bytes : 4));
-  return p;
-}
-
-static void fill(void *p, enum mt_dtype dtype, size_t n, uint32_t seed) {
-  MT_CUDA_BY_FORMAT(dtype, (fill_normal<T><<<1024, 256>>>((T *)p, n, seed)););
-}
-
-static double difference(const void *a, const void *b, enum mt_dtype dtype, size_t n) {
-  unsigned *top = (unsigned *)device_memory(2 * sizeof *top), host[2];
-  CHECK(cudaMemset(top, 0, 2 * sizeof *top));
-  MT_CUDA_BY_FORMAT(dtype, (compare<T><<<1024, 256>>>((const T *)a, (const T *)b, n, top)););
-  CHECK(cudaMemcpy(host, top, sizeof host, cudaMemcpyDeviceToHost));
-  CHECK(cudaFree(top));
-  float off, most;
-  memcpy(&off, &host[0], 4);
-  memcpy(&most, &host[1], 4);
-  return most > 0 ? (double)off / (double)most : (double)off;
-}
-
-enum way { HOPPER, PORTABLE, LIBRARY, WAYS };
-
-struct test {
-  struct mt_cuda_grouped p;
-  int32_t offsets[GROUPS_MOST + 1];
-};
-
-/* What the experts' rows make of the arguments of one dense product. */
-static void library_loop(struct mt_backend *be, const struct test *t) {
-  const struct mt_cuda_grouped *p = &t->p;
-  bool wgrad = p->kind == GROUPED_WGRAD;
-  size_t width = mt_dtype_bytes(p->c_dtype);
-  for (int g = 0; g < p->groups; g++) {
-    int64_t begin = t->offsets[g], rows = t->offsets[g + 1] - begin;
-    int64_t matrix = (p->kind == GROUPED_FWD ? p->n : p->k) * p->ldb;
-    struct mt_cuda_product d = {};
-    d.m = wgrad ? p->m : rows, d.n = p->n, d.k = wgrad ? rows : p->k;
-    d.a = (const bf16 *)p->a + begin * p->lda;
-    d.b = (const bf16 *)p->b + (wgrad ? begin * p->ldb : g * matrix);
-    d.c = (char *)p->c + (size_t)((wgrad ? g * p->m : begin) * p->ldc) * width;
-    d.lda = p->lda, d.ldb = p->ldb, d.ldc = p->ldc;
-    d.a_columns = wgrad, d.b_columns = p->kind == GROUPED_FWD;
-    d.ab = p->ab, d.c_dtype = p->c_dtype, d.beta = p->accumulate ? 1.0f : 0.0f;
-    OK(mt_cuda_gemm(be, &d));
+/* The ways' largest difference from the Hopper kernel, each from the same start, so that what is
+ * not to be written counts too; 0 where that kernel does not take the product. */
+static double off_by(struct bench *b, const struct test *t, void *const *state, size_t count) {
+  size_t bytes = count * mt_dtype_bytes(t->p.c_dtype);
+  double most = 0;
+  if (!mt_cuda_grouped_sm90_takes(&b->native, &t->p)) return 0;
+  void *want = device_memory(bytes);
+  for (int i = -1; i < b->way_count; i++) {
+    if (i >= 0 && !state[i]) continue;
+    fill(t->p.c, t->p.c_dtype, count, 5);
+    CHECK(cudaDeviceSynchronize()); /* the backend's stream does not wait for the default one */
+    OK(i < 0 ? own_run(&b->native, t, NULL) : b->way[i]->run(&b->native, t, state[i]));
+    CHECK(cudaDeviceSynchronize());
+    if (i < 0) CHECK(cudaMemcpy(want, t->p.c, bytes, cudaMemcpyDeviceToDevice));
+    double d = difference(t->p.c, want, t->p.c_dtype, count);
+    if (!(d <= most)) most = d;
   }
+  CHECK(cudaFree(want));
+  return most;
 }
 
-static void run(struct bench *b, const struct test *t, enum way way) {
-  if (way == HOPPER) OK(mt_cuda_grouped_sm90(&b->native, &t->p));
-  if (way == PORTABLE) OK(mt_cuda_grouped_portable(&b->native, &t->p));
-  if (way == LIBRARY) library_loop(&b->native, t);
-}
-
-static int by_size(const void *a, const void *b) {
-  float x = *(const float *)a, y = *(const float *)b;
-  return (x > y) - (x < y);
-}
-
-static double median_ms(struct bench *b, const struct test *t, enum way way) {
+/* Medians in ms [WAYS_MOST] (=). The ways take turns in an order that moves on each time, behind a
+ * run that is not counted: what comes first after a pause is slower, whichever it is. The host
+ * waits once a turn: launches of one hide behind the products of another. */
+static void time_ways(struct bench *b, const struct test *t, void *const *state, double *ms) {
+  static double all[WAYS_MOST][RUNS_MOST];
   cudaStream_t stream = mt_cuda_of(&b->native)->stream;
-  cudaEvent_t begin, end;
-  float ms[REPS_MOST];
-  int reps = way == PORTABLE ? (b->reps + 4) / 5 : b->reps;
-  CHECK(cudaEventCreate(&begin));
-  CHECK(cudaEventCreate(&end));
-  for (int i = 0; i < (reps + 3) / 2; i++) run(b, t, way); /* to the clock that lasts, too */
-  for (int i = 0; i < reps; i++) {
-    CHECK(cudaEventRecord(begin, stream));
-    run(b, t, way);
-    CHECK(cudaEventRecord(end, stream));
-    CHECK(cudaEventSynchronize(end));
-    CHECK(cudaEventElapsedTime(&ms[i], begin, end));
+  cudaEvent_t at[2 * WAYS_MOST];
+  int lead = 0, ways = b->way_count;
+  while (lead < ways - 1 && !state[lead]) lead++;
+  for (int i = 0; i < 2 * ways; i++) CHECK(cudaEventCreate(&at[i]));
+  for (int run = -WARM; run < b->runs; run++) {
+    if (state[lead]) OK(b->way[lead]->run(&b->native, t, state[lead]));
+    for (int turn = 0; turn < ways; turn++) {
+      int i = (run + WARM + turn) % ways;
+      if (!state[i]) continue;
+      CHECK(cudaEventRecord(at[2 * i], stream));
+      OK(b->way[i]->run(&b->native, t, state[i]));
+      CHECK(cudaEventRecord(at[2 * i + 1], stream));
+    }
+    CHECK(cudaStreamSynchronize(stream));
+    for (int i = 0; i < ways && run >= 0; i++) {
+      float one;
+      if (!state[i]) continue;
+      CHECK(cudaEventElapsedTime(&one, at[2 * i], at[2 * i + 1]));
+      all[i][run] = (double)one;
+    }
   }
-  CHECK(cudaEventDestroy(begin));
-  CHECK(cudaEventDestroy(end));
-  qsort(ms, (size_t)reps, sizeof *ms, by_size);
-  return (double)ms[reps / 2];
-}
-
-/* Both kernels from the same start; rows past the last group stay as they are. */
-static double check(struct bench *b, struct test *t, size_t c_count) {
-  size_t bytes = c_count * mt_dtype_bytes(t->p.c_dtype);
-  void *other = device_memory(bytes), *c = t->p.c;
-  fill(c, t->p.c_dtype, c_count, 5);
-  CHECK(cudaMemcpy(other, c, bytes, cudaMemcpyDeviceToDevice));
-  CHECK(cudaDeviceSynchronize()); /* the backend's stream does not wait for the default one */
-  run(b, t, HOPPER);
-  t->p.c = other;
-  run(b, t, PORTABLE);
-  t->p.c = c;
-  CHECK(cudaDeviceSynchronize());
-  double d = difference(c, other, t->p.c_dtype, c_count);
-  CHECK(cudaFree(other));
-  return d;
+  for (int i = 0; i < 2 * ways; i++) CHECK(cudaEventDestroy(at[i]));
+  for (int i = 0; i < ways; i++) ms[i] = state[i] ? median(all[i], b->runs) : 0;
 }
 
 struct size {
   const char *name;
   int64_t rows, h, f;
   int experts;
-  double skew; /* expert i's share falls as (i + 1)^-skew */
+  double alpha; /* shares of the rows drawn from Dirichlet(alpha), 0: even */
 };
 
+/* Marsaglia and Tsang, "A simple method for generating gamma variables" (2000), for shape + 1. */
+static double gamma_of(struct mt_rng *r, double shape) {
+  double d = shape + 1 - 1.0 / 3, c = 1 / sqrt(9 * d);
+  for (;;) {
+    double x = mt_rng_normal(r), v = pow(1 + c * x, 3), u = 1 - mt_rng_uniform(r);
+    if (v <= 0 || log(u) >= 0.5 * x * x + d - d * v + d * log(v)) continue;
+    return d * v * pow(1 - mt_rng_uniform(r), 1 / shape);
+  }
+}
+
 static void share_rows(const struct size *z, int32_t *offsets) {
-  double total = 0, sum = 0;
-  for (int g = 0; g < z->experts; g++) total += pow(g + 1, -z->skew);
+  struct mt_rng rng = mt_rng_make(7, (uint64_t)(z->rows + z->experts + 1000 * z->alpha));
+  double share[GROUPS_MOST], total = 0, sum = 0;
+  for (int g = 0; g < z->experts; g++) {
+    share[g] = z->alpha > 0 ? gamma_of(&rng, z->alpha) : 1;
+    total += share[g];
+  }
   for (int g = 0; g < z->experts; g++) {
     offsets[g] = (int32_t)llround((double)z->rows * sum / total);
-    sum += pow(g + 1, -z->skew);
+    sum += share[g];
   }
   offsets[z->experts] = (int32_t)z->rows;
+}
+
+static void print_loads(const struct size *z) {
+  int32_t offsets[GROUPS_MOST + 1];
+  share_rows(z, offsets);
+  printf("%s;%lld;%lld;", z->name, (long long)z->h, (long long)z->f);
+  for (int g = 0; g < z->experts; g++) printf("%s%d", g ? "," : "", offsets[g + 1] - offsets[g]);
+  printf("\n");
+}
+
+static void time_test(struct bench *b, const struct test *t, const char *name, double tera,
+                      size_t c_count) {
+  void *state[WAYS_MOST];
+  double ms[WAYS_MOST];
+  printf("%-42s", name);
+  fflush(stdout);
+  for (int i = 0; i < b->way_count; i++) OK(b->way[i]->prepare(&b->native, t, &state[i]));
+  CHECK(cudaDeviceSynchronize());
+  printf(" %7.1e", b->check ? off_by(b, t, state, c_count) : 0.0);
+  time_ways(b, t, state, ms);
+  for (int i = 0; i < b->way_count; i++) {
+    const struct contender *w = b->way[i];
+    if (!state[i]) {
+      printf(" | %7s    %4s", "-", "-");
+      continue;
+    }
+    printf(" | %7.3f ms %4.0f", ms[i], tera / ms[i]);
+    if (w->describe) printf(" %s", w->describe(state[i]));
+    w->release(state[i]);
+  }
+  printf("\n");
+  fflush(stdout);
 }
 
 static void one(struct bench *b, const struct size *z, const char *what,
                 enum mt_cuda_grouped_kind kind, int64_t out, int64_t in, enum mt_dtype c_dtype,
                 int accumulate) {
   char name[80];
-  snprintf(name, sizeof name, "%-18s %s", z->name, what);
+  snprintf(name, sizeof name, "%-23s %s", z->name, what);
   if (b->only && !strstr(name, b->only)) return;
   struct test t = {};
   share_rows(z, t.offsets);
@@ -203,17 +191,7 @@ static void one(struct bench *b, const struct size *z, const char *what,
   fill(pb, MT_BF16, bb, 2);
   CHECK(cudaMemcpy(offsets, t.offsets, sizeof t.offsets, cudaMemcpyHostToDevice));
   CHECK(cudaDeviceSynchronize());
-  bool hopper = mt_cuda_grouped_sm90_takes(&b->native, &t.p);
-  double tera = 2e-9 * (double)rows * (double)out * (double)in;
-  printf("%-40s", name);
-  if (hopper && strchr(b->which, 'c')) printf(" %8.1e", check(b, &t, c));
-  for (int way = 0; way < WAYS; way++) {
-    if ((way == HOPPER && !hopper) || !strchr(b->which, "hpl"[way])) continue;
-    double ms = median_ms(b, &t, (enum way)way);
-    printf(" | %7.3f ms %4.0f", ms, tera / ms);
-  }
-  printf("\n");
-  fflush(stdout);
+  time_test(b, &t, name, 2e-9 * (double)rows * (double)out * (double)in, c);
   CHECK(cudaFree(pa));
   CHECK(cudaFree(pb));
   CHECK(cudaFree(t.p.c));
@@ -225,35 +203,69 @@ static void all_of(struct bench *b, const struct size *z) {
   one(b, z, "fwd down", GROUPED_FWD, z->h, z->f, MT_BF16, 0);
   one(b, z, "dgrad gate_up", GROUPED_DGRAD, 2 * z->f, z->h, MT_BF16, 0);
   one(b, z, "dgrad down", GROUPED_DGRAD, z->h, z->f, MT_BF16, 0);
-  one(b, z, "wgrad gate_up", GROUPED_WGRAD, 2 * z->f, z->h, MT_F32, 0);
-  one(b, z, "wgrad down", GROUPED_WGRAD, z->h, z->f, MT_F32, 0);
-  one(b, z, "wgrad gate_up +=", GROUPED_WGRAD, 2 * z->f, z->h, MT_F32, 1);
-  one(b, z, "wgrad down +=", GROUPED_WGRAD, z->h, z->f, MT_F32, 1);
+  one(b, z, "wgrad gate_up bf16", GROUPED_WGRAD, 2 * z->f, z->h, MT_BF16, 0);
   one(b, z, "wgrad down bf16", GROUPED_WGRAD, z->h, z->f, MT_BF16, 0);
+  one(b, z, "wgrad gate_up f32", GROUPED_WGRAD, 2 * z->f, z->h, MT_F32, 0);
+  one(b, z, "wgrad down f32", GROUPED_WGRAD, z->h, z->f, MT_F32, 0);
+  one(b, z, "wgrad down f32 +=", GROUPED_WGRAD, z->h, z->f, MT_F32, 1);
+}
+
+static void parse(struct bench *b, int argc, char **argv) {
+  for (int i = 1; i < argc; i++) {
+    bool value = i + 1 < argc;
+    if (!strcmp(argv[i], "--loads"))
+      b->loads = true;
+    else if (!strcmp(argv[i], "--no-check"))
+      b->check = false;
+    else if (!strcmp(argv[i], "--runs") && value)
+      b->runs = atoi(argv[++i]);
+    else if (!strcmp(argv[i], "--only") && value)
+      b->only = argv[++i];
+    else if (!strcmp(argv[i], "--ways") && value)
+      b->ways = argv[++i];
+    else
+      die(argv[i], "grouped_gemm [--loads] [--runs N] [--only NAME] [--ways hlsgx] [--no-check]");
+  }
+  if (b->runs < 1 || b->runs > RUNS_MOST) die("--runs", "1 to 100");
+  for (size_t i = 0; i < sizeof known / sizeof *known; i++) {
+    if (known[i]->name && strchr(b->ways, known[i]->letter)) b->way[b->way_count++] = known[i];
+  }
 }
 
 int main(int argc, char **argv) {
   static const struct size sizes[] = {
-      {"8x 64 rows", 64, 4096, 14336, 8, 0},
-      {"8x 4096 rows", 4096, 4096, 14336, 8, 0},
-      {"8x 4096 skew", 4096, 4096, 14336, 8, 0.7},
-      {"8x 16384 rows", 16384, 4096, 14336, 8, 0},
-      {"8x 16384 skew", 16384, 4096, 14336, 8, 0.7},
-      {"8x 65536 rows", 65536, 4096, 14336, 8, 0},
-      {"8x 65536 skew", 65536, 4096, 14336, 8, 0.7},
-      {"128x 65536 rows", 65536, 2048, 768, 128, 0},
-      {"128x 65536 skew", 65536, 2048, 768, 128, 0.5},
+      {"mixtral 64 even", 64, 4096, 14336, 8, 0},
+      {"mixtral 4096 even", 4096, 4096, 14336, 8, 0},
+      {"mixtral 4096 Dir(1)", 4096, 4096, 14336, 8, 1},
+      {"mixtral 4096 Dir(0.3)", 4096, 4096, 14336, 8, 0.3},
+      {"mixtral 16384 even", 16384, 4096, 14336, 8, 0},
+      {"mixtral 16384 Dir(1)", 16384, 4096, 14336, 8, 1},
+      {"mixtral 16384 Dir(0.3)", 16384, 4096, 14336, 8, 0.3},
+      {"mixtral 65536 even", 65536, 4096, 14336, 8, 0},
+      {"mixtral 65536 Dir(0.3)", 65536, 4096, 14336, 8, 0.3},
+      {"qwen3 4096 even", 4096, 2048, 768, 128, 0},
+      {"qwen3 4096 Dir(1)", 4096, 2048, 768, 128, 1},
+      {"qwen3 16384 even", 16384, 2048, 768, 128, 0},
+      {"qwen3 16384 Dir(1)", 16384, 2048, 768, 128, 1},
+      {"qwen3 65536 even", 65536, 2048, 768, 128, 0},
+      {"qwen3 65536 Dir(1)", 65536, 2048, 768, 128, 1},
+      {"qwen3 65536 Dir(0.3)", 65536, 2048, 768, 128, 0.3},
   };
   struct bench b = {};
-  b.reps = argc > 1 ? atoi(argv[1]) : 20;
-  b.only = argc > 2 ? argv[2] : NULL;
-  b.which = argc > 3 ? argv[3] : "chpl";
-  if (b.reps < 1 || b.reps > REPS_MOST) die("repetitions", "1 to 100");
+  b.runs = 10;
+  b.ways = "hlsgx";
+  b.check = true;
+  parse(&b, argc, argv);
+  if (b.loads) {
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) print_loads(&sizes[i]);
+    return 0;
+  }
   OK(mt_backend_create(&b.native, "cuda", 1));
   b.native.workspace_size_bytes = MT_CUDA_LT_WORKSPACE_BYTES;
   b.native.workspace = device_memory(MT_CUDA_LT_WORKSPACE_BYTES);
-  printf("%-40s %8s | %-15s | %-15s | %-15s\n", "", "off by", "Hopper  TFLOP/s", "portable",
-         "cuBLASLt loop");
+  printf("%-42s %7s", "", "off");
+  for (int i = 0; i < b.way_count; i++) printf(" | %-15s", b.way[i]->name);
+  printf("\n");
   for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) all_of(&b, &sizes[i]);
   CHECK(cudaFree(b.native.workspace));
   b.native.workspace = NULL;

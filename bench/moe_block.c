@@ -5,8 +5,9 @@
  * between two operations, a zeroing or a read-back, counts to the later one). Counted: 6 k T H F
  * floating-point operations forward and twice that backward, and bytes that each operation must
  * read and write at the least. The norm before the block is outside.
- *   moe_block [--json] [--loop] [--unfused] [--precision RECIPE] [--runs N] [backend]
- *             [TOKENS HIDDEN FFN EXPERTS TOP_K]... */
+ *   moe_block [--json] [--loop] [--unfused] [--precision RECIPE,...] [--runs N] [backend]
+ *             [TOKENS HIDDEN FFN EXPERTS TOP_K]...
+ * Recipes: bf16 (float32 gradients of parameters) and bf16-states (bf16 ones), both unless told. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -297,6 +298,7 @@ static mt_err measure(struct mt_model *m, struct mt_tensor ds, int runs, bool ta
 struct result {
   const struct size *size;
   const char *recipe, *experts, *blocks;
+  enum mt_dtype weights, gradients;
   int runs;
   int least_rows, most_rows; /* of an expert */
   double ms[PHASES];
@@ -304,6 +306,21 @@ struct result {
 
 static double flop_of(const struct size *z, int phase) {
   return (phase == FWD ? 6.0 : 12.0) * z->top_k * z->tokens * (double)z->hidden * z->ffn;
+}
+
+/* What a phase must read and write. Weights and their gradients do not shrink with the tokens. */
+static void print_bytes(const struct result *r, int phase) {
+  const struct size *z = r->size;
+  double bytes = 0, experts = 3.0 * z->experts * (double)z->hidden * z->ffn;
+  for (int i = 0; i < bench.row_count; i++) {
+    if (bench.row[i].phase == phase) bytes += bench.row[i].bytes;
+  }
+  if (bytes <= 0) return;
+  printf("  %.2f GB at the least, of which %.2f weights", bytes * 1e-9,
+         experts * (double)mt_dtype_bytes(r->weights) * 1e-9);
+  if (phase == BWD)
+    printf(" and %.2f their gradients", experts * (double)mt_dtype_bytes(r->gradients) * 1e-9);
+  printf("\n");
 }
 
 static void print_text(const struct result *r) {
@@ -325,15 +342,16 @@ static void print_text(const struct result *r) {
     for (int i = 0; i < bench.row_count; i++) {
       const struct row *w = &bench.row[i];
       if (w->phase != p) continue;
-      printf("  %-12s %-7s %9.3f ms ", w->op, w->part, ms[i]);
+      printf("  %-18s %-7s %9.3f ms ", w->op, w->part, ms[i]);
       if (w->flop > 0)
         printf("%8.1f TFLOP/s", w->flop / ms[i] * 1e-9);
       else
-        printf("%8.1f GB/s   ", w->bytes / ms[i] * 1e-6);
-      printf(" %5.1f%%", 100 * ms[i] / sum);
+        printf("%16s", "");
+      printf(" %7.1f GB/s %5.1f%%", w->bytes / ms[i] * 1e-6, 100 * ms[i] / sum);
       if (w->calls > 1) printf("  %d calls", w->calls);
       printf("\n");
     }
+    print_bytes(r, p);
   }
 }
 
@@ -366,18 +384,18 @@ struct options {
   int runs;
 };
 
-static mt_err one_size(const struct size *z, const struct options *o) {
+static mt_err one_size(const struct size *z, const struct options *o, const char *precision) {
   struct mt_model m = {0};
   struct mt_tensor ds = {0};
   int32_t load[MT_MAX_EXPERTS];
-  bool gpu = strncmp(o->backend, "cuda", 4) == 0;
-  const char *precision = o->precision ? o->precision : gpu ? "bf16" : "fp32";
   const struct mt_recipe *recipe = mt_recipe_find(precision);
   if (!recipe) return mt_fail(MT_EUNSUPPORTED, "no precision '%s'", precision);
   struct result r = {.size = z,
                      .recipe = precision,
                      .experts = o->loop ? "loop" : "grouped",
                      .blocks = o->unfused ? "unfused" : "fused",
+                     .weights = recipe->act,
+                     .gradients = recipe->grad,
                      .runs = o->runs,
                      .least_rows = z->tokens};
   mt_err err;
@@ -407,7 +425,7 @@ done:
 }
 
 static mt_err usage(void) {
-  return mt_fail(MT_EINVAL, "moe_block [--json] [--loop] [--unfused] [--precision RECIPE] "
+  return mt_fail(MT_EINVAL, "moe_block [--json] [--loop] [--unfused] [--precision RECIPE,...] "
                             "[--runs N] [backend] [TOKENS HIDDEN FFN EXPERTS TOP_K]...");
 }
 
@@ -449,12 +467,20 @@ int main(int argc, char **argv) {
                            {16384, 4096, 14336, 8, 2},
                            {8192, 2048, 768, 128, 8}};
   struct options o = {.backend = "cuda", .runs = 20};
+  char recipes[128];
   int count = 4;
   mt_err err;
   MT_GO(parse(argc, argv, &o, sizes, &count));
   MT_GO(mt_backend_create(&bench.be, o.backend, 0));
   wrap_operations();
-  for (int i = 0; i < count; i++) MT_GO(one_size(&sizes[i], &o));
+  bool gpu = strncmp(o.backend, "cuda", 4) == 0;
+  snprintf(recipes, sizeof recipes, "%s",
+           o.precision ? o.precision
+           : gpu       ? "bf16,bf16-states"
+                       : "fp32");
+  for (char *rest, *one = strtok_r(recipes, ",", &rest); one; one = strtok_r(NULL, ",", &rest)) {
+    for (int i = 0; i < count; i++) MT_GO(one_size(&sizes[i], &o, one));
+  }
 done:
   if (err) fprintf(stderr, "moe_block: %s\n", mt_error_message());
   mt_backend_destroy(&bench.be);

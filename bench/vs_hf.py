@@ -45,10 +45,10 @@ HF = {
 }
 RUNGS = {
     "moetune-0": ["--experts", "loop", "--blocks", "unfused"],
-    "moetune-1": ["--experts", "grouped", "--blocks", "unfused"],
+    "moetune-1": ["--experts", "loop", "--blocks", "fused"],
     "moetune-2": ["--experts", "grouped", "--blocks", "fused"],
 }
-BLOCK_RUNGS = {"moetune-0": ["--loop", "--unfused"], "moetune-1": ["--unfused"], "moetune-2": []}
+BLOCK_RUNGS = {"moetune-0": ["--loop", "--unfused"], "moetune-1": ["--loop"], "moetune-2": []}
 CLIPS = {"yes": [True], "no": [False], "both": [True, False]}
 SHAPES = "2048x4096x14336x8x2,8192x4096x14336x8x2,16384x4096x14336x8x2,8192x2048x768x128x8"
 SIZES = ("hidden", "ffn", "layers", "heads", "kv_heads", "experts", "top_k", "vocab")

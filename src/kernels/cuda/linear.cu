@@ -5,7 +5,7 @@
 #include "kernels/cuda/device.cuh"
 
 /* Whether dense bf16 products that the Hopper kernel takes go there as one group (see
- * bench/grouped_gemm.cu). */
+ * bench/dense_gemm.cu: no gain). */
 enum { DENSE_ON_SM90 = 0 };
 
 /* What a choice of algorithm depends on. Compared as bytes: make it with key_of alone. */
