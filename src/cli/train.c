@@ -159,6 +159,7 @@ static const struct mt_option rows[] = {
     MT_ROW_RECOMPUTE(S),
     MT_ROWS_DEVICE(S),
     MT_ROW_OPTIM_STATE(S),
+    MT_ROW_GRAPHS(S),
     {.flag = "ep-size",
      .type = MT_OPT_INT,
      .offset = AT(ep_size),

@@ -62,7 +62,11 @@ static void describe_data(const char *what, const char *path, const struct mt_da
 }
 
 static struct mt_loader_options loader_options(const struct run *r, bool training) {
-  return (struct mt_loader_options){.batch_size = r->o->batch_size,
+  enum mt_experts_strategy experts = (enum mt_experts_strategy)r->o->experts;
+  /* Not by whether graphs are wanted: padding has its part in the bits of a result. */
+  bool few = training && mt_graphs_possible(&r->s.be, experts);
+  return (struct mt_loader_options){.lengths = few ? mt_graph_lengths(r->o->grad_accum) : 0,
+                                    .batch_size = r->o->batch_size,
                                     .micro_batches = training ? r->o->grad_accum : 1,
                                     .max_seq_length = r->o->max_seq_length,
                                     .pad_multiple = r->s.recipe->pad_multiple,
@@ -128,7 +132,7 @@ static mt_err open_optimizer(struct run *r) {
           (long long)r->total_steps, o->batch_size * o->grad_accum,
           (double)r->total_steps / (double)per_epoch, (long long)o->warmup_steps, o->lr);
   MT_TRY(mt_optimizer_create(&r->optimizer, &r->s.model, &oo));
-  return mt_step_queue_create(&r->queue, &r->optimizer);
+  return mt_step_queue_create(&r->queue, &r->optimizer, mt_device_graphs(&o->device));
 }
 
 /* What was asked and what was found, for whoever opens the directory later. */
@@ -237,6 +241,23 @@ static mt_err one_step(struct run *r) {
   return mt_step_full(&r->queue) ? take_step(r) : MT_OK;
 }
 
+/* Where a GPU's memory went, and how the steps were launched. */
+static void describe_device(const struct run *r) {
+  const struct mt_backend *be = &r->s.be;
+  const struct mt_step_queue *q = &r->queue;
+  struct mt_memory m = mt_model_memory(&r->s.model);
+  double planned = (double)(m.parameters + m.gradients + m.optimizer + m.activations);
+  if (mt_graphs_possible(be, r->s.model.options.experts)) {
+    mt_info("graphs   %d, replayed in %lld of %lld steps (%.1f%%)", q->graphs.count,
+            (long long)q->replayed, (long long)q->taken,
+            q->taken ? 100.0 * (double)q->replayed / (double)q->taken : 0.0);
+  }
+  if (!be->memory_used) return;
+  double used = (double)be->memory_used(be);
+  mt_info("memory   %.3f GiB of the GPU in use: %.3f as planned, %.3f beyond", used / (1 << 30),
+          planned / (1 << 30), (used - planned) / (1 << 30));
+}
+
 static mt_err steps(struct run *r) {
   const struct mt_train_options *o = r->o;
   r->begin_s = mt_now_s();
@@ -254,6 +275,7 @@ static mt_err steps(struct run *r) {
   }
   MT_TRY(take_all(r));
   mt_progress_break(&r->progress);
+  describe_device(r);
   return MT_OK;
 }
 

@@ -63,7 +63,7 @@ static void nothing_allocates_after_the_first_step(void **state) {
     mo.blocks = (enum mt_blocks_strategy)(way >> 1);
     small_open(&s, "cpu", way & 1 ? "fp32" : "bf16", &c, mo);
     OK(mt_optimizer_create(&o, &s.m, &oo));
-    OK(mt_step_queue_create(&q, &o));
+    OK(mt_step_queue_create(&q, &o, true));
     struct mt_batch *micro[] = {&b.b};
     long before = 0;
     for (int step = 0; step < 4; step++) {
@@ -165,7 +165,7 @@ static void not_a_number_stops_before_the_update(void **state) {
   struct mt_step_result r;
   small_open(&s, "cpu", "fp32", &c, grouped);
   OK(mt_optimizer_create(&o, &s.m, &oo));
-  OK(mt_step_queue_create(&q, &o));
+  OK(mt_step_queue_create(&q, &o, true));
   small_batch(&b, c.vocab, 1);
   struct mt_batch *micro[] = {&b.b};
   float *w = mt_params_find(&s.m.params, MT_PARAM_DOWN, 1)->master.data;
