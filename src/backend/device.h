@@ -50,8 +50,9 @@ struct mt_backend {
   mt_err (*zero)(struct mt_backend *be, void *p, size_t size_bytes);
   mt_err (*sync)(struct mt_backend *be);
   /* Marks slot [0, MT_STAMPS) at this point of the stream; and the seconds from one marked slot to
-   * a later one, waiting until the stream has passed it. */
+   * a later one, waiting until the stream has passed it. stamp_passed: whether it has. */
   mt_err (*stamp)(struct mt_backend *be, int slot);
+  mt_err (*stamp_passed)(struct mt_backend *be, int slot, bool *passed);
   mt_err (*stamp_wait)(struct mt_backend *be, int slot);
   mt_err (*stamp_read)(struct mt_backend *be, int from, int to, double *seconds);
   /* At this point of the stream: the time since the clock's last call goes to its phase, and the

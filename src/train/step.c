@@ -43,6 +43,12 @@ bool mt_step_full(const struct mt_step_queue *q) {
   return q->count == q->depth;
 }
 
+mt_err mt_step_done(const struct mt_step_queue *q, bool *done) {
+  *done = false;
+  if (q->count == 0) return MT_OK;
+  return q->model->be->stamp_passed(q->model->be, end_stamp(q, &q->slot[q->first]), done);
+}
+
 static struct mt_step_slot *next_slot(struct mt_step_queue *q) {
   return &q->slot[(q->first + q->count) % q->depth];
 }

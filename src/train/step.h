@@ -7,7 +7,7 @@
 #include "train/graphs.h"
 #include "train/optimizer.h"
 
-enum { MT_STEP_DEPTH = 4, MT_STEP_LINES = 32 };
+enum { MT_STEP_DEPTH = 32, MT_STEP_LINES = 32 };
 
 struct mt_step_result {
   int64_t step;         /* number of the update, from 1 */
@@ -48,6 +48,9 @@ void mt_step_queue_destroy(struct mt_step_queue *q);
 
 /* No further step can be launched before one is taken. */
 bool mt_step_full(const struct mt_step_queue *q);
+
+/* Whether the oldest step, if one is under way, can be taken without waiting. */
+mt_err mt_step_done(const struct mt_step_queue *q, bool *done);
 
 /* Where the next step's time begins: before its data is fetched. */
 mt_err mt_step_begin(struct mt_step_queue *q);

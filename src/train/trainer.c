@@ -80,6 +80,8 @@ static mt_err open_loaders(struct run *r) {
   MT_TRY(mt_dataset_wait(r->data));
   describe_data("data", r->o->data, r->data);
   MT_TRY(mt_loader_create(&r->loader, r->data, &o));
+  for (int i = 0; i < r->loader.length_count; i++)
+    mt_log(MT_LOG_DEBUG, "rows of up to %d tokens are padded to that", r->loader.length[i]);
   if (!r->eval_data) return MT_OK;
   MT_TRY(mt_dataset_wait(r->eval_data));
   describe_data("held out", r->o->eval_data, r->eval_data);
@@ -233,12 +235,24 @@ static mt_err take_all(struct run *r) {
   return MT_OK;
 }
 
-/* Launches a step, and takes the oldest once as many are under way as may be. */
+/* Launches a step and takes what is done. Waits every log_every steps alone, or once as many are
+ * under way as may be, and then for all but the last few, so that a GPU has work meanwhile. */
 static mt_err one_step(struct run *r) {
-  MT_TRY(mt_step_begin(&r->queue));
+  enum { STAY = 2 };
+  struct mt_step_queue *q = &r->queue;
+  bool done;
+  MT_TRY(mt_step_begin(q));
   MT_TRY(mt_loader_next(&r->loader));
-  MT_TRY(mt_step_launch(&r->queue, r->loader.list, r->o->grad_accum));
-  return mt_step_full(&r->queue) ? take_step(r) : MT_OK;
+  MT_TRY(mt_step_launch(q, r->loader.list, r->o->grad_accum));
+  if (r->optimizer.step % r->o->log_every == 0 || mt_step_full(q)) {
+    int stay = q->depth > STAY ? STAY : q->depth - 1;
+    while (q->count > stay) MT_TRY(take_step(r));
+  }
+  for (;;) {
+    MT_TRY(mt_step_done(q, &done));
+    if (!done) return MT_OK;
+    MT_TRY(take_step(r));
+  }
 }
 
 /* Where a GPU's memory went, and how the steps were launched. */
