@@ -178,8 +178,8 @@ static const struct mt_option rows[] = {
      .initial = "10",
      .min = 1,
      .max = 1e12,
-     .help = "Steps between lines where standard error is no terminal; a terminal shows a "
-             "progress bar."},
+     .help = "Steps between lines where standard error is no terminal (a terminal shows a "
+             "progress bar), and between the points where the run waits for a GPU."},
     {.flag = "eval-every",
      .type = MT_OPT_INT64,
      .offset = AT(eval_every),
