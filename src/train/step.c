@@ -49,6 +49,12 @@ mt_err mt_step_done(const struct mt_step_queue *q, bool *done) {
   return q->model->be->stamp_passed(q->model->be, end_stamp(q, &q->slot[q->first]), done);
 }
 
+mt_err mt_step_wait(const struct mt_step_queue *q, int stay) {
+  if (q->count <= stay) return MT_OK;
+  const struct mt_step_slot *s = &q->slot[(q->first + q->count - stay - 1) % q->depth];
+  return q->model->be->stamp_wait(q->model->be, end_stamp(q, s));
+}
+
 static struct mt_step_slot *next_slot(struct mt_step_queue *q) {
   return &q->slot[(q->first + q->count) % q->depth];
 }

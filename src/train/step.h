@@ -52,6 +52,9 @@ bool mt_step_full(const struct mt_step_queue *q);
 /* Whether the oldest step, if one is under way, can be taken without waiting. */
 mt_err mt_step_done(const struct mt_step_queue *q, bool *done);
 
+/* Waits once, until at most `stay` steps are not done. */
+mt_err mt_step_wait(const struct mt_step_queue *q, int stay);
+
 /* Where the next step's time begins: before its data is fetched. */
 mt_err mt_step_begin(struct mt_step_queue *q);
 

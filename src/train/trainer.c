@@ -245,8 +245,7 @@ static mt_err one_step(struct run *r) {
   MT_TRY(mt_loader_next(&r->loader));
   MT_TRY(mt_step_launch(q, r->loader.list, r->o->grad_accum));
   if (r->optimizer.step % r->o->log_every == 0 || mt_step_full(q)) {
-    int stay = q->depth > STAY ? STAY : q->depth - 1;
-    while (q->count > stay) MT_TRY(take_step(r));
+    MT_TRY(mt_step_wait(q, q->depth > STAY ? STAY : q->depth - 1));
   }
   for (;;) {
     MT_TRY(mt_step_done(q, &done));

@@ -41,16 +41,17 @@ static inline void ragged_batch(struct small_batch *s, int vocab, int lengths, u
 }
 
 static inline uint64_t bits_of(struct small_model *s) {
-  uint64_t bits = 0xcbf29ce484222325u; /* FNV-1a */
+  uint64_t bits = 0xcbf29ce484222325u; /* FNV-1a, by words */
   for (int i = 0; i < s->m.params.count; i++) {
     const struct mt_param *p = &s->m.params.row[i];
     const struct mt_tensor *forms[] = {&p->compute, &p->master, &p->m, &p->v, &p->grad};
     for (int f = 0; f < 5; f++) {
       size_t bytes = forms[f]->data ? mt_bytes(forms[f]) : 0;
-      unsigned char *raw = malloc(bytes + 1);
+      size_t words = (bytes + 7) / 8;
+      uint64_t *raw = calloc(words + 1, sizeof *raw);
       assert_non_null(raw);
       OK(s->be.download(&s->be, raw, forms[f]->data, bytes));
-      for (size_t k = 0; k < bytes; k++) bits = (bits ^ raw[k]) * 0x100000001b3u;
+      for (size_t k = 0; k < words; k++) bits = (bits ^ raw[k]) * 0x100000001b3u;
       free(raw);
     }
   }
