@@ -67,6 +67,19 @@ struct course_options {
   void (*prepare)(struct mt_backend *be); /* or NULL */
 };
 
+static inline struct mt_optimizer_options course_adam(void) {
+  return (struct mt_optimizer_options){.lr = 0.02,
+                                       .beta1 = 0.9,
+                                       .beta2 = 0.95,
+                                       .eps = 1e-8,
+                                       .weight_decay = 0.1,
+                                       .clip = 0.5,
+                                       .schedule = MT_SCHEDULE_LINEAR,
+                                       .warmup_steps = 3,
+                                       .total_steps = 2 * COURSE_STEPS,
+                                       .seed = 17};
+}
+
 /* `from` > 0: the model is handed over as `s` and goes on at that step. */
 static inline void run_course(struct small_model *s, const struct course_options *o, int from,
                               int to, struct course *out) {
@@ -74,16 +87,7 @@ static inline void run_course(struct small_model *s, const struct course_options
   struct mt_step_queue q;
   struct small_batch b[COURSE_MICRO];
   struct mt_batch *micro[COURSE_MICRO];
-  struct mt_optimizer_options oo = {.lr = 0.02,
-                                    .beta1 = 0.9,
-                                    .beta2 = 0.95,
-                                    .eps = 1e-8,
-                                    .weight_decay = 0.1,
-                                    .clip = 0.5,
-                                    .schedule = MT_SCHEDULE_LINEAR,
-                                    .warmup_steps = 3,
-                                    .total_steps = 2 * COURSE_STEPS,
-                                    .seed = 17};
+  struct mt_optimizer_options oo = course_adam();
   if (o->prepare) o->prepare(&s->be);
   OK(mt_optimizer_create(&opt, &s->m, &oo));
   OK(mt_step_queue_create(&q, &opt, o->graphs));

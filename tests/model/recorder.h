@@ -37,8 +37,9 @@ struct recorded_graph {
 static struct {
   struct mt_backend inner; /* as it was */
   struct recorded_graph *open;
-  int refuse; /* graphs that fail to come about from here on */
-  int waits;  /* calls that make a host wait, or copy, while `watched` */
+  int refuse;    /* graphs that fail to come about from here on */
+  int last_wait; /* the stamp that was waited for */
+  int waits;     /* calls that make a host wait, or copy, while `watched` */
   bool watched;
   int outside_calls; /* operations and zeros that ran as they were called */
 } recorder;
@@ -121,6 +122,7 @@ static inline mt_err noted_stamp(struct mt_backend *be, int slot) {
 }
 static inline mt_err noted_stamp_wait(struct mt_backend *be, int slot) {
   host_call(true);
+  recorder.last_wait = slot;
   return recorder.inner.stamp_wait(be, slot);
 }
 static inline mt_err noted_stamp_read(struct mt_backend *be, int from, int to, double *seconds) {

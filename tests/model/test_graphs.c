@@ -130,6 +130,53 @@ static void the_host_does_not_wait(void **state) {
   }
 }
 
+/* Many steps under way give what they give one by one, and one wait serves for several. */
+static void one_wait_for_many_steps(void **state) {
+  (void)state;
+  enum { AHEAD = 8, STAY = 2 };
+  struct course_options o = plain(MT_EXPERTS_GROUPED);
+  struct course want = train(&o);
+  struct mt_optimizer_options oo = course_adam();
+  struct mt_optimizer opt;
+  struct mt_step_queue q;
+  struct small_model s;
+  struct mt_step_result r;
+  bool done;
+  int taken = 0;
+  small_open(&s, "cpu", o.recipe, &o.config, o.model);
+  recorder_prepare(&s.be);
+  s.be.steps_ahead = AHEAD;
+  OK(mt_optimizer_create(&opt, &s.m, &oo));
+  OK(mt_step_queue_create(&q, &opt, true));
+  OK(mt_step_done(&q, &done));
+  assert_false(done);
+  OK(mt_step_wait(&q, 0)); /* nothing to wait for */
+  for (int step = 0; step < COURSE_STEPS; step++) {
+    struct small_batch b;
+    struct mt_batch *micro[] = {&b.b};
+    ragged_batch(&b, s.m.config.vocab, o.lengths, (uint64_t)(step * (COURSE_MICRO + 1)));
+    OK(mt_step_begin(&q));
+    OK(mt_step_launch(&q, micro, 1));
+    if (!mt_step_full(&q) && step + 1 < COURSE_STEPS) continue;
+    int stay = step + 1 < COURSE_STEPS ? STAY : 0;
+    recorder.waits = 0;
+    recorder.watched = true;
+    OK(mt_step_wait(&q, stay));
+    recorder.watched = false;
+    assert_int_equal(recorder.waits, 1);
+    assert_int_equal(recorder.last_wait, 2 * ((step - stay) % AHEAD) + 1); /* ends that step */
+    for (; q.count > stay; taken++) {
+      OK(mt_step_take(&q, &r));
+      assert_int_equal(r.step, taken + 1);
+      assert_true(r.loss == want.loss[taken] && r.grad_norm == want.norm[taken]);
+    }
+  }
+  assert_int_equal(taken, COURSE_STEPS);
+  mt_step_queue_destroy(&q);
+  mt_optimizer_destroy(&opt);
+  small_close(&s);
+}
+
 int main(void) {
   const struct CMUnitTest tests[] = {
       cmocka_unit_test(replayed_steps_are_launched_ones),
@@ -137,6 +184,7 @@ int main(void) {
       cmocka_unit_test(few_graphs_are_made),
       cmocka_unit_test(nobody_is_left_out),
       cmocka_unit_test(the_host_does_not_wait),
+      cmocka_unit_test(one_wait_for_many_steps),
   };
   return cmocka_run_group_tests(tests, NULL, NULL);
 }
