@@ -160,14 +160,13 @@ static void memory_bound(double copy) {
   BEST(s, be.ops.sumsq(
               &be, &(struct mt_sumsq_args){.tensors = &seg.grad, .tensor_count = 1, .out = &sum}));
   report("sumsq", s, 4.0 * (double)n, 0, copy);
+  const struct mt_adamw_values third = mt_adamw_at(1e-4, 0.9, 0.999, 0.01, 3, 0);
   struct mt_adamw_args adamw = {.segments = &seg,
                                 .segment_count = 1,
-                                .lr = 1e-4,
                                 .beta1 = 0.9,
                                 .beta2 = 0.999,
                                 .eps = 1e-8,
-                                .weight_decay = 0.01,
-                                .step = 3};
+                                .values = &third};
   BEST(s, be.ops.adamw(&be, &adamw));
   report("adamw", s, 28.0 * (double)n, 0, copy);
   struct mt_tensor gate_up = mat(T * K, 2 * F), h = mat(T * K, F);
@@ -201,10 +200,11 @@ static void compute_bound(double copy) {
   BEST(s, be.ops.attention_bwd(&be, &b));
   report("attention_bwd", s, 0, 5 * half, copy);
   for (int t = 0; t < T; t++) labels[t] = t * 3 % V;
+  const float scale = 1e-3f;
   struct mt_head_loss_args head = {.x = mat(T, H),
                                    .w = mat(V, H),
                                    .labels = labels,
-                                   .loss_scale = 1e-3f,
+                                   .loss_scale = &scale,
                                    .loss = mt_vec(random_floats(T), MT_F32, T),
                                    .dx = mat(T, H),
                                    .dw = mat(V, H)};

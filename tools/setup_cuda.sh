@@ -15,7 +15,7 @@ echo "set-up: no nvcc; fetching NVIDIA's compiler and cuBLAS $version from PyPI 
 python3 -m venv .cache/cuda/venv
 .cache/cuda/venv/bin/pip install --quiet "nvidia-cuda-nvcc==$version.*" "nvidia-cuda-crt==$version.*" \
   "nvidia-nvvm==$version.*" "nvidia-cuda-runtime==$version.*" "nvidia-cublas==$version.*" \
-  "nvidia-cuda-cccl==$version.*"
+  "nvidia-cuda-cccl==$version.*" "nvidia-nvtx==$version.*"
 found=$(find "$PWD/.cache/cuda/venv/lib" -type d -path '*/nvidia/cu13' | head -n 1)
 [ -n "$found" ] || { echo "set-up: NVIDIA's packages lack nvidia/cu13" >&2; exit 1; }
 # The names under which a linker and CMake look for what the packages hold.

@@ -42,10 +42,29 @@ static mt_err host_sync(struct mt_backend *be) {
   return MT_OK;
 }
 
-static mt_err host_stamp(struct mt_backend *be, int slot) {
+static struct timespec host_now(void) {
   struct timespec t;
   clock_gettime(CLOCK_MONOTONIC, &t);
+  return t;
+}
+
+static mt_err host_stamp(struct mt_backend *be, int slot) {
+  struct timespec t = host_now();
   be->host_stamp_s[slot] = (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+  return MT_OK;
+}
+
+static mt_err host_clock_enter(struct mt_backend *be, struct mt_clock *clock, int phase,
+                               bool restart) {
+  struct timespec t = host_now();
+  uint64_t now = (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+  (void)be;
+  if (restart)
+    *clock = (struct mt_clock){.phase = -1};
+  else if (clock->phase >= 0)
+    clock->phase_ns[clock->phase] += now - clock->last_ns;
+  clock->last_ns = now;
+  clock->phase = phase;
   return MT_OK;
 }
 
@@ -57,6 +76,13 @@ static mt_err host_stamp_read(struct mt_backend *be, int from, int to, double *s
 static mt_err host_stamp_wait(struct mt_backend *be, int slot) {
   (void)be;
   (void)slot;
+  return MT_OK;
+}
+
+static mt_err host_stamp_passed(struct mt_backend *be, int slot, bool *passed) {
+  (void)be;
+  (void)slot;
+  *passed = true;
   return MT_OK;
 }
 
@@ -80,7 +106,9 @@ void mt_backend_use_host_memory(struct mt_backend *be) {
   be->sync = host_sync;
   be->stamp = host_stamp;
   be->stamp_read = host_stamp_read;
+  be->stamp_passed = host_stamp_passed;
   be->stamp_wait = host_stamp_wait;
+  be->clock_enter = host_clock_enter;
   be->download_later = host_copy;
   be->host_alloc = host_calloc;
   be->host_free = host_release;

@@ -7,7 +7,8 @@
 enum { MT_IGNORE = -100 }; /* label of a position that is no target */
 
 struct mt_batch {
-  int token_count;     /* T: filled length, padded to the recipe's multiple */
+  int token_count;     /* T: filled length, padded to the recipe's multiple or to a length
+                          that the loader uses again */
   int valid_count;     /* tokens that are real; the rest is padding at the end */
   int sequence_count;  /* packed samples */
   int target_count;    /* labels that are not MT_IGNORE */

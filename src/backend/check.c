@@ -227,6 +227,7 @@ mt_err mt_check_aux_loss(const struct mt_aux_loss_args *a) {
   V1(grad, REQUIRED, a->aux_prob.dtype, a->aux_prob.dim[0]);
   PTR(aux_count);
   PTR(valid_count);
+  PTR(coef);
   return MT_OK;
 }
 
@@ -359,6 +360,7 @@ mt_err mt_check_head_loss(const struct mt_head_loss_args *a) {
   int64_t t = a->x.dim[0], h = a->x.dim[1], v = a->w.dim[0];
   enum mt_dtype stat = stat_of(&a->x);
   PTR(labels);
+  if (a->dx.data || a->dw.data) PTR(loss_scale);
   M2(x, REQUIRED, MT_DTYPE_COUNT, t, h);
   M2(w, REQUIRED, a->x.dtype, v, h);
   V1(loss, REQUIRED, stat, t);
@@ -369,7 +371,8 @@ mt_err mt_check_head_loss(const struct mt_head_loss_args *a) {
 
 mt_err mt_check_tally(const struct mt_tally_args *a) {
   const char *op = "tally";
-  if (!a->correct || !a->sums || (a->load_count > 0 && (!a->load || !a->load_sums))) {
+  if (!a->correct || !a->aux_weight || !a->sums ||
+      (a->load_count > 0 && (!a->load || !a->load_sums))) {
     return mt_fail(MT_EINVAL, "%s: an array is missing", op);
   }
   if (a->loss.rank != 1 || mt_count(&a->aux) != 1 || a->aux.dtype != a->loss.dtype) {
@@ -392,7 +395,7 @@ mt_err mt_check_sumsq(const struct mt_sumsq_args *a) {
 
 mt_err mt_check_adamw(const struct mt_adamw_args *a) {
   const char *op = "adamw";
-  if (a->step < 1) return mt_fail(MT_EINVAL, "%s: step %lld", op, (long long)a->step);
+  PTR(values);
   for (int i = 0; i < a->segment_count; i++) {
     const struct mt_adamw_segment *s = &a->segments[i];
     int64_t n = s->master.dim[0];

@@ -17,6 +17,14 @@ struct mt_limits {
 /* Marks on the backend's clock that exist at a time. */
 enum { MT_STAMPS = 4096 };
 
+/* Time by phases, counted on the device. */
+enum { MT_CLOCK_PHASES = 14 };
+struct mt_clock {
+  uint64_t last_ns; /* when the phase that runs was entered */
+  int64_t phase;    /* which that is, or -1 */
+  uint64_t phase_ns[MT_CLOCK_PHASES];
+};
+
 struct mt_backend {
   const char *name;     /* "ref", "cpu", "cuda", "cuda-portable" */
   char description[96]; /* the device in words, or "" */
@@ -42,10 +50,27 @@ struct mt_backend {
   mt_err (*zero)(struct mt_backend *be, void *p, size_t size_bytes);
   mt_err (*sync)(struct mt_backend *be);
   /* Marks slot [0, MT_STAMPS) at this point of the stream; and the seconds from one marked slot to
-   * a later one, waiting until the stream has passed it. */
+   * a later one, waiting until the stream has passed it. stamp_passed: whether it has. */
   mt_err (*stamp)(struct mt_backend *be, int slot);
+  mt_err (*stamp_passed)(struct mt_backend *be, int slot, bool *passed);
   mt_err (*stamp_wait)(struct mt_backend *be, int slot);
   mt_err (*stamp_read)(struct mt_backend *be, int from, int to, double *seconds);
+  /* At this point of the stream: the time since the clock's last call goes to its phase, and the
+   * given one begins (-1: none). restart: all phases begin at 0. *clock is the backend's memory. */
+  mt_err (*clock_enter)(struct mt_backend *be, struct mt_clock *clock, int phase, bool restart);
+  /* Graphs, or NULL where a backend has none: what is launched between begin and end is kept in
+   * *graph instead of run, and runs at each replay, on the same memory. In between, no upload,
+   * download, sync or stamp. end with graph NULL gives up what was begun, whatever state it is in.
+   * Errors: MT_EDEVICE; then nothing is kept, and what comes next is launched as usual. */
+  mt_err (*graph_begin)(struct mt_backend *be);
+  mt_err (*graph_end)(struct mt_backend *be, void **graph);
+  mt_err (*graph_replay)(struct mt_backend *be, void *graph);
+  void (*graph_free)(struct mt_backend *be, void *graph);
+  /* Names what the host launches from here on, for a profiler; NULL ends the innermost name. NULL
+   * where no profiler would see it. */
+  void (*range)(const char *name);
+  /* Bytes of the device in use, by other processes too; NULL where the memory is the host's. */
+  size_t (*memory_used)(const struct mt_backend *be);
   /* Steps that may be under way at a time: 1 where operations are done when they return. */
   int steps_ahead;
   double host_stamp_s[MT_STAMPS]; /* of backends on the host */

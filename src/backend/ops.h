@@ -3,7 +3,9 @@
  * Conventions, for all of them:
  * - Every pointer and tensor is memory of the backend. Row counts that depend on the data
  *   (offsets, valid_count, cu_seqlens) are device data: an implementation must not make the host
- *   wait for them.
+ *   wait for them. So are the numbers that change from step to step (mt_step_values): what an
+ *   operation launches depends on its arguments' shapes, pointers and constants alone, and may be
+ *   launched again by itself (device.h, graphs).
  * - "act" marks tensors in the activation format (F32 or BF16; F64 on ref), "stat" tensors in F32
  *   (F64 on ref when act is F64), "grad" parameter gradients in F32 (F64 likewise) or, where act is
  *   BF16, in BF16: then each call's sum is made in float32 and rounded once (head_loss: once a
@@ -20,6 +22,8 @@
  * D head dimension. */
 #ifndef MT_BACKEND_OPS_H
 #define MT_BACKEND_OPS_H
+
+#include <math.h>
 
 #include "backend/tensor.h"
 #include "base/error.h"
@@ -219,7 +223,7 @@ struct mt_aux_loss_args {
   const int32_t *aux_count;
   const int32_t *valid_count;
   int layer_count;
-  float coef;
+  const float *coef;     /* [1] */
   struct mt_tensor loss; /* stat [1] (=), without coef */
   struct mt_tensor grad; /* stat [E] (=) */
 };
@@ -351,14 +355,15 @@ struct mt_experts_down_dgrad_args {
 /* Head and cross entropy, in chunks of rows: the logits never exist as a whole. Rows whose label is
  * < 0 take no part: their loss is 0, their dx 0. */
 struct mt_head_loss_args {
-  struct mt_tensor x;    /* act [T,H] */
-  struct mt_tensor w;    /* act [V,H] */
-  const int32_t *labels; /* [T]: target of position t, -100 = ignored */
-  float loss_scale;      /* dloss of each row: 1 / targets of the global batch */
-  struct mt_tensor loss; /* stat [T] (=): -log p[label], unscaled */
-  int32_t *correct;      /* [T] (=): 1 where the label has the largest logit, or NULL */
-  struct mt_tensor dx;   /* act [T,H] (=), or NULL: no backward */
-  struct mt_tensor dw;   /* grad [V,H] (acc), or NULL */
+  struct mt_tensor x;      /* act [T,H] */
+  struct mt_tensor w;      /* act [V,H] */
+  const int32_t *labels;   /* [T]: target of position t, -100 = ignored */
+  const float *loss_scale; /* [1] dloss of each row: 1 / targets of the global
+                              batch; NULL: no backward */
+  struct mt_tensor loss;   /* stat [T] (=): -log p[label], unscaled */
+  int32_t *correct;        /* [T] (=): 1 where the label has the largest logit, or NULL */
+  struct mt_tensor dx;     /* act [T,H] (=), or NULL: no backward */
+  struct mt_tensor dw;     /* grad [V,H] (acc), or NULL */
   int accumulate;
 };
 
@@ -366,13 +371,13 @@ struct mt_head_loss_args {
  * by one: sums[0] = sum of loss in float64, sums[1] = how many are correct, sums[2] = aux_weight
  * times aux; load_sums[i] = load[i]. In an order that does not depend on the number of threads. */
 struct mt_tally_args {
-  struct mt_tensor loss;  /* stat [T] */
-  const int32_t *correct; /* [T] */
-  struct mt_tensor aux;   /* stat [1] */
-  double aux_weight;
-  double *sums;        /* [3] (acc) */
-  const int32_t *load; /* [load_count] */
-  int32_t *load_sums;  /* [load_count] (acc) */
+  struct mt_tensor loss;    /* stat [T] */
+  const int32_t *correct;   /* [T] */
+  struct mt_tensor aux;     /* stat [1] */
+  const double *aux_weight; /* [1] */
+  double *sums;             /* [3] (acc) */
+  const int32_t *load;      /* [load_count] */
+  int32_t *load_sums;       /* [load_count] (acc) */
   int64_t load_count;
   int accumulate;
 };
@@ -394,9 +399,18 @@ struct mt_adamw_segment {
   uint32_t tensor;          /* its number among the model's parameters, for BF16 */
 };
 
+/* What changes of AdamW from step to step, worked out on the host in float64 (mt_adamw_at). */
+struct mt_adamw_values {
+  double step_size; /* lr / (1 - b1^step) */
+  double root_c2;   /* 1 / sqrt(1 - b2^step) */
+  double keep;      /* 1 - lr * weight decay: of segments that decay */
+  int64_t step;     /* from 1 */
+  uint64_t seed;    /* of the rounding of BF16 */
+};
+
 /* AdamW (Loshchilov & Hutter 2019), decoupled decay, as torch.optim.AdamW orders it:
- * w *= 1 - lr*wd; m = b1 m + (1-b1) g; v = b2 v + (1-b2) g^2;
- * w -= lr/(1-b1^step) * m / (sqrt(v)/sqrt(1-b2^step) + eps).
+ * w *= keep; m = b1 m + (1-b1) g; v = b2 v + (1-b2) g^2;
+ * w -= step_size * m / (sqrt(v) * root_c2 + eps).
  * g is first scaled by clip/(norm + 1e-6) where norm = sqrt(*grad_sumsq) is larger (torch's
  * clip_grad_norm_); clip <= 0 or grad_sumsq NULL: no scaling. Nothing is changed where *grad_sumsq
  * is not finite: the host, which learns of it later, finds the weights as they were.
@@ -406,12 +420,29 @@ struct mt_adamw_segment {
 struct mt_adamw_args {
   const struct mt_adamw_segment *segments; /* host array */
   int segment_count;
-  double lr, beta1, beta2, eps, weight_decay;
-  int64_t step; /* from 1 */
+  double beta1, beta2, eps;
+  const struct mt_adamw_values *values; /* [1] device */
   double clip;
   const double *grad_sumsq; /* [1] device */
-  uint64_t seed;            /* of the rounding of BF16 */
 };
+
+/* Every number that changes from one pass over the model to the next and is no shape: one struct on
+ * the device, so that what was launched once can be launched again as it is. */
+struct mt_step_values {
+  double aux_weight; /* tally's */
+  float loss_scale;  /* head_loss's */
+  float aux_coef;    /* aux_loss's: the coefficient times the weight */
+  struct mt_adamw_values adamw;
+};
+
+static inline struct mt_adamw_values mt_adamw_at(double lr, double beta1, double beta2,
+                                                 double weight_decay, int64_t step, uint64_t seed) {
+  return (struct mt_adamw_values){.step_size = lr / (1 - pow(beta1, (double)step)),
+                                  .root_c2 = 1 / sqrt(1 - pow(beta2, (double)step)),
+                                  .keep = 1 - lr * weight_decay,
+                                  .step = step,
+                                  .seed = seed};
+}
 
 struct mt_ops {
 #define X(op) mt_err (*op)(struct mt_backend * be, const struct mt_##op##_args *a);

@@ -49,6 +49,7 @@ static const struct mt_option rows[] = {
      .help = "Length of every sample."},
     MT_ROWS_DEVICE(S),
     MT_ROW_OPTIM_STATE(S),
+    MT_ROW_GRAPHS(S),
     MT_ROW_EXPERTS(S, .initial = "grouped"),
     MT_ROW_BLOCKS(S, .initial = "fused"),
     {.flag = "ops",

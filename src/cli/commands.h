@@ -50,6 +50,14 @@ extern const struct mt_command mt_command_train, mt_command_eval, mt_command_gen
             "alone: moments and gradients in bf16 and no master weights, 8 bytes a parameter "     \
             "instead of 18; what is kept is rounded at random, so that small updates count.",      \
   }
+#define MT_ROW_GRAPHS(S)                                                                           \
+  {                                                                                                \
+    .flag = "graphs", .type = MT_OPT_NAME, .offset = offsetof(S, device.graphs), .unit = "WHEN",   \
+    .choices = "auto|off", .initial = "auto",                                                      \
+    .help = "CUDA graphs. auto: with grouped experts on a GPU, the launches of a step are kept "   \
+            "and repeated as a whole, which gives the same bits; off: they are made anew each "    \
+            "time, for a profiler's view of single operations.",                                   \
+  }
 #define MT_ROW_BATCH_SIZE(S, value)                                                                \
   {                                                                                                \
     .flag = "batch-size", .type = MT_OPT_INT, .offset = offsetof(S, batch_size),                   \

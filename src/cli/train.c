@@ -167,6 +167,7 @@ static const struct mt_option rows[] = {
     MT_ROW_RECOMPUTE(S),
     MT_ROWS_DEVICE(S),
     MT_ROW_OPTIM_STATE(S),
+    MT_ROW_GRAPHS(S),
     {.flag = "ep-size",
      .type = MT_OPT_INT,
      .offset = AT(ep_size),
@@ -185,8 +186,8 @@ static const struct mt_option rows[] = {
      .initial = "10",
      .min = 1,
      .max = 1e12,
-     .help = "Steps between lines where standard error is no terminal; a terminal shows a "
-             "progress bar."},
+     .help = "Steps between lines where standard error is no terminal (a terminal shows a "
+             "progress bar), and between the points where the run waits for a GPU."},
     {.flag = "eval-every",
      .type = MT_OPT_INT64,
      .offset = AT(eval_every),

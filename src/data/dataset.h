@@ -76,15 +76,17 @@ int mt_dataset_whole(const struct mt_dataset *d, int64_t i);
 mt_err mt_batch_create(struct mt_batch *b, int token_capacity, int sequence_capacity);
 void mt_batch_destroy(struct mt_batch *b);
 /* Empties b, then packs: labels shifted, positions from 0 in each sample, a sample's first token no
- * target. Errors: MT_ESHAPE when there is no room. finish pads to the multiple. */
+ * target. Errors: MT_ESHAPE when there is no room. */
 void mt_batch_begin(struct mt_batch *b);
 mt_err mt_batch_add(struct mt_batch *b, const struct mt_sample *s);
+/* To the next multiple within the capacity. */
 void mt_batch_finish(struct mt_batch *b, int pad_multiple);
 
 struct mt_loader_options {
   int batch_size;    /* samples a micro-batch */
   int micro_batches; /* a step (gradient accumulation) */
   int max_seq_length, pad_multiple;
+  int lengths; /* padded lengths of a row are to be at most so many; 0: any */
   uint64_t seed;
   int rank, world; /* data-parallel: this rank takes every world-th sample */
   bool shuffle;    /* anew each epoch, by (seed, epoch) alone */
@@ -95,8 +97,15 @@ struct mt_position {
   int64_t epoch, index;
 };
 
+enum { MT_LENGTHS = 16 };
+
+/* The padded lengths are chosen when the loader is made, by the data and the options alone: those
+ * that add the fewest padding tokens to the first thousands of rows. A row longer than all of them,
+ * which is rare, is padded to the multiple. */
 struct mt_loader {
   struct mt_loader_options options;
+  int length[MT_LENGTHS]; /* ascending */
+  int length_count;
   const struct mt_dataset *data;
   struct mt_position next;
   uint32_t *order; /* of the epoch `order_epoch` */
@@ -105,7 +114,8 @@ struct mt_loader {
   struct mt_batch **list;
 };
 
-/* Errors: MT_ENOMEM; MT_EINVAL for counts below 1 or when there are fewer samples than ranks. */
+/* Errors: MT_ENOMEM; MT_EINVAL for counts out of range or when there are fewer samples than ranks.
+ */
 mt_err mt_loader_create(struct mt_loader *l, const struct mt_dataset *d,
                         const struct mt_loader_options *options);
 void mt_loader_destroy(struct mt_loader *l);

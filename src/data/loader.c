@@ -1,5 +1,6 @@
 /* Packing samples into rows, and the order in which they come. */
 #include <limits.h>
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -69,11 +70,109 @@ int mt_loader_token_capacity(const struct mt_loader_options *o) {
   return tokens > INT_MAX ? -1 : (int)tokens;
 }
 
+/* Samples of an epoch that are this rank's: a world's last incomplete round is left out, so that
+ * all ranks have the same number. */
+static int64_t share(const struct mt_loader *l) {
+  return mt_dataset_stats(l->data).samples / l->options.world;
+}
+
+static struct mt_sample take(struct mt_loader *l) {
+  uint32_t n = (uint32_t)mt_dataset_stats(l->data).samples;
+  if (l->next.index >= share(l)) l->next = (struct mt_position){l->next.epoch + 1, 0};
+  if (l->order_epoch != l->next.epoch) {
+    for (uint32_t i = 0; i < n; i++) l->order[i] = i;
+    struct mt_rng rng = mt_rng_make(l->options.seed, 0x64617461u + (uint64_t)l->next.epoch);
+    if (l->options.shuffle) mt_rng_shuffle(&rng, l->order, n);
+    l->order_epoch = l->next.epoch;
+  }
+  int64_t i = l->next.index++ * l->options.world + l->options.rank;
+  return mt_dataset_sample(l->data, l->order[i]);
+}
+
+static void finish(const struct mt_loader *l, struct mt_batch *b) {
+  int multiple = l->options.pad_multiple;
+  for (int i = 0; i < l->length_count; i++) {
+    if (b->valid_count <= l->length[i]) {
+      multiple = l->length[i];
+      break;
+    }
+  }
+  mt_batch_finish(b, multiple);
+}
+
+/* Valid tokens of the rows to come from the beginning on, as they will be packed. */
+static void row_lengths(struct mt_loader *l, int *rows, int count) {
+  for (int i = 0; i < count; i++) {
+    rows[i] = 0;
+    for (int k = 0; k < l->options.batch_size; k++) rows[i] += take(l).count;
+  }
+  l->next = (struct mt_position){0};
+}
+
+static int ascending(const void *a, const void *b) {
+  return *(const int *)a - *(const int *)b;
+}
+
+/* The few of n ascending candidates, the last among them, that cost the least when each row is
+ * padded to the next of them. rows[i]: how many rows are rounded up to candidate[i]. best[k][j]:
+ * the cost of all rows up to j with k + 1 lengths of which j is the largest. */
+static mt_err best_lengths(struct mt_loader *l, const int *candidate, const int *rows, int n) {
+  int most = l->options.lengths < n ? l->options.lengths : n;
+  size_t cells = (size_t)most * (size_t)n;
+  double *best = calloc(cells, sizeof *best), *sum = calloc((size_t)n + 1, sizeof *sum);
+  int *from = calloc(cells, sizeof *from), *count = calloc((size_t)n + 1, sizeof *count);
+  mt_err err = best && sum && from && count ? MT_OK : mt_fail(MT_ENOMEM, "lengths of rows");
+  for (int i = 0; !err && i < n; i++) {
+    count[i + 1] = count[i] + rows[i];
+    sum[i + 1] = sum[i] + (double)rows[i] * candidate[i];
+  }
+  for (int k = 0; !err && k < most; k++) {
+    for (int j = 0; j < n; j++) {
+      double *cell = &best[k * n + j];
+      *cell = k ? INFINITY : (double)count[j + 1] * candidate[j] - sum[j + 1];
+      for (int i = k - 1; k && i < j; i++) {
+        double cost = best[(k - 1) * n + i] + (double)(count[j + 1] - count[i + 1]) * candidate[j] -
+                      (sum[j + 1] - sum[i + 1]);
+        if (cost < *cell) *cell = cost, from[k * n + j] = i;
+      }
+    }
+  }
+  l->length_count = err ? 0 : most;
+  for (int k = most - 1, j = n - 1; !err && k >= 0; j = from[k * n + j], k--) {
+    l->length[k] = candidate[j];
+  }
+  free(best), free(sum), free(from), free(count);
+  return err;
+}
+
+static mt_err choose_lengths(struct mt_loader *l) {
+  enum { ROWS = 4096, CANDIDATES = 1024, STEP = 16 };
+  int capacity = l->batch[0].token_capacity, pad = l->options.pad_multiple;
+  /* Few enough to compare all, and the recipe's multiple. */
+  int step = capacity / CANDIDATES > STEP ? capacity / CANDIDATES : STEP;
+  step = (step + pad - 1) / pad * pad;
+  int *row = calloc(3 * ROWS, sizeof *row), *candidate = row + ROWS, *rows = candidate + ROWS,
+      n = 0;
+  if (!row) return mt_fail(MT_ENOMEM, "lengths of rows");
+  row_lengths(l, row, ROWS);
+  qsort(row, ROWS, sizeof *row, ascending);
+  for (int i = 0; i < ROWS; i++) {
+    int length = (row[i] + step - 1) / step * step;
+    if (length > capacity) length = capacity;
+    if (n == 0 || candidate[n - 1] != length) candidate[n++] = length;
+    rows[n - 1]++;
+  }
+  mt_err err = best_lengths(l, candidate, rows, n);
+  free(row);
+  return err;
+}
+
 mt_err mt_loader_create(struct mt_loader *l, const struct mt_dataset *d,
                         const struct mt_loader_options *options) {
   *l = (struct mt_loader){.options = *options, .data = d, .order_epoch = -1};
   if (options->batch_size < 1 || options->micro_batches < 1 || options->max_seq_length < 1 ||
-      options->pad_multiple < 1 || options->rank < 0 || options->rank >= options->world) {
+      options->pad_multiple < 1 || options->lengths < 0 || options->lengths > MT_LENGTHS ||
+      options->rank < 0 || options->rank >= options->world) {
     return mt_fail(MT_EINVAL, "batch size %d, %d micro-batches, %d tokens padded to %d, rank %d/%d",
                    options->batch_size, options->micro_batches, options->max_seq_length,
                    options->pad_multiple, options->rank, options->world);
@@ -101,7 +200,7 @@ mt_err mt_loader_create(struct mt_loader *l, const struct mt_dataset *d,
     MT_GO(mt_batch_create(&l->batch[i], capacity, options->batch_size));
     l->list[i] = &l->batch[i];
   }
-  err = MT_OK;
+  err = options->lengths ? choose_lengths(l) : MT_OK;
 done:
   if (err) mt_loader_destroy(l);
   return err;
@@ -115,25 +214,6 @@ void mt_loader_destroy(struct mt_loader *l) {
   *l = (struct mt_loader){0};
 }
 
-/* Samples of an epoch that are this rank's: a world's last incomplete round is left out, so that
- * all ranks have the same number. */
-static int64_t share(const struct mt_loader *l) {
-  return mt_dataset_stats(l->data).samples / l->options.world;
-}
-
-static struct mt_sample take(struct mt_loader *l) {
-  uint32_t n = (uint32_t)mt_dataset_stats(l->data).samples;
-  if (l->next.index >= share(l)) l->next = (struct mt_position){l->next.epoch + 1, 0};
-  if (l->order_epoch != l->next.epoch) {
-    for (uint32_t i = 0; i < n; i++) l->order[i] = i;
-    struct mt_rng rng = mt_rng_make(l->options.seed, 0x64617461u + (uint64_t)l->next.epoch);
-    if (l->options.shuffle) mt_rng_shuffle(&rng, l->order, n);
-    l->order_epoch = l->next.epoch;
-  }
-  int64_t i = l->next.index++ * l->options.world + l->options.rank;
-  return mt_dataset_sample(l->data, l->order[i]);
-}
-
 mt_err mt_loader_next(struct mt_loader *l) {
   for (int m = 0; m < l->options.micro_batches; m++) {
     mt_batch_begin(&l->batch[m]);
@@ -141,7 +221,7 @@ mt_err mt_loader_next(struct mt_loader *l) {
       struct mt_sample s = take(l);
       MT_TRY(mt_batch_add(&l->batch[m], &s));
     }
-    mt_batch_finish(&l->batch[m], l->options.pad_multiple);
+    finish(l, &l->batch[m]);
   }
   return MT_OK;
 }
@@ -153,7 +233,7 @@ mt_err mt_loader_next_once(struct mt_loader *l, struct mt_batch **out) {
     struct mt_sample s = take(l);
     MT_TRY(mt_batch_add(*out, &s));
   }
-  mt_batch_finish(*out, l->options.pad_multiple);
+  finish(l, *out);
   return (*out)->sequence_count > 0 ? MT_OK : MT_EEND;
 }
 

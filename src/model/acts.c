@@ -1,6 +1,7 @@
 #include "model/acts.h"
 
 #include <stdlib.h>
+#include <string.h>
 
 struct mt_limits mt_acts_limits(const struct mt_config *c, const struct mt_recipe *recipe,
                                 int64_t token_capacity, enum mt_room room) {
@@ -90,22 +91,32 @@ static mt_err layer_layout(struct mt_acts *a, int layer, const struct mt_config 
   return MT_OK;
 }
 
+/* The block of a batch, see mt_acts: the bytes before ids, and all of them for so many tokens. */
+static size_t block_head_bytes(const struct mt_acts *a) {
+  size_t ints = 1 + (size_t)a->options.sequence_capacity + 1;
+  return (sizeof(struct mt_step_values) + ints * sizeof(int32_t) + 15) / 16 * 16;
+}
+static size_t block_bytes(const struct mt_acts *a, int64_t tokens) {
+  return block_head_bytes(a) + 3 * (size_t)tokens * sizeof(int32_t);
+}
+
 static mt_err batch_layout(struct mt_acts *a, const struct mt_config *c,
                            const struct mt_recipe *recipe, struct mt_arena *arena) {
   int64_t t = a->options.token_capacity, e = c->experts;
   enum mt_dtype stat = recipe->stat;
-  MT_TRY(take_ints(arena, &a->ids, t));
-  MT_TRY(take_ints(arena, &a->positions, t));
-  MT_TRY(take_ints(arena, &a->labels, t));
-  MT_TRY(take_ints(arena, &a->cu_seqlens, a->options.sequence_capacity + 1));
-  MT_TRY(take_ints(arena, &a->valid_count, 1));
+  void *block, *report;
+  size_t bytes = block_bytes(a, t), loads = (size_t)(c->layers * e) * sizeof(int32_t);
+  a->host_block = calloc(1, bytes);
+  if (!a->host_block) return mt_fail(MT_ENOMEM, "a batch of %lld tokens", (long long)t);
+  a->host_values = a->host_block;
+  MT_TRY(mt_arena_alloc(arena, bytes, &block));
+  a->values = block;
+  MT_TRY(mt_arena_alloc(arena, sizeof *a->report + loads, &report));
+  a->report = report;
+  a->load_sums = report ? (int32_t *)(a->report + 1) : NULL;
   MT_TRY(take(arena, &a->cos, mt_mat(NULL, stat, t, c->head_dim / 2)));
   MT_TRY(take(arena, &a->sin, mt_mat(NULL, stat, t, c->head_dim / 2)));
-  struct mt_tensor sums;
-  MT_TRY(take(arena, &sums, mt_vec(NULL, MT_F64, 3)));
-  a->sums = sums.data;
   MT_TRY(take_ints(arena, &a->loads, c->layers * e));
-  MT_TRY(take_ints(arena, &a->load_sums, c->layers * e));
   MT_TRY(take(arena, &a->aux_prob, mt_vec(NULL, stat, e)));
   MT_TRY(take(arena, &a->aux_loss, mt_vec(NULL, stat, 1)));
   MT_TRY(take(arena, &a->aux_grad, mt_vec(NULL, stat, e)));
@@ -194,6 +205,7 @@ void mt_acts_enter(const struct mt_acts *a, struct mt_backend *be, enum mt_room 
 
 void mt_acts_free(struct mt_acts *a) {
   free(a->layer);
+  free(a->host_block);
   *a = (struct mt_acts){0};
 }
 
@@ -205,12 +217,21 @@ mt_err mt_acts_load(struct mt_acts *a, struct mt_backend *be, const struct mt_ba
                    batch->token_count, batch->sequence_count, (long long)a->options.token_capacity,
                    (long long)a->options.sequence_capacity);
   }
-  size_t bytes = (size_t)batch->token_count * sizeof(int32_t);
-  MT_TRY(be->upload(be, a->ids, batch->ids, bytes));
-  MT_TRY(be->upload(be, a->positions, batch->positions, bytes));
-  MT_TRY(be->upload(be, a->labels, batch->labels, bytes));
-  MT_TRY(be->upload(be, a->cu_seqlens, batch->cu_seqlens,
-                    (size_t)(batch->sequence_count + 1) * sizeof(int32_t)));
-  int32_t valid = batch->valid_count;
-  return be->upload(be, a->valid_count, &valid, sizeof valid);
+  int64_t t = batch->token_count;
+  size_t bytes = (size_t)t * sizeof(int32_t), head = block_head_bytes(a);
+  int32_t *ints = (int32_t *)(a->host_values + 1);
+  *ints++ = batch->valid_count;
+  for (int64_t s = 0; s <= a->options.sequence_capacity; s++) {
+    *ints++ = batch->cu_seqlens[s < batch->sequence_count ? s : batch->sequence_count];
+  }
+  char *rows = (char *)a->host_block + head;
+  memcpy(rows, batch->ids, bytes);
+  memcpy(rows + bytes, batch->positions, bytes);
+  memcpy(rows + 2 * bytes, batch->labels, bytes);
+  a->valid_count = (int32_t *)(a->values + 1);
+  a->cu_seqlens = a->valid_count + 1;
+  a->ids = (int32_t *)((char *)a->values + head);
+  a->positions = a->ids + t;
+  a->labels = a->positions + t;
+  return be->upload(be, a->values, a->host_block, block_bytes(a, t));
 }

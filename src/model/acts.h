@@ -47,19 +47,29 @@ struct mt_acts_options {
                           probability enters before the down projection */
 };
 
+/* What the host reads of a step, followed on the device by load_sums. */
+struct mt_step_report {
+  double sums[3];        /* tally's */
+  double grad_sumsq;     /* of the host's copy alone: the optimizer's */
+  struct mt_clock clock; /* by enum mt_phase */
+};
+
 struct mt_acts {
   struct mt_acts_options options;
   int layer_count;
   struct mt_layer_acts *layer; /* host array */
-  /* The batch on the device. */
+  /* All that changes from pass to pass, one block of the device that one upload fills from its copy
+   * on the host: values, valid_count, cu_seqlens (as many as there may be sequences), and T each of
+   * ids, positions and labels, whose places depend on T. */
+  void *host_block;
+  struct mt_step_values *values, *host_values;
   int32_t *ids, *positions, *labels, *cu_seqlens, *valid_count;
   struct mt_tensor cos, sin;                     /* stat [T,D/2] */
   struct mt_tensor aux_prob, aux_loss, aux_grad; /* stat [E], [1], [E] */
   int32_t *aux_count;                            /* [E] */
   struct mt_tensor loss;                         /* stat [T] */
   int32_t *correct;                              /* [T] */
-  /* What the host reads of a step: see tally in backend/ops.h. */
-  double *sums;               /* [3] */
+  struct mt_step_report *report;
   int32_t *loads, *load_sums; /* [layers,E] */
   /* Scratch of all rooms. */
   struct mt_tensor branch; /* act [T,H]: output of a block on its way to the residual stream */
@@ -85,7 +95,7 @@ struct mt_limits mt_acts_limits(const struct mt_config *c, const struct mt_recip
                                 int64_t token_capacity, enum mt_room room);
 
 /* Takes everything from the arena (which may be a planning one: then all pointers stay NULL).
- * Errors: MT_ENOMEM. mt_acts_free releases the host array only. */
+ * Errors: MT_ENOMEM. mt_acts_free releases host memory only. */
 mt_err mt_acts_layout(struct mt_acts *a, const struct mt_config *c, const struct mt_recipe *recipe,
                       const struct mt_backend *be, const struct mt_acts_options *options,
                       struct mt_arena *arena);
@@ -94,7 +104,8 @@ void mt_acts_free(struct mt_acts *a);
 /* Gives be the room's workspace. What other rooms hold is lost. */
 void mt_acts_enter(const struct mt_acts *a, struct mt_backend *be, enum mt_room room);
 
-/* Copies a batch to the device. Errors: MT_ESHAPE when it exceeds the capacities. */
+/* Copies a batch and *host_values to the device; slots for further sequences are empty ones.
+ * Errors: MT_ESHAPE when it exceeds the capacities. */
 mt_err mt_acts_load(struct mt_acts *a, struct mt_backend *be, const struct mt_batch *batch);
 
 #endif

@@ -30,15 +30,8 @@ enum mt_phase {
 #undef X
       MT_PHASE_COUNT
 };
+_Static_assert((int)MT_PHASE_COUNT <= (int)MT_CLOCK_PHASES, "the clock has room for all");
 const char *mt_phase_name(enum mt_phase phase);
-
-/* Marks on the backend's clock: what ended at each. The first stamps of the clock are given out in
- * windows of this many, one to a step under way; what comes after a full window is not noted. */
-enum { MT_MARKS = 511, MT_MARKS_WINDOW = 512 };
-struct mt_marks {
-  int first, count;
-  signed char phase[MT_MARKS]; /* -1: nothing, time begins here */
-};
 
 struct mt_model_options {
   enum mt_experts_strategy experts;
@@ -64,11 +57,12 @@ struct mt_model {
   struct mt_acts acts;
   struct mt_exchange exchange;
   struct mt_arena parameters, gradients, optimizer, activations;
-  double *inv_freq;       /* host [D/2] */
-  int32_t *host_route;    /* host [E+1]: counts read back by the loop over experts */
-  void *host_rows;        /* host [T] of 8 bytes: read-backs per token */
-  int lowest_learning;    /* layers below it hold no learning parameter; -1: the embedding learns */
-  struct mt_marks *marks; /* where phases are noted, or NULL */
+  double *inv_freq;    /* host [D/2] */
+  int32_t *host_route; /* host [E+1]: counts read back by the loop over experts */
+  void *host_rows;     /* host [T] of 8 bytes: read-backs per token */
+  int lowest_learning; /* layers below it hold no learning parameter; -1: the embedding learns */
+  bool timed;          /* the time of phases is noted, in acts.report */
+  bool in_range;       /* of a profiler, opened by mt_range */
   /* Called in backward once a parameter's gradient of this micro-batch is complete. */
   void (*grad_ready)(void *context, struct mt_param *param);
   void *grad_ready_context;
@@ -107,9 +101,12 @@ struct mt_loss {
 /* Forward and backward (train: gradients land in params' grad, acc) or forward alone (eval).
  * loss (=) is read back to the host. Errors: MT_ESHAPE when the batch exceeds the capacities. */
 mt_err mt_model_train_pass(struct mt_model *m, const struct mt_pass *pass, struct mt_loss *loss);
-/* The train pass without waiting: its numbers are tallied (acc by pass->accumulate) in acts.sums
- * and acts.load_sums. */
-mt_err mt_model_train_pass_later(struct mt_model *m, const struct mt_pass *pass);
+/* The train pass without waiting, in two parts: what it needs goes to the device; then it runs, and
+ * its numbers are tallied (acc by pass->accumulate) in acts.report and acts.load_sums. With grouped
+ * experts the second part launches the same for equal token_count and accumulate, whatever else the
+ * batch holds. load does not touch host_values.adamw, which it sends along. */
+mt_err mt_model_pass_load(struct mt_model *m, const struct mt_pass *pass);
+mt_err mt_model_pass_launch(struct mt_model *m, const struct mt_pass *pass);
 mt_err mt_model_eval_pass(struct mt_model *m, const struct mt_batch *batch, struct mt_loss *loss);
 
 /* Logits of rows [begin, begin+count) of the tokens of the last eval pass or decoding (a backward
@@ -117,14 +114,14 @@ mt_err mt_model_eval_pass(struct mt_model *m, const struct mt_batch *batch, stru
  * For inspection and tests; copies through the activation scratch, a few rows at a time. */
 mt_err mt_model_logits(struct mt_model *m, int64_t begin, int64_t count, float *out);
 
-/* Phases are noted in marks from here on, where the first begins; first is the caller's, the rest
- * is set. */
-mt_err mt_phase_begin(struct mt_model *m, struct mt_marks *marks);
-/* Ends a phase that began at the last mark, on the backend's clock. */
-mt_err mt_phase_mark(struct mt_model *m, enum mt_phase phase);
-/* Seconds of each phase (+=) between the marks, which are then forgotten; waits for the last. */
-mt_err mt_phase_collect(struct mt_backend *be, struct mt_marks *marks,
-                        double phase_s[MT_PHASE_COUNT]);
+/* From here on the time of phases is counted, from nothing, in acts.report->clock; the first is
+ * `phase`. And the end of it: what runs is counted no longer. */
+mt_err mt_phase_begin(struct mt_model *m, enum mt_phase phase);
+mt_err mt_phase_end(struct mt_model *m);
+/* What is launched from here on belongs to this phase, if time is counted. */
+mt_err mt_phase_enter(struct mt_model *m, enum mt_phase phase);
+/* Names what the host launches from here on, for a profiler of the backend's; NULL: no name. */
+void mt_range(struct mt_model *m, const char *name);
 
 /* Model FLOPs of training one token at sequence length S (docs/math.md, "FLOP count"). */
 double mt_model_flops_per_token(const struct mt_config *c, double sequence_length);

@@ -8,36 +8,37 @@ void mt_grad_ready(struct mt_model *m, struct mt_param *param) {
   if (m->grad_ready && param->learns) m->grad_ready(m->grad_ready_context, param);
 }
 
-mt_err mt_phase_begin(struct mt_model *m, struct mt_marks *marks) {
-  m->marks = marks;
-  marks->count = 1;
-  marks->phase[0] = -1;
-  return m->be->stamp(m->be, marks->first);
+void mt_range(struct mt_model *m, const char *name) {
+  if (!m->be->range) return;
+  if (m->in_range) m->be->range(NULL);
+  m->in_range = name != NULL;
+  if (name) m->be->range(name);
 }
 
-mt_err mt_phase_mark(struct mt_model *m, enum mt_phase phase) {
-  struct mt_marks *k = m->marks;
-  if (!k || k->count == MT_MARKS) return MT_OK;
-  k->phase[k->count] = (signed char)phase;
-  return m->be->stamp(m->be, k->first + k->count++);
+mt_err mt_phase_begin(struct mt_model *m, enum mt_phase phase) {
+  m->timed = true;
+  mt_range(m, mt_phase_name(phase));
+  return m->be->clock_enter(m->be, &m->acts.report->clock, (int)phase, true);
 }
 
-mt_err mt_phase_collect(struct mt_backend *be, struct mt_marks *marks,
-                        double phase_s[MT_PHASE_COUNT]) {
-  for (int i = 1; i < marks->count; i++) {
-    double seconds;
-    if (marks->phase[i] < 0) continue;
-    MT_TRY(be->stamp_read(be, marks->first + i - 1, marks->first + i, &seconds));
-    phase_s[marks->phase[i]] += seconds;
-  }
-  marks->count = 0;
-  return MT_OK;
+mt_err mt_phase_enter(struct mt_model *m, enum mt_phase phase) {
+  if (!m->timed) return MT_OK;
+  mt_range(m, mt_phase_name(phase));
+  return m->be->clock_enter(m->be, &m->acts.report->clock, (int)phase, false);
+}
+
+mt_err mt_phase_end(struct mt_model *m) {
+  if (!m->timed) return MT_OK;
+  m->timed = false;
+  mt_range(m, NULL);
+  return m->be->clock_enter(m->be, &m->acts.report->clock, -1, false);
 }
 
 mt_err mt_stream_open(struct mt_model *m, const struct mt_view *v) {
   struct mt_acts *a = &m->acts;
   struct mt_backend *be = m->be;
   int64_t t = v->tokens;
+  MT_TRY(mt_phase_enter(m, MT_PHASE_EMBED));
   mt_acts_enter(a, be, MT_ROOM_ENDS);
   MT_TRY(be->ops.rope_table(be, &(struct mt_rope_table_args){.positions = a->positions,
                                                              .inv_freq = m->inv_freq,
@@ -48,9 +49,7 @@ mt_err mt_stream_open(struct mt_model *m, const struct mt_view *v) {
                                    .table = mt_params_find(&m->params, MT_PARAM_EMBED, -1)->compute,
                                    .out = mt_top(a->layer[0].s1, t)}));
   MT_TRY(be->zero(be, a->aux_prob.data, mt_bytes(&a->aux_prob)));
-  MT_TRY(be->zero(be, a->aux_count, (size_t)m->config.experts * sizeof(int32_t)));
-  MT_TRY(mt_phase_mark(m, MT_PHASE_EMBED));
-  return MT_OK;
+  return be->zero(be, a->aux_count, (size_t)m->config.experts * sizeof(int32_t));
 }
 
 mt_err mt_stream_close(struct mt_model *m, const struct mt_view *v) {
@@ -62,32 +61,32 @@ mt_err mt_stream_close(struct mt_model *m, const struct mt_view *v) {
                          mt_top(a->xf, t), mt_top(a->rstdf, t));
 }
 
-static mt_err forward(struct mt_model *m, const struct mt_view *v, double aux_weight) {
+static mt_err forward(struct mt_model *m, const struct mt_view *v) {
   struct mt_acts *a = &m->acts;
   MT_TRY(mt_stream_open(m, v));
   for (int l = 0; l < m->config.layers; l++) {
+    MT_TRY(mt_phase_enter(m, MT_PHASE_ATTENTION_FWD));
     MT_TRY(mt_attention_forward(m, l, v));
-    MT_TRY(mt_phase_mark(m, MT_PHASE_ATTENTION_FWD));
+    MT_TRY(mt_phase_enter(m, MT_PHASE_MOE_FWD));
     MT_TRY(mt_moe_forward(m, l, v));
-    MT_TRY(mt_phase_mark(m, MT_PHASE_MOE_FWD));
   }
+  MT_TRY(mt_phase_enter(m, MT_PHASE_HEAD));
   MT_TRY(mt_stream_close(m, v));
-  return m->be->ops.aux_loss(
-      m->be, &(struct mt_aux_loss_args){.aux_prob = a->aux_prob,
-                                        .aux_count = a->aux_count,
-                                        .valid_count = a->valid_count,
-                                        .layer_count = m->config.layers,
-                                        .coef = (float)(m->options.aux_coef * aux_weight),
-                                        .loss = a->aux_loss,
-                                        .grad = a->aux_grad});
+  return m->be->ops.aux_loss(m->be, &(struct mt_aux_loss_args){.aux_prob = a->aux_prob,
+                                                               .aux_count = a->aux_count,
+                                                               .valid_count = a->valid_count,
+                                                               .layer_count = m->config.layers,
+                                                               .coef = &a->values->aux_coef,
+                                                               .loss = a->aux_loss,
+                                                               .grad = a->aux_grad});
 }
 
-static mt_err head(struct mt_model *m, const struct mt_view *v, bool backward, double loss_scale) {
+static mt_err head(struct mt_model *m, const struct mt_view *v, bool backward) {
   struct mt_param *w = mt_params_find(&m->params, MT_PARAM_HEAD, -1);
   struct mt_head_loss_args h = {.x = mt_top(m->acts.xf, v->tokens),
                                 .w = w->compute,
                                 .labels = m->acts.labels,
-                                .loss_scale = (float)loss_scale,
+                                .loss_scale = &m->acts.values->loss_scale,
                                 .loss = mt_top(m->acts.loss, v->tokens),
                                 .correct = m->acts.correct,
                                 .accumulate = v->accumulate};
@@ -97,7 +96,6 @@ static mt_err head(struct mt_model *m, const struct mt_view *v, bool backward, d
   }
   MT_TRY(m->be->ops.head_loss(m->be, &h));
   if (backward && w->kind == MT_PARAM_HEAD) mt_grad_ready(m, w);
-  MT_TRY(mt_phase_mark(m, MT_PHASE_HEAD));
   return MT_OK;
 }
 
@@ -109,14 +107,15 @@ static mt_err backward(struct mt_model *m, const struct mt_view *v) {
                           mt_top(a->ds, t), 1, v->accumulate));
   for (int l = m->config.layers - 1; l >= 0 && l >= m->lowest_learning; l--) {
     if (mt_layer_attention_lost(m, l)) {
+      MT_TRY(mt_phase_enter(m, MT_PHASE_ATTENTION_BWD));
       MT_TRY(mt_attention_again(m, l, v));
-      MT_TRY(mt_phase_mark(m, MT_PHASE_ATTENTION_BWD));
     }
+    MT_TRY(mt_phase_enter(m, MT_PHASE_MOE_BWD));
     MT_TRY(mt_moe_backward(m, l, v));
-    MT_TRY(mt_phase_mark(m, MT_PHASE_MOE_BWD));
+    MT_TRY(mt_phase_enter(m, MT_PHASE_ATTENTION_BWD));
     MT_TRY(mt_attention_backward(m, l, v));
-    MT_TRY(mt_phase_mark(m, MT_PHASE_ATTENTION_BWD));
   }
+  MT_TRY(mt_phase_enter(m, MT_PHASE_EMBED));
   mt_acts_enter(a, m->be, MT_ROOM_ENDS);
   struct mt_param *embed = mt_params_find(&m->params, MT_PARAM_EMBED, -1);
   if (embed->learns) {
@@ -128,7 +127,6 @@ static mt_err backward(struct mt_model *m, const struct mt_view *v) {
                                                                    .dtable = embed->grad,
                                                                    .accumulate = accumulate}));
     mt_grad_ready(m, embed);
-    MT_TRY(mt_phase_mark(m, MT_PHASE_EMBED));
   }
   return MT_OK;
 }
@@ -153,26 +151,33 @@ static mt_err read_loss(struct mt_model *m, const struct mt_batch *batch, struct
   return MT_OK;
 }
 
-static mt_err open_view(struct mt_model *m, const struct mt_batch *batch, struct mt_view *v) {
-  *v = (struct mt_view){.tokens = batch->token_count, .sequences = batch->sequence_count};
-  return mt_acts_load(&m->acts, m->be, batch);
+static struct mt_view view_of(const struct mt_model *m, const struct mt_batch *batch) {
+  return (struct mt_view){.tokens = batch->token_count,
+                          .sequences = (int)m->acts.options.sequence_capacity};
 }
 
-mt_err mt_model_train_pass_later(struct mt_model *m, const struct mt_pass *pass) {
+mt_err mt_model_pass_load(struct mt_model *m, const struct mt_pass *pass) {
+  struct mt_step_values *v = m->acts.host_values;
+  v->loss_scale = (float)pass->loss_scale;
+  v->aux_weight = pass->aux_weight;
+  v->aux_coef = (float)(m->options.aux_coef * pass->aux_weight);
+  return mt_acts_load(&m->acts, m->be, pass->batch);
+}
+
+mt_err mt_model_pass_launch(struct mt_model *m, const struct mt_pass *pass) {
   struct mt_acts *a = &m->acts;
-  struct mt_view v;
+  struct mt_view v = view_of(m, pass->batch);
   if (!m->options.training) return mt_fail(MT_EINVAL, "this model was built for inference");
-  MT_TRY(open_view(m, pass->batch, &v));
   v.accumulate = pass->accumulate;
-  MT_TRY(forward(m, &v, pass->aux_weight));
-  MT_TRY(head(m, &v, true, pass->loss_scale));
+  MT_TRY(forward(m, &v));
+  MT_TRY(head(m, &v, true));
   MT_TRY(backward(m, &v));
   return m->be->ops.tally(
       m->be, &(struct mt_tally_args){.loss = mt_top(a->loss, v.tokens),
                                      .correct = a->correct,
                                      .aux = a->aux_loss,
-                                     .aux_weight = pass->aux_weight,
-                                     .sums = a->sums,
+                                     .aux_weight = &a->values->aux_weight,
+                                     .sums = a->report->sums,
                                      .load = a->loads,
                                      .load_sums = a->load_sums,
                                      .load_count = (int64_t)m->config.layers * m->config.experts,
@@ -180,15 +185,16 @@ mt_err mt_model_train_pass_later(struct mt_model *m, const struct mt_pass *pass)
 }
 
 mt_err mt_model_train_pass(struct mt_model *m, const struct mt_pass *pass, struct mt_loss *loss) {
-  MT_TRY(mt_model_train_pass_later(m, pass));
+  MT_TRY(mt_model_pass_load(m, pass));
+  MT_TRY(mt_model_pass_launch(m, pass));
   return read_loss(m, pass->batch, loss);
 }
 
 mt_err mt_model_eval_pass(struct mt_model *m, const struct mt_batch *batch, struct mt_loss *loss) {
-  struct mt_view v;
-  MT_TRY(open_view(m, batch, &v));
-  MT_TRY(forward(m, &v, 1.0));
-  MT_TRY(head(m, &v, false, 0.0));
+  struct mt_view v = view_of(m, batch);
+  MT_TRY(mt_model_pass_load(m, &(struct mt_pass){.batch = batch, .aux_weight = 1}));
+  MT_TRY(forward(m, &v));
+  MT_TRY(head(m, &v, false));
   return read_loss(m, batch, loss);
 }
 

@@ -280,7 +280,7 @@ mt_err mt_bench_run(const struct mt_bench_options *o) {
   MT_GO(random_model(&m, &be, recipe, o));
   MT_GO(random_batch(&b, o));
   MT_GO(mt_optimizer_create(&opt, &m, &oo));
-  MT_GO(mt_step_queue_create(&q, &opt));
+  MT_GO(mt_step_queue_create(&q, &opt, mt_device_graphs(&o->device)));
   MT_GO(yardstick_make(&yard, &be, recipe));
   ms = calloc((size_t)o->train_steps + 1, sizeof *ms);
   sgemm = calloc((size_t)o->train_steps + 1, sizeof *sgemm);

@@ -160,10 +160,10 @@ mt_err mt_metrics_step(struct mt_metrics *m, const struct mt_step_result *r,
   }
   getrusage(RUSAGE_SELF, &usage);
   fprintf(f,
-          "],\"memory_bytes\":{\"parameters\":%zu,\"gradients\":%zu,\"optimizer\":%zu,"
+          "],\"graph\":%s,\"memory_bytes\":{\"parameters\":%zu,\"gradients\":%zu,\"optimizer\":%zu,"
           "\"activations\":%zu,\"process_peak\":%lld}}\n",
-          memory.parameters, memory.gradients, memory.optimizer, memory.activations,
-          (long long)usage.ru_maxrss * 1024);
+          r->replayed ? "true" : "false", memory.parameters, memory.gradients, memory.optimizer,
+          memory.activations, (long long)usage.ru_maxrss * 1024);
   MT_TRY(flushed(m));
   return board_step(m, r, model);
 }

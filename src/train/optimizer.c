@@ -66,20 +66,22 @@ mt_err mt_optimizer_norm(struct mt_optimizer *o) {
                                                    .out = o->grad_sumsq});
 }
 
-mt_err mt_optimizer_update(struct mt_optimizer *o, double *lr) {
+double mt_optimizer_prepare(struct mt_optimizer *o) {
+  double lr = mt_schedule_lr(&o->options, o->step + 1);
+  o->model->acts.host_values->adamw =
+      mt_adamw_at(lr, o->options.beta1, o->options.beta2, o->options.weight_decay, o->step + 1,
+                  o->options.seed);
+  return lr;
+}
+
+mt_err mt_optimizer_update(struct mt_optimizer *o) {
   struct mt_backend *be = o->model->be;
-  *lr = mt_schedule_lr(&o->options, o->step + 1);
-  MT_TRY(be->ops.adamw(be, &(struct mt_adamw_args){.segments = o->segments,
+  return be->ops.adamw(be, &(struct mt_adamw_args){.segments = o->segments,
                                                    .segment_count = o->segment_count,
-                                                   .lr = *lr,
                                                    .beta1 = o->options.beta1,
                                                    .beta2 = o->options.beta2,
                                                    .eps = o->options.eps,
-                                                   .weight_decay = o->options.weight_decay,
-                                                   .step = o->step + 1,
+                                                   .values = &o->model->acts.values->adamw,
                                                    .clip = o->options.clip,
-                                                   .grad_sumsq = o->grad_sumsq,
-                                                   .seed = o->options.seed}));
-  o->step++;
-  return MT_OK;
+                                                   .grad_sumsq = o->grad_sumsq});
 }

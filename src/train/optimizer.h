@@ -36,8 +36,12 @@ void mt_optimizer_destroy(struct mt_optimizer *o);
 /* Sum of squares of all gradients: (=) *grad_sumsq, on the device. */
 mt_err mt_optimizer_norm(struct mt_optimizer *o);
 
+/* What the next update takes from the device besides (acts.host_values.adamw (=), which goes there
+ * with the next pass); returns its learning rate. */
+double mt_optimizer_prepare(struct mt_optimizer *o);
+
 /* One update with the gradients as they are, clipped by the norm last computed; none where that is
- * not finite. *lr (=) is its learning rate. */
-mt_err mt_optimizer_update(struct mt_optimizer *o, double *lr);
+ * not finite. Launches the same every time; the caller counts it in `step`. */
+mt_err mt_optimizer_update(struct mt_optimizer *o);
 
 #endif

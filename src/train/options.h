@@ -17,6 +17,7 @@ struct mt_device_options {
   const char *precision; /* name of a recipe; NULL: bf16 on a GPU, fp32 on the CPU */
   int threads;           /* of the CPU backend; 0: all cores */
   const char *optim_state; /* of training: "fp32" or "bf16"; NULL: fp32 */
+  const char *graphs;      /* of a GPU's training: "auto" or "off"; NULL: auto */
   bool plan_only;          /* no GPU is opened: the backend plans memory and runs nothing */
 };
 

@@ -30,6 +30,10 @@ mt_err mt_device_open(const struct mt_device_options *o, const struct mt_recipe 
   return mt_backend_cpu_create(be, o->threads);
 }
 
+bool mt_device_graphs(const struct mt_device_options *o) {
+  return !o->graphs || strcmp(o->graphs, "off") != 0;
+}
+
 mt_err mt_session_open(struct mt_session *s, const char *model_dir,
                        const struct mt_device_options *device, const char *chat_template) {
   char path[MT_PATH_MAX];

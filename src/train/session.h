@@ -20,6 +20,9 @@ struct mt_session {
 mt_err mt_device_open(const struct mt_device_options *o, const struct mt_recipe **recipe,
                       struct mt_backend *be);
 
+/* Whether graphs are wanted, where they are possible. */
+bool mt_device_graphs(const struct mt_device_options *o);
+
 /* Checkpoint (weights not yet read), tokenizer and chat template (NULL: the checkpoint's), recipe
  * and backend. Errors: those of the rooms; a tokenizer with more ids than the model has rows. */
 mt_err mt_session_open(struct mt_session *s, const char *model_dir,

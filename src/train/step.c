@@ -2,28 +2,29 @@
 
 #include <math.h>
 
-/* The last stamp of a step's window ends it. */
-static int end_stamp(const struct mt_step_slot *s) {
-  return s->marks.first + MT_MARKS;
+/* A slot's two marks on the backend's clock. */
+static int begin_stamp(const struct mt_step_queue *q, const struct mt_step_slot *s) {
+  return 2 * (int)(s - q->slot);
+}
+static int end_stamp(const struct mt_step_queue *q, const struct mt_step_slot *s) {
+  return begin_stamp(q, s) + 1;
 }
 
-static size_t load_bytes(const struct mt_model *m) {
-  return (size_t)m->config.layers * (size_t)m->config.experts * sizeof(int32_t);
+static size_t report_bytes(const struct mt_model *m) {
+  return sizeof(struct mt_step_report) +
+         (size_t)m->config.layers * (size_t)m->config.experts * sizeof(int32_t);
 }
 
-mt_err mt_step_queue_create(struct mt_step_queue *q, struct mt_optimizer *o) {
+mt_err mt_step_queue_create(struct mt_step_queue *q, struct mt_optimizer *o, bool graphs) {
   struct mt_backend *be = o->model->be;
   mt_err err = MT_OK;
   *q = (struct mt_step_queue){.model = o->model, .optimizer = o, .depth = be->steps_ahead};
   if (q->depth > MT_STEP_DEPTH) q->depth = MT_STEP_DEPTH;
+  mt_graphs_open(&q->graphs, o->model, graphs);
   for (int i = 0; i < q->depth; i++) {
-    struct mt_step_slot *s = &q->slot[i];
-    void *sums = NULL, *load = NULL;
-    MT_GO(be->host_alloc(be, 4 * sizeof *s->sums, &sums));
-    s->sums = sums;
-    MT_GO(be->host_alloc(be, load_bytes(q->model), &load));
-    s->load = load;
-    s->marks.first = i * MT_MARKS_WINDOW;
+    void *report = NULL;
+    MT_GO(be->host_alloc(be, report_bytes(q->model), &report));
+    q->slot[i].report = report;
   }
 done:
   if (err) mt_step_queue_destroy(q);
@@ -31,16 +32,27 @@ done:
 }
 
 void mt_step_queue_destroy(struct mt_step_queue *q) {
+  mt_graphs_close(&q->graphs);
   for (int i = 0; i < MT_STEP_DEPTH && q->model; i++) {
-    q->model->be->host_free(q->model->be, q->slot[i].sums);
-    q->model->be->host_free(q->model->be, q->slot[i].load);
+    if (q->slot[i].report) q->model->be->host_free(q->model->be, q->slot[i].report);
   }
-  if (q->model) q->model->marks = NULL;
   *q = (struct mt_step_queue){0};
 }
 
 bool mt_step_full(const struct mt_step_queue *q) {
   return q->count == q->depth;
+}
+
+mt_err mt_step_done(const struct mt_step_queue *q, bool *done) {
+  *done = false;
+  if (q->count == 0) return MT_OK;
+  return q->model->be->stamp_passed(q->model->be, end_stamp(q, &q->slot[q->first]), done);
+}
+
+mt_err mt_step_wait(const struct mt_step_queue *q, int stay) {
+  if (q->count <= stay) return MT_OK;
+  const struct mt_step_slot *s = &q->slot[(q->first + q->count - stay - 1) % q->depth];
+  return q->model->be->stamp_wait(q->model->be, end_stamp(q, s));
 }
 
 static struct mt_step_slot *next_slot(struct mt_step_queue *q) {
@@ -49,7 +61,8 @@ static struct mt_step_slot *next_slot(struct mt_step_queue *q) {
 
 mt_err mt_step_begin(struct mt_step_queue *q) {
   if (mt_step_full(q)) return mt_fail(MT_EINVAL, "%d steps are under way already", q->count);
-  return mt_phase_begin(q->model, &next_slot(q)->marks);
+  MT_TRY(q->model->be->stamp(q->model->be, begin_stamp(q, next_slot(q))));
+  return mt_phase_begin(q->model, MT_PHASE_DATA);
 }
 
 static mt_err count_step(struct mt_batch *const *micro, int micro_count, struct mt_step_result *r) {
@@ -74,30 +87,57 @@ static struct mt_pass micro_pass(const struct mt_step_result *r, struct mt_batch
                           .accumulate = i > 0};
 }
 
+struct part {
+  struct mt_step_queue *q;
+  struct mt_pass pass;
+};
+
+static mt_err launch_pass(void *context) {
+  struct part *p = context;
+  return mt_model_pass_launch(p->q->model, &p->pass);
+}
+
+static mt_err launch_update(void *context) {
+  struct mt_step_queue *q = context;
+  struct mt_model *m = q->model;
+  MT_TRY(mt_phase_enter(m, MT_PHASE_OPTIMIZER));
+  mt_acts_enter(&m->acts, m->be, MT_ROOM_ENDS);
+  MT_TRY(mt_optimizer_norm(q->optimizer));
+  return mt_optimizer_update(q->optimizer);
+}
+
 /* What the host will read, on its way there. */
 static mt_err send_report(struct mt_step_queue *q, struct mt_step_slot *s) {
   struct mt_backend *be = q->model->be;
-  const struct mt_acts *a = &q->model->acts;
-  MT_TRY(be->download_later(be, s->sums, a->sums, 3 * sizeof *s->sums));
-  MT_TRY(be->download_later(be, s->sums + 3, q->optimizer->grad_sumsq, sizeof *s->sums));
-  MT_TRY(be->download_later(be, s->load, a->load_sums, load_bytes(q->model)));
-  return be->stamp(be, end_stamp(s));
+  double *sumsq = &s->report->grad_sumsq;
+  MT_TRY(be->download_later(be, s->report, q->model->acts.report, report_bytes(q->model)));
+  MT_TRY(be->download_later(be, sumsq, q->optimizer->grad_sumsq, sizeof *sumsq));
+  return be->stamp(be, end_stamp(q, s));
 }
 
 mt_err mt_step_launch(struct mt_step_queue *q, struct mt_batch *const *micro, int micro_count) {
   struct mt_step_slot *s = next_slot(q);
-  struct mt_model *m = q->model;
-  s->result = (struct mt_step_result){.step = q->optimizer->step + 1, .load = s->load};
-  MT_TRY(count_step(micro, micro_count, &s->result));
-  MT_TRY(mt_phase_mark(m, MT_PHASE_DATA));
+  struct mt_step_result *r = &s->result;
+  const struct mt_graph_key update = {.tokens = -1};
+  bool replayed;
+  *r = (struct mt_step_result){.step = q->optimizer->step + 1,
+                               .load = (const int32_t *)(s->report + 1)};
+  MT_TRY(count_step(micro, micro_count, r));
+  r->lr = mt_optimizer_prepare(q->optimizer);
+  r->replayed = true;
   for (int i = 0; i < micro_count; i++) {
-    struct mt_pass pass = micro_pass(&s->result, micro, i);
-    MT_TRY(mt_model_train_pass_later(m, &pass));
+    struct part part = {.q = q, .pass = micro_pass(r, micro, i)};
+    const struct mt_graph_key pass = {micro[i]->token_count, part.pass.accumulate};
+    MT_TRY(mt_model_pass_load(q->model, &part.pass));
+    MT_TRY(mt_graphs_run(&q->graphs, pass, launch_pass, &part, &replayed));
+    r->replayed &= replayed;
   }
-  MT_TRY(mt_optimizer_norm(q->optimizer));
-  MT_TRY(mt_optimizer_update(q->optimizer, &s->result.lr));
-  MT_TRY(mt_phase_mark(m, MT_PHASE_OPTIMIZER));
+  MT_TRY(mt_graphs_run(&q->graphs, update, launch_update, q, &replayed));
+  r->replayed &= replayed;
+  MT_TRY(mt_phase_end(q->model));
   MT_TRY(send_report(q, s));
+  q->graphs.warm = true;
+  q->optimizer->step++;
   q->count++;
   return MT_OK;
 }
@@ -110,15 +150,18 @@ mt_err mt_step_take(struct mt_step_queue *q, struct mt_step_result *out) {
   if (q->count == 0) return mt_fail(MT_EINVAL, "no step is under way");
   q->first = (q->first + 1) % q->depth;
   q->count--;
-  MT_TRY(be->stamp_wait(be, end_stamp(s)));
-  MT_TRY(be->stamp_read(be, s->marks.first, end_stamp(s), &seconds));
-  MT_TRY(mt_phase_collect(be, &s->marks, r->phase_s));
+  MT_TRY(be->stamp_wait(be, end_stamp(q, s)));
+  MT_TRY(be->stamp_read(be, begin_stamp(q, s), end_stamp(q, s), &seconds));
+  q->taken++;
+  q->replayed += r->replayed;
+  const struct mt_step_report *report = s->report;
+  for (int p = 0; p < MT_PHASE_COUNT; p++) r->phase_s[p] = 1e-9 * (double)report->clock.phase_ns[p];
   r->ms = seconds * 1e3;
-  r->cross_entropy = s->sums[0] / (double)r->target_count;
-  r->correct_count = (int64_t)s->sums[1];
-  r->aux = s->sums[2];
+  r->cross_entropy = report->sums[0] / (double)r->target_count;
+  r->correct_count = (int64_t)report->sums[1];
+  r->aux = report->sums[2];
   r->loss = r->cross_entropy + q->model->options.aux_coef * r->aux;
-  r->grad_norm = sqrt(s->sums[3]);
+  r->grad_norm = sqrt(report->grad_sumsq);
   *out = *r;
   if (isfinite(r->loss) && isfinite(r->grad_norm)) return MT_OK;
   q->optimizer->step = r->step - 1;

@@ -4,9 +4,10 @@
 #define MT_TRAIN_STEP_H
 
 #include "backend/batch.h"
+#include "train/graphs.h"
 #include "train/optimizer.h"
 
-enum { MT_STEP_DEPTH = 4, MT_STEP_LINES = 32 };
+enum { MT_STEP_DEPTH = 32, MT_STEP_LINES = 32 };
 
 struct mt_step_result {
   int64_t step;         /* number of the update, from 1 */
@@ -21,14 +22,13 @@ struct mt_step_result {
   const int32_t *load;            /* [layers,E] routed choices; valid until the next launch */
   int64_t lines[MT_STEP_LINES];   /* of the data file: the step's first samples */
   int line_count;
+  bool replayed; /* all of it was launched by graphs */
 };
 
 /* One step under way. */
 struct mt_step_slot {
-  struct mt_step_result result; /* what the host knows already */
-  struct mt_marks marks;
-  double *sums;  /* host [4]: tally's, and the gradients' sum of squares */
-  int32_t *load; /* host [layers,E] */
+  struct mt_step_result result;  /* what the host knows already */
+  struct mt_step_report *report; /* host memory of the backend's; the loads follow */
 };
 
 struct mt_step_queue {
@@ -37,14 +37,23 @@ struct mt_step_queue {
   int depth;        /* steps that may be under way: the backend's steps_ahead */
   int first, count; /* ring of those launched and not yet taken */
   struct mt_step_slot slot[MT_STEP_DEPTH];
+  struct mt_graphs graphs;
+  int64_t taken, replayed; /* steps, and those of them that were */
 };
 
-/* Errors: MT_ENOMEM. The optimizer's model is the queue's; both outlive it. */
-mt_err mt_step_queue_create(struct mt_step_queue *q, struct mt_optimizer *o);
+/* Errors: MT_ENOMEM. The optimizer's model is the queue's; both outlive it. graphs: steps are
+ * replayed where they can be, with the same results to the bit. */
+mt_err mt_step_queue_create(struct mt_step_queue *q, struct mt_optimizer *o, bool graphs);
 void mt_step_queue_destroy(struct mt_step_queue *q);
 
 /* No further step can be launched before one is taken. */
 bool mt_step_full(const struct mt_step_queue *q);
+
+/* Whether the oldest step, if one is under way, can be taken without waiting. */
+mt_err mt_step_done(const struct mt_step_queue *q, bool *done);
+
+/* Waits once, until at most `stay` steps are not done. */
+mt_err mt_step_wait(const struct mt_step_queue *q, int stay);
 
 /* Where the next step's time begins: before its data is fetched. */
 mt_err mt_step_begin(struct mt_step_queue *q);

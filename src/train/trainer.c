@@ -62,7 +62,11 @@ static mt_err open_data(struct run *r, const char *path, struct mt_dataset **out
 }
 
 static struct mt_loader_options loader_options(const struct run *r, bool training) {
-  return (struct mt_loader_options){.batch_size = r->o->batch_size,
+  enum mt_experts_strategy experts = (enum mt_experts_strategy)r->o->experts;
+  /* Not by whether graphs are wanted: padding has its part in the bits of a result. */
+  bool few = training && mt_graphs_possible(&r->s.be, experts);
+  return (struct mt_loader_options){.lengths = few ? mt_graph_lengths(r->o->grad_accum) : 0,
+                                    .batch_size = r->o->batch_size,
                                     .micro_batches = training ? r->o->grad_accum : 1,
                                     .max_seq_length = r->o->max_seq_length,
                                     .pad_multiple = r->s.recipe->pad_multiple,
@@ -76,6 +80,8 @@ static mt_err open_loaders(struct run *r) {
   MT_TRY(mt_data_wait(r->data, r->o->data));
   mt_data_describe("data", r->o->data, r->data);
   MT_TRY(mt_loader_create(&r->loader, r->data, &o));
+  for (int i = 0; i < r->loader.length_count; i++)
+    mt_log(MT_LOG_DEBUG, "rows of up to %d tokens are padded to that", r->loader.length[i]);
   if (!r->eval_data) return MT_OK;
   MT_TRY(mt_data_wait(r->eval_data, r->o->eval_data));
   mt_data_describe("held out", r->o->eval_data, r->eval_data);
@@ -128,7 +134,7 @@ static mt_err open_optimizer(struct run *r) {
           (long long)r->total_steps, o->batch_size * o->grad_accum,
           (double)r->total_steps / (double)per_epoch, (long long)o->warmup_steps, o->lr);
   MT_TRY(mt_optimizer_create(&r->optimizer, &r->s.model, &oo));
-  return mt_step_queue_create(&r->queue, &r->optimizer);
+  return mt_step_queue_create(&r->queue, &r->optimizer, mt_device_graphs(&o->device));
 }
 
 static struct mt_run_result result_so_far(struct run *r, const char *status) {
@@ -271,12 +277,40 @@ static mt_err take_all(struct run *r) {
   return MT_OK;
 }
 
-/* Launches a step, and takes the oldest once as many are under way as may be. */
+/* Launches a step and takes what is done. Waits every log_every steps alone, or once as many are
+ * under way as may be, and then for all but the last few, so that a GPU has work meanwhile. */
 static mt_err one_step(struct run *r) {
-  MT_TRY(mt_step_begin(&r->queue));
+  enum { STAY = 2 };
+  struct mt_step_queue *q = &r->queue;
+  bool done;
+  MT_TRY(mt_step_begin(q));
   MT_TRY(mt_loader_next(&r->loader));
-  MT_TRY(mt_step_launch(&r->queue, r->loader.list, r->o->grad_accum));
-  return mt_step_full(&r->queue) ? take_step(r) : MT_OK;
+  MT_TRY(mt_step_launch(q, r->loader.list, r->o->grad_accum));
+  if (r->optimizer.step % r->o->log_every == 0 || mt_step_full(q)) {
+    MT_TRY(mt_step_wait(q, q->depth > STAY ? STAY : q->depth - 1));
+  }
+  for (;;) {
+    MT_TRY(mt_step_done(q, &done));
+    if (!done) return MT_OK;
+    MT_TRY(take_step(r));
+  }
+}
+
+/* Where a GPU's memory went, and how the steps were launched. */
+static void describe_device(const struct run *r) {
+  const struct mt_backend *be = &r->s.be;
+  const struct mt_step_queue *q = &r->queue;
+  struct mt_memory m = mt_model_memory(&r->s.model);
+  double planned = (double)(m.parameters + m.gradients + m.optimizer + m.activations);
+  if (mt_graphs_possible(be, r->s.model.options.experts)) {
+    mt_info("graphs   %d, replayed in %lld of %lld steps (%.1f%%)", q->graphs.count,
+            (long long)q->replayed, (long long)q->taken,
+            q->taken ? 100.0 * (double)q->replayed / (double)q->taken : 0.0);
+  }
+  if (!be->memory_used) return;
+  double used = (double)be->memory_used(be);
+  mt_info("memory   %.3f GiB of the GPU in use: %.3f as planned, %.3f beyond", used / (1 << 30),
+          planned / (1 << 30), (used - planned) / (1 << 30));
 }
 
 static mt_err steps(struct run *r) {
@@ -295,6 +329,7 @@ static mt_err steps(struct run *r) {
   }
   MT_TRY(take_all(r));
   mt_progress_break(&r->progress);
+  describe_device(r);
   return MT_OK;
 }
 

@@ -81,6 +81,7 @@ static void names_of_train(void **state) {
                                       "blocks",
                                       "recompute",
                                       "optim-state",
+                                      "graphs",
                                       "freeze",
                                       "router-aux-coef",
                                       "eval-every",

@@ -222,7 +222,7 @@ static void run_case(const char *dir, const struct bounds *b, struct mt_model_op
   print_message("  %s, %s %s, experts %d, blocks %d\n", dir, b->backend, b->recipe,
                 (int)options.experts, (int)options.blocks);
   OK(mt_optimizer_create(&o, &g.m, &oo));
-  OK(mt_step_queue_create(&q, &o));
+  OK(mt_step_queue_create(&q, &o, true));
   OK(mt_model_eval_pass(&g.m, &g.batch, &loss));
   check_logits(&g, b);
   struct mt_batch *micro[] = {&g.batch};

@@ -211,8 +211,9 @@ static void head_at(struct bed *b, struct outputs *o, int t, int64_t v, int h, d
   struct mt_tensor loss = stat_vec(b, NULL, t);
   int32_t *correct = ints(b, NULL, t);
   for (int acc = 0; acc < 2; acc++) {
-    DO(b, head_loss, .x = x, .w = w, .labels = ints(b, labels, t), .loss_scale = 0.25f,
-       .loss = loss, .correct = correct, .dx = dx, .dw = dw, .accumulate = acc);
+    DO(b, head_loss, .x = x, .w = w, .labels = ints(b, labels, t),
+       .loss_scale = one_float(b, 0.25f), .loss = loss, .correct = correct, .dx = dx, .dw = dw,
+       .accumulate = acc);
   }
   keep(b, o, "loss", loss, 2);
   keep(b, o, "dx", dx, dx_slack);
@@ -255,9 +256,8 @@ static void many_segments(struct bed *b, struct outputs *o) {
     at += n;
   }
   DO(b, sumsq, .tensors = list, .tensor_count = SEGMENTS, .out = sum.data);
-  DO(b, adamw, .segments = segments, .segment_count = SEGMENTS, .lr = 0.01, .beta1 = 0.9,
-     .beta2 = 0.95, .eps = 1e-8, .weight_decay = 0.1, .step = 3, .clip = 0.5,
-     .grad_sumsq = sum.data);
+  DO(b, adamw, .segments = segments, .segment_count = SEGMENTS, .beta1 = 0.9, .beta2 = 0.95,
+     .eps = 1e-8, .values = adamw_values(b, 0.01, 0.1, 3, 0), .clip = 0.5, .grad_sumsq = sum.data);
   keep(b, o, "sum", sum, 1);
   keep(b, o, "w", w, 1);
   keep(b, o, "m", m, 1);
@@ -297,9 +297,9 @@ static void updates_to_the_bit(struct bed *b, struct outputs *o) {
       at += sizes[i];
     }
     for (int step = 1; step <= 3; step++) {
-      DO(b, adamw, .segments = segments, .segment_count = 7, .lr = 1e-3, .beta1 = 0.9,
-         .beta2 = 0.95, .eps = 1e-8, .weight_decay = 0.1, .step = step, .clip = 1.0,
-         .grad_sumsq = norm.data, .seed = 0x123456789abcdefu);
+      DO(b, adamw, .segments = segments, .segment_count = 7, .beta1 = 0.9, .beta2 = 0.95,
+         .eps = 1e-8, .values = adamw_values(b, 1e-3, 0.1, step, 0x123456789abcdefu), .clip = 1.0,
+         .grad_sumsq = norm.data);
     }
     keep(b, o, "w", whole[0], 0);
     keep(b, o, "m", whole[2], 0);
@@ -346,7 +346,8 @@ static void no_rows(struct bed *b, struct outputs *o) {
   DO(b, experts_down_dgrad, .dy = x, .w = down, .offsets = offsets,
      .gate_up = act(b, NULL, 0, 2 * H), .dgate_up = act(b, NULL, 0, 2 * H), .h = x,
      .drow_prob = none);
-  DO(b, head_loss, .x = x, .w = w, .labels = nothing, .loss = none, .dx = x, .dw = dw);
+  DO(b, head_loss, .x = x, .w = w, .labels = nothing, .loss_scale = one_float(b, 1), .loss = none,
+     .dx = x, .dw = dw);
   keep_values(o, "dtable", values(b, &table), V * H, 0);
   keep_values(o, "dweight", values(b, &dnorm), H, 0);
   keep_values(o, "router's dw", values(b, &drw), E * H, 0);

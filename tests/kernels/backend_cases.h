@@ -316,7 +316,9 @@ static void case_aux_loss(struct bench_case *c, const struct size *z, int acc) {
   struct dual prob = S("aux_prob", 'r', 1, z->e, 0, 0), loss = S("loss", 'n', 1, 1, 0, 0);
   struct dual grad = S("grad", 'n', 1, z->e, 0, 0);
   struct dual_ints count = random_ids(c, z->e, 50), valid = one(c, z->valid);
-  ARGS(aux_loss, T(aux_prob, prob); T(loss, loss); T(grad, grad); N(layer_count, 3); N(coef, 0.02f);
+  const float small = 0.02f;
+  struct dual_value coef = dual_value(c, &small, sizeof small);
+  ARGS(aux_loss, T(aux_prob, prob); T(loss, loss); T(grad, grad); N(layer_count, 3); T(coef, coef);
        dev.aux_count = count.dev; ref.aux_count = count.ref; dev.valid_count = valid.dev;
        ref.valid_count = valid.ref;)
   RUN(aux_loss);
@@ -485,8 +487,10 @@ static void case_head_loss(struct bench_case *c, const struct size *z, int acc) 
   struct dual x = A("x", 'r', 1, z->t, z->h, 0), w = A("w", 'r', 0.3, z->v, z->h, 0);
   struct dual loss = S("loss", 'n', 1, z->t, 0, 0), dx = A("dx", 'n', 1, z->t, z->h, 0);
   struct dual dw = G("dw", acc ? 'r' : 'n', 1, z->v, z->h, 0);
+  const float quarter = 0.25f;
+  struct dual_value scale = dual_value(c, &quarter, sizeof quarter);
   ARGS(head_loss, T(x, x); T(w, w); T(loss, loss); T(dx, dx); T(dw, dw); N(accumulate, acc);
-       N(loss_scale, 0.25f); dev.labels = label.dev; ref.labels = label.ref;
+       T(loss_scale, scale); dev.labels = label.dev; ref.labels = label.ref;
        dev.correct = correct.dev; ref.correct = correct.ref;)
   RUN(head_loss);
   expect(c, &loss);
@@ -500,7 +504,9 @@ static void case_tally(struct bench_case *c, const struct size *z, int acc) {
   struct dual_ints load_sums = random_ids(c, z->e, 900);
   struct dual loss = S("loss", 'r', 1, z->t, 0, 0), aux = S("aux", 'r', 1, 1, 0, 0);
   struct dual sums = dual(c, "sums", MT_F64, acc ? 'r' : 'n', 1, 3, 0, 0);
-  ARGS(tally, T(loss, loss); T(aux, aux); N(aux_weight, 0.3); N(accumulate, acc);
+  const double share = 0.3;
+  struct dual_value weight = dual_value(c, &share, sizeof share);
+  ARGS(tally, T(loss, loss); T(aux, aux); T(aux_weight, weight); N(accumulate, acc);
        N(load_count, z->e); dev.correct = correct.dev; ref.correct = correct.ref;
        dev.load = load.dev; ref.load = load.ref; dev.load_sums = load_sums.dev;
        ref.load_sums = load_sums.ref; dev.sums = sums.dev.data; ref.sums = sums.ref.data;)
@@ -552,9 +558,11 @@ static void case_adamw(struct bench_case *c, const struct size *z, int acc) {
   double sumsq = acc ? 4.0 : 0.01;
   *(double *)norm.ref.data = sumsq;
   OK(c->be->upload(c->be, norm.dev.data, &sumsq, sizeof sumsq));
-  ARGS(adamw, dev.segments = dev_seg; ref.segments = ref_seg; N(segment_count, 2); N(lr, 0.01);
-       N(beta1, 0.9); N(beta2, 0.95); N(eps, 1e-8); N(weight_decay, 0.1); N(step, 3); N(clip, 1.0);
-       N(seed, 77); dev.grad_sumsq = norm.dev.data; ref.grad_sumsq = norm.ref.data;)
+  struct mt_adamw_values third = mt_adamw_at(0.01, 0.9, 0.95, 0.1, 3, 77);
+  struct dual_value values = dual_value(c, &third, sizeof third);
+  ARGS(adamw, dev.segments = dev_seg; ref.segments = ref_seg; N(segment_count, 2); N(beta1, 0.9);
+       N(beta2, 0.95); N(eps, 1e-8); T(values, values); N(clip, 1.0);
+       dev.grad_sumsq = norm.dev.data; ref.grad_sumsq = norm.ref.data;)
   RUN(adamw);
   for (int i = 0; i < 2; i++) {
     for (int k = 0; k < (copied ? 5 : 4); k++) {

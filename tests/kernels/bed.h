@@ -147,6 +147,24 @@ static inline int32_t *one(struct bed *b, int32_t value) {
   return ints(b, &value, 1);
 }
 
+/* One number of a step on the device. */
+static inline void *on_device(struct bed *b, const void *value, size_t bytes) {
+  void *d = dev_mem(b, bytes);
+  OK(b->be.upload(&b->be, d, value, bytes));
+  return d;
+}
+
+static inline const float *one_float(struct bed *b, float value) {
+  return on_device(b, &value, sizeof value);
+}
+
+/* Betas 0.9 and 0.95. */
+static inline const struct mt_adamw_values *adamw_values(struct bed *b, double lr, double decay,
+                                                         int64_t step, uint64_t seed) {
+  struct mt_adamw_values v = mt_adamw_at(lr, 0.9, 0.95, decay, step, seed);
+  return on_device(b, &v, sizeof v);
+}
+
 static inline int32_t *read_ints(struct bed *b, const int32_t *d, int64_t n) {
   int32_t *h = host_mem(b, (size_t)n * sizeof *h);
   OK(b->be.download(&b->be, h, d, (size_t)n * sizeof *h));

@@ -94,6 +94,17 @@ static inline struct dual dual(struct bench_case *c, const char *name, enum mt_d
   return x;
 }
 
+/* A number or struct that both take from their memory. */
+struct dual_value {
+  void *dev, *ref;
+};
+static inline struct dual_value dual_value(struct bench_case *c, const void *value, size_t bytes) {
+  struct dual_value x = {own_dev(c, bytes), own(c, bytes)};
+  memcpy(x.ref, value, bytes);
+  OK(c->be->upload(c->be, x.dev, value, bytes));
+  return x;
+}
+
 static inline struct dual_ints ints(struct bench_case *c, int64_t count, const int32_t *values) {
   struct dual_ints x = {.count = count};
   x.ref = own(c, (size_t)count * sizeof *x.ref);

@@ -266,7 +266,8 @@ static void route(struct probe *p, void *args) {
 /* The auxiliary loss of two layers: this one and one whose sums are given. */
 static void case_router(struct probe *p, const struct size *z, int way) {
   int acc = way & 1, renormalize = way >> 1 & 1, with_aux = way >> 2 == 0;
-  const float coef = 0.7f;
+  float *coef = own(p, sizeof *coef);
+  *coef = 0.7f;
   int32_t *valid = one(p, z->valid), *count = own(p, (size_t)z->e * sizeof *count);
   struct routing r = {.other_prob = vec(p, 'r', z->e), .other_count = random_ids(p, z->e, 9)};
   r.router = (struct mt_router_fwd_args){.x = mat(p, 'r', z->t, z->h),
@@ -303,7 +304,7 @@ static void case_router(struct probe *p, const struct size *z, int way) {
   struct mt_tensor dloss = vec(p, 'z', 1);
   if (with_aux) {
     b.aux_grad = r.aux.grad;
-    *at(&dloss, 0) = (double)coef;
+    *at(&dloss, 0) = (double)*coef;
   }
   leaf(p, "x", b.x, b.dx, !acc);
   leaf(p, "w", b.w, b.dw, acc);
@@ -314,15 +315,17 @@ static void case_router(struct probe *p, const struct size *z, int way) {
 }
 
 static void case_aux_loss(struct probe *p, const struct size *z, int way) {
+  float *coef = own(p, sizeof *coef);
+  *coef = 0.3f;
   struct mt_aux_loss_args f = {.aux_prob = vec(p, 'r', z->e),
                                .aux_count = random_ids(p, z->e, 50),
                                .valid_count = one(p, z->valid),
                                .layer_count = 1 + way,
-                               .coef = 0.3f,
+                               .coef = coef,
                                .loss = vec(p, 'n', 1),
                                .grad = vec(p, 'n', z->e)};
   struct mt_tensor c = vec(p, 'z', 1);
-  *at(&c, 0) = (double)f.coef;
+  *at(&c, 0) = (double)*coef;
   leaf(p, "aux_prob", f.aux_prob, f.grad, 0);
   output(p, f.loss, c);
   apply_aux_loss(p, &f);
@@ -513,16 +516,18 @@ static void case_experts(struct probe *p, const struct size *z, int way) {
 static void case_head_loss(struct probe *p, const struct size *z, int way) {
   int acc = way & 1;
   int32_t *labels = random_ids(p, z->t, z->v);
+  float *scale = own(p, sizeof *scale);
   struct mt_tensor c = vec(p, 'z', z->t);
+  *scale = 0.37f;
   struct mt_head_loss_args f = {.x = mat(p, 'r', z->t, z->h),
                                 .w = mat(p, 'r', z->v, z->h),
                                 .labels = labels,
-                                .loss_scale = 0.37f,
+                                .loss_scale = scale,
                                 .loss = vec(p, 'n', z->t)};
   struct mt_head_loss_args b = f;
   for (int t = 0; t < z->t; t++) {
     if (t >= z->valid || t % 3 == 1) labels[t] = -100;
-    *at(&c, t) = (double)f.loss_scale; /* of ignored rows too: their loss is a constant */
+    *at(&c, t) = (double)*scale; /* of ignored rows too: their loss is a constant */
   }
   b.dx = mat(p, 'n', z->t, z->h);
   b.dw = mat(p, mode_of(acc), z->v, z->h);

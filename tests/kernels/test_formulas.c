@@ -233,7 +233,7 @@ static void aux_loss_is_that_of_transformers(struct bed *b) {
   }
   struct mt_tensor loss = stat_vec(b, NULL, 1), dprob = stat_vec(b, NULL, E);
   DO(b, aux_loss, .aux_prob = r.aux_prob, .aux_count = r.aux_count, .valid_count = one(b, VALID),
-     .layer_count = LAYERS, .coef = 0.02f, .loss = loss, .grad = dprob);
+     .layer_count = LAYERS, .coef = one_float(b, 0.02f), .loss = loss, .grad = dprob);
   expect_close(b, "loss", values(b, &loss), &want, 1, 1);
   expect_close(b, "grad", values(b, &dprob), want_grad, E, 1);
 }
@@ -301,8 +301,8 @@ static void head_loss_is_a_naive_cross_entropy(struct bed *b) {
       }
     }
     int32_t *correct = ints(b, NULL, T);
-    DO(b, head_loss, .x = tx, .w = tw, .labels = ints(b, labels, T), .loss_scale = 0.125f,
-       .loss = loss, .correct = correct, .dx = dx, .dw = dw);
+    DO(b, head_loss, .x = tx, .w = tw, .labels = ints(b, labels, T),
+       .loss_scale = one_float(b, 0.125f), .loss = loss, .correct = correct, .dx = dx, .dw = dw);
     /* The largest logit's rounding is that of the difference: the second round loses two digits. */
     double slack = round ? 100 : 2;
     if (b->recipe->act == MT_BF16) slack = 1; /* the inputs are exact, so are the products */
@@ -319,8 +319,8 @@ static void head_loss_is_a_naive_cross_entropy(struct bed *b) {
     }
     /* Without a backward, the same losses. */
     struct mt_tensor again = stat_vec(b, NULL, T);
-    DO(b, head_loss, .x = tx, .w = tw, .labels = ints(b, labels, T), .loss_scale = 0.125f,
-       .loss = again);
+    DO(b, head_loss, .x = tx, .w = tw, .labels = ints(b, labels, T),
+       .loss_scale = one_float(b, 0.125f), .loss = again);
     expect_close(b, "loss alone", values(b, &again), ls, T, slack);
   }
 }
@@ -354,8 +354,8 @@ static void adamw_takes_three_known_steps(struct bed *b) {
       s.grad = filled(b, mt_vec(NULL, wide, 1), &g);
       struct mt_tensor norm = filled(b, mt_vec(NULL, MT_F64, 1), NULL);
       DO(b, sumsq, .tensors = &s.grad, .tensor_count = 1, .out = norm.data);
-      DO(b, adamw, .segments = &s, .segment_count = 1, .lr = 0.1, .beta1 = 0.9, .beta2 = 0.95,
-         .eps = 1e-8, .weight_decay = 0.1, .step = step, .clip = runs[i].clip,
+      DO(b, adamw, .segments = &s, .segment_count = 1, .beta1 = 0.9, .beta2 = 0.95, .eps = 1e-8,
+         .values = adamw_values(b, 0.1, 0.1, step, 0), .clip = runs[i].clip,
          .grad_sumsq = norm.data);
       double got = *values(b, &s.master);
       if (!(fabs(got - runs[i].want[step - 1]) < (wide == MT_F64 ? 1e-14 : 2e-7))) {

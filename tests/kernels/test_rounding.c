@@ -16,8 +16,8 @@ static double *decayed(struct bed *b, double decay, uint64_t seed, uint32_t tens
                                .v = filled(b, v, zero),
                                .decay = 1,
                                .tensor = tensor};
-  DO(b, adamw, .segments = &s, .segment_count = 1, .lr = decay, .beta1 = 0.9, .beta2 = 0.95,
-     .eps = 1e-8, .weight_decay = 1, .step = step, .seed = seed);
+  DO(b, adamw, .segments = &s, .segment_count = 1, .beta1 = 0.9, .beta2 = 0.95, .eps = 1e-8,
+     .values = adamw_values(b, decay, 1, step, seed));
   return values(b, &s.master);
 }
 
@@ -116,8 +116,8 @@ static void what_is_kept_is_rounded_once(struct bed *b) {
     struct mt_tensor *t = wide ? exact : narrow;
     struct mt_adamw_segment s = {
         .master = t[0], .grad = t[1], .m = t[2], .v = t[3], .decay = 1, .tensor = 4};
-    DO(b, adamw, .segments = &s, .segment_count = 1, .lr = 1e-3, .beta1 = 0.9, .beta2 = 0.95,
-       .eps = 1e-8, .weight_decay = 0.1, .step = 3, .seed = 11);
+    DO(b, adamw, .segments = &s, .segment_count = 1, .beta1 = 0.9, .beta2 = 0.95, .eps = 1e-8,
+       .values = adamw_values(b, 1e-3, 0.1, 3, 11));
   }
   static const enum mt_rounding purpose[] = {MT_ROUND_WEIGHT, 0, MT_ROUND_M, MT_ROUND_V};
   for (int k = 0; k < 4; k++) {

@@ -89,7 +89,7 @@ static void learn(const char *states, bool nearest, double *before, double *afte
     r.s.be.ops.adamw = nearest_adamw;
   }
   OK(mt_optimizer_create(&o, &r.s.model, &oo));
-  OK(mt_step_queue_create(&q, &o));
+  OK(mt_step_queue_create(&q, &o, true));
   *before = *after = 0;
   for (int step = 0; step < STEPS; step++) {
     struct mt_step_result result;

@@ -1,8 +1,7 @@
 /* The run around the model: steps, accumulation, resuming, stopping, memory, and that nothing is
  * allocated once it runs. */
+#include "model/run_cases.h"
 #include "model/small.h"
-#include "temp_dir.h"
-#include "train/commands.h"
 #include "train/metrics.h"
 #include "train/progress.h"
 #include "train/sampler.h"
@@ -63,7 +62,7 @@ static void nothing_allocates_after_the_first_step(void **state) {
     mo.blocks = (enum mt_blocks_strategy)(way >> 1);
     small_open(&s, "cpu", way & 1 ? "fp32" : "bf16", &c, mo);
     OK(mt_optimizer_create(&o, &s.m, &oo));
-    OK(mt_step_queue_create(&q, &o));
+    OK(mt_step_queue_create(&q, &o, true));
     struct mt_batch *micro[] = {&b.b};
     long before = 0;
     for (int step = 0; step < 4; step++) {
@@ -165,7 +164,7 @@ static void not_a_number_stops_before_the_update(void **state) {
   struct mt_step_result r;
   small_open(&s, "cpu", "fp32", &c, grouped);
   OK(mt_optimizer_create(&o, &s.m, &oo));
-  OK(mt_step_queue_create(&q, &o));
+  OK(mt_step_queue_create(&q, &o, true));
   small_batch(&b, c.vocab, 1);
   struct mt_batch *micro[] = {&b.b};
   float *w = mt_params_find(&s.m.params, MT_PARAM_DOWN, 1)->master.data;
@@ -238,125 +237,10 @@ static void progress_line(void **state) {
   assert_true(strncmp(line, "step 50/100", 11) == 0);
 }
 
-/* A checkpoint of random weights with Mixtral's tokenizer, and a data file. */
-static void make_run(const char *dir, char model[MT_PATH_MAX], char data[MT_PATH_MAX]) {
-  char base[MT_PATH_MAX], text[8192] = "";
-  OK(mt_path_join(base, dir, "base"));
-  OK(mt_path_join(model, dir, "model"));
-  OK(mt_path_join(data, dir, "data.jsonl"));
-  OK(mt_dir_create(base));
-  temp_copy(MT_SOURCE_DIR "/tests/golden/tokenizer-mixtral", "tokenizer.json", base);
-  temp_text(base, "config.json",
-            "{\"model_type\":\"mixtral\",\"hidden_size\":16,\"intermediate_size\":24,"
-            "\"num_hidden_layers\":2,\"num_attention_heads\":2,\"num_key_value_heads\":1,"
-            "\"num_local_experts\":4,\"num_experts_per_tok\":2,\"vocab_size\":32000,"
-            "\"bos_token_id\":1,\"eos_token_id\":2,\"tie_word_embeddings\":true,"
-            "\"output_router_logits\":true,\"router_aux_loss_coef\":0.02}");
-  OK(mt_hf_init(base, model, 1, MT_BF16));
-  for (int i = 0; i < 24; i++) {
-    char line[128];
-    snprintf(line, sizeof line, "{\"prompt\":\"Item %d is\",\"completion\":\" number %d of %d\"}\n",
-             i, i * 7 % 11, i % 3);
-    memcpy(text + strlen(text), line, strlen(line) + 1);
-  }
-  temp_text(dir, "data.jsonl", text);
-}
-
-static struct mt_train_options train_options(const char *model, const char *data, const char *out) {
-  return (struct mt_train_options){
-      .model = model,
-      .data = data,
-      .out = out,
-      .ep_size = 1,
-      .batch_size = 3,
-      .grad_accum = 2,
-      .max_seq_length = 24,
-      .warmup_steps = 2,
-      .train_steps = 8,
-      .epochs = 1,
-      .lr = 1e-3,
-      .weight_decay = 0.1,
-      .adam_beta1 = 0.9,
-      .adam_beta2 = 0.95,
-      .adam_eps = 1e-8,
-      .grad_clip = 1,
-      .seed = 7,
-      .device = {.device = "cpu", .kernels = "native", .precision = "bf16", .threads = 2},
-      .experts = MT_EXPERTS_GROUPED,
-      .blocks = MT_BLOCKS_FUSED,
-      .router_aux_coef = -1,
-      .log_every = 100};
-}
-
-static void same_file(const char *a_dir, const char *b_dir, const char *name, bool same) {
-  char a[MT_PATH_MAX], b[MT_PATH_MAX];
-  struct mt_map x, y;
-  OK(mt_path_join(a, a_dir, name));
-  OK(mt_path_join(b, b_dir, name));
-  OK(mt_map_open(a, &x));
-  OK(mt_map_open(b, &y));
-  assert_int_equal(x.size_bytes, y.size_bytes);
-  assert_int_equal(memcmp(x.data, y.data, x.size_bytes) == 0, same);
-  mt_map_close(&x);
-  mt_map_close(&y);
-}
-
-static int count_lines(const char *dir, const char *name) {
-  char path[MT_PATH_MAX], *text;
-  size_t size;
-  int n = 0;
-  OK(mt_path_join(path, dir, name));
-  OK(mt_file_read(path, 1 << 20, &text, &size));
-  for (size_t i = 0; i < size; i++) n += text[i] == '\n';
-  free(text);
-  return n;
-}
-
-static void run_repeats_and_resumes(const char *states) {
-  char dir[MT_PATH_MAX], model[MT_PATH_MAX], data[MT_PATH_MAX], a[MT_PATH_MAX], b[MT_PATH_MAX],
-      x[MT_PATH_MAX], y[MT_PATH_MAX];
-  temp_dir(dir);
-  make_run(dir, model, data);
-  OK(mt_path_join(a, dir, "a"));
-  OK(mt_path_join(b, dir, "b"));
-  struct mt_train_options o = train_options(model, data, a);
-  o.save_every = 5;
-  o.device.optim_state = states;
-  OK(mt_train_run(&o));
-  OK(mt_path_join(x, a, "checkpoint-10"));
-  assert_int_equal(count_lines(a, "metrics.jsonl"), 10);
-  OK(mt_path_join(y, a, "checkpoint-5"));
-  same_file(x, y, "moetune-state.safetensors", false); /* it does learn */
-  /* The same again. */
-  o.out = b;
-  OK(mt_train_run(&o));
-  OK(mt_path_join(y, b, "checkpoint-10"));
-  same_file(x, y, "moetune-state.safetensors", true);
-  /* From the middle, in the place of what followed. */
-  char middle[MT_PATH_MAX];
-  OK(mt_path_join(middle, a, "checkpoint-5"));
-  o.resume = middle;
-  OK(mt_dir_remove(y));
-  OK(mt_train_run(&o));
-  same_file(x, y, "moetune-state.safetensors", true);
-  same_file(x, y, "model.safetensors", true);
-  assert_int_equal(count_lines(b, "metrics.jsonl"), 10);
-  /* Another seed is another run: refused by name. */
-  o.seed = 8;
-  FAILS(mt_train_run(&o), MT_EINVAL, "--seed");
-  o.seed = 7;
-  o.device.optim_state = strcmp(states, "fp32") == 0 ? "bf16" : "fp32";
-  FAILS(mt_train_run(&o), MT_EINVAL, "--optim-state");
-  o.resume = "";
-  o.out = model;
-  FAILS(mt_train_run(&o), MT_ENOENT, "no checkpoint to resume");
-  OK(mt_dir_remove(dir));
-}
-
 static void a_run_repeats_and_resumes_bit_for_bit(void **state) {
   (void)state;
-  run_repeats_and_resumes("fp32");
-  run_repeats_and_resumes("bf16");
+  run_repeats_and_resumes("cpu", "fp32");
+  run_repeats_and_resumes("cpu", "bf16");
 }
 
 static char *read_text(const char *dir, const char *name) {
@@ -381,7 +265,7 @@ static void held_out_data_decides(void **state) {
   make_run(dir, model, data);
   OK(mt_path_join(a, dir, "a"));
   OK(mt_path_join(b, dir, "b"));
-  struct mt_train_options o = train_options(model, data, a);
+  struct mt_train_options o = train_options("cpu", model, data, a);
   o.eval_data = data;
   o.eval_every = 2;
   o.save_every = 3;
@@ -391,7 +275,7 @@ static void held_out_data_decides(void **state) {
   o.sample_tokens = 5;
   o.dead_expert_steps = 1;
   OK(mt_train_run(&o));
-  assert_int_equal(count_lines(a, "samples.jsonl"), 2 * 6); /* at 0, 2, ..., 10 */
+  assert_int_equal(count_lines(a, "samples.jsonl", "{"), 2 * 6); /* at 0, 2, ..., 10 */
   char *text = read_text(a, "samples.jsonl");
   assert_non_null(strstr(text, "{\"step\":10,\"index\":1,\"prompt\":\"Item "));
   assert_non_null(strstr(text, "\"expected\":\"number 0 of 0\""));
@@ -464,7 +348,7 @@ static void a_damaged_checkpoint_is_named(void **state) {
   OK(mt_path_join(a, dir, "a"));
   OK(mt_path_join(middle, a, "checkpoint-5"));
   OK(mt_path_join(list, middle, "moetune-checksums.json"));
-  struct mt_train_options o = train_options(model, data, a);
+  struct mt_train_options o = train_options("cpu", model, data, a);
   o.save_every = 5;
   OK(mt_train_run(&o));
   o.resume = middle;
@@ -486,25 +370,25 @@ static void refusals(void **state) {
   char dir[MT_PATH_MAX], model[MT_PATH_MAX], data[MT_PATH_MAX];
   temp_dir(dir);
   make_run(dir, model, data);
-  struct mt_train_options o = train_options(model, data, "/proc/no/out");
+  struct mt_train_options o = train_options("cpu", model, data, "/proc/no/out");
   FAILS(mt_train_run(&o), MT_ENOENT, "/proc/no");
-  o = train_options(model, "/no/data.jsonl", dir);
+  o = train_options("cpu", model, "/no/data.jsonl", dir);
   FAILS(mt_train_run(&o), MT_ENOENT, "/no/data.jsonl");
-  o = train_options("/no/model", data, dir);
+  o = train_options("cpu", "/no/model", data, dir);
   FAILS(mt_train_run(&o), MT_ENOENT, "/no/model");
-  o = train_options(model, data, dir);
+  o = train_options("cpu", model, data, dir);
   o.ep_size = 2;
   FAILS(mt_train_run(&o), MT_EUNSUPPORTED, "--ep-size 2");
-  o = train_options(model, data, dir);
-  o = train_options(model, data, dir);
+  o = train_options("cpu", model, data, dir);
+  o = train_options("cpu", model, data, dir);
   o.device.optim_state = "bf16";
   o.device.precision = "fp32";
   FAILS(mt_train_run(&o), MT_EINVAL, "--optim-state bf16 goes with --precision bf16");
-  o = train_options(model, data, dir);
+  o = train_options("cpu", model, data, dir);
   const char *all[] = {"*"};
   o.freeze = (struct mt_string_list){all, 1};
   FAILS(mt_train_run(&o), MT_EINVAL, "frozen");
-  o = train_options(model, data, dir);
+  o = train_options("cpu", model, data, dir);
   o.lr = 1e30; /* the second step sees infinities */
   FAILS(mt_train_run(&o), MT_ENUMERIC, "data.jsonl");
   OK(mt_dir_remove(dir));

@@ -247,6 +247,48 @@ static void packing_keeps_every_sample(void **state) {
   mt_dataset_close(d);
 }
 
+/* Few lengths, every row within one of them, and less padding than equal steps would add. */
+static void rows_are_padded_to_few_lengths(void **state) {
+  struct fixture *f = *state;
+  struct mt_dataset *d = many(f, 40);
+  struct mt_loader l;
+  struct mt_loader_options o = {.batch_size = 7,
+                                .micro_batches = 2,
+                                .max_seq_length = 64,
+                                .pad_multiple = 16,
+                                .lengths = 3,
+                                .seed = 5,
+                                .world = 1,
+                                .shuffle = true};
+  OK(mt_loader_create(&l, d, &o));
+  assert_in_range(l.length_count, 1, 3);
+  assert_int_equal(l.next.index, 0);
+  long padding = 0, thirds = 0, outside = 0, most = l.length[l.length_count - 1];
+  for (int step = 0; step < 100; step++) {
+    OK(mt_loader_next(&l));
+    for (int m = 0; m < 2; m++) {
+      const struct mt_batch *b = l.list[m];
+      bool known = false;
+      for (int i = 0; i < l.length_count; i++) known |= b->token_count == l.length[i];
+      outside += !known;
+      assert_true(b->token_count >= b->valid_count && b->token_count <= b->token_capacity);
+      assert_int_equal(b->token_count % 16, 0);
+      for (int i = b->valid_count; i < b->token_count; i++)
+        assert_true(b->labels[i] == MT_IGNORE && b->ids[i] == 0 && b->positions[i] == 0);
+      padding += b->token_count - b->valid_count;
+      thirds += (b->valid_count + most / 3) / (most / 3 + 1) * (most / 3 + 1) - b->valid_count;
+    }
+  }
+  assert_int_equal(outside, 0); /* they were chosen by these rows among others */
+  print_message("  %d lengths, %ld tokens of padding, %ld by thirds\n", l.length_count, padding,
+                thirds);
+  assert_true(padding < thirds);
+  mt_loader_destroy(&l);
+  o.lengths = MT_LENGTHS + 1;
+  FAILS(mt_loader_create(&l, d, &o), MT_EINVAL, "micro-batches");
+  mt_dataset_close(d);
+}
+
 static void order_is_a_function_of_the_position(void **state) {
   struct fixture *f = *state;
   struct mt_dataset *d = many(f, 23);
@@ -336,6 +378,7 @@ int main(void) {
       T(line_ends_and_lengths),
       T(long_samples_are_cut),
       T(packing_keeps_every_sample),
+      T(rows_are_padded_to_few_lengths),
       T(order_is_a_function_of_the_position),
       T(once_through),
       T(templates),

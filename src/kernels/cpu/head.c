@@ -89,9 +89,9 @@ static void row_loss(const struct mt_head_loss_args *a, const struct chunk *c, i
   double sum = row_exp(z, v, top);
   ((float *)a->loss.data)[t] = (float)(log(sum) - (double)target);
   if (!a->dx.data && !a->dw.data) return;
-  float scale = (float)((double)a->loss_scale / sum);
+  float scale = (float)((double)*a->loss_scale / sum);
   for (int64_t i = 0; i < v; i++) z[i] *= scale;
-  z[label] -= a->loss_scale;
+  z[label] -= *a->loss_scale;
 }
 
 static void chunk_run(const struct mt_backend *be, const struct mt_head_loss_args *a,
@@ -178,7 +178,7 @@ mt_err mt_cpu_tally(struct mt_backend *be, const struct mt_tally_args *a) {
   MT_TRY(mt_check_tally(a));
   MT_TRY(mt_cpu_format("tally", &a->loss));
   const float *loss = a->loss.data;
-  double sums[3] = {0, 0, a->aux_weight * (double)*(const float *)a->aux.data};
+  double sums[3] = {0, 0, *a->aux_weight * (double)*(const float *)a->aux.data};
   for (int64_t t = 0; t < a->loss.dim[0]; t++) {
     sums[0] += (double)loss[t];
     sums[1] += a->correct[t];

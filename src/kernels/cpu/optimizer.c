@@ -181,18 +181,18 @@ mt_err mt_cpu_adamw(struct mt_backend *be, const struct mt_adamw_args *a) {
   }
   struct update u = {.factors = {.beta1 = (float)a->beta1,
                                  .beta2 = (float)a->beta2,
-                                 .step_size = (float)(a->lr / (1 - pow(a->beta1, (double)a->step))),
-                                 .root_c2 = (float)(1 / sqrt(1 - pow(a->beta2, (double)a->step))),
+                                 .step_size = (float)a->values->step_size,
+                                 .root_c2 = (float)a->values->root_c2,
                                  .eps = (float)a->eps},
                      .scale = (float)scale,
-                     .seed = a->seed,
-                     .step = (uint32_t)a->step};
+                     .seed = a->values->seed,
+                     .step = (uint32_t)a->values->step};
 #pragma omp parallel num_threads(be->thread_count)
   for (int i = 0; i < a->segment_count; i++) {
     const struct mt_adamw_segment *s = &a->segments[i];
     int64_t n = s->master.dim[0];
     struct update mine = u;
-    mine.keep = s->decay ? (float)(1 - a->lr * a->weight_decay) : 1.0f;
+    mine.keep = s->decay ? (float)a->values->keep : 1.0f;
 #pragma omp for schedule(static) nowait
     for (int64_t b = 0; b < blocks_of(n); b++) {
       int64_t begin = b * BLOCK, end = begin + BLOCK < n ? begin + BLOCK : n;

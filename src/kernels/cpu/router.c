@@ -90,7 +90,7 @@ mt_err mt_cpu_aux_loss(struct mt_backend *be, const struct mt_aux_loss_args *a) 
   for (int64_t i = 0; i < e; i++) {
     double f = a->aux_count[i] / rows;
     sum += f * (double)((const float *)a->aux_prob.data)[i] / rows;
-    ((float *)a->grad.data)[i] = (float)((double)a->coef * (double)e * f / rows);
+    ((float *)a->grad.data)[i] = (float)((double)*a->coef * (double)e * f / rows);
   }
   *(float *)a->loss.data = (float)((double)e * sum);
   return MT_OK;

@@ -5,6 +5,13 @@
 
 #include "kernels/cuda/cuda.h"
 
+#if __has_include(<nvtx3/nvToolsExt.h>)
+#include <nvtx3/nvToolsExt.h>
+#define HAS_NVTX 1
+#else
+#define HAS_NVTX 0
+#endif
+
 extern "C" {
 #include "kernels/registry.h"
 }
@@ -68,23 +75,41 @@ static void mem_free(struct mt_backend *be, void *p, size_t size_bytes) {
   (void)cudaFree(p);
 }
 
-/* A small source is free again on return and the host has not waited for the stream; a large one is
- * copied when everything before it is done. */
-static mt_err upload(struct mt_backend *be, void *dst, const void *src, size_t size_bytes) {
-  struct mt_cuda *c = mt_cuda_of(be);
-  if (size_bytes == 0) return MT_OK;
-  if (size_bytes > MT_CUDA_RING_BYTES) {
-    return mt_cuda_check(cudaMemcpyAsync(dst, src, size_bytes, cudaMemcpyHostToDevice, c->stream),
-                         "upload");
+/* Waits where there is something to wait for: a profile shows no more of it than there is. */
+static mt_err wait_for(cudaEvent_t event, const char *what) {
+  cudaError_t error = cudaEventQuery(event);
+  if (error == cudaErrorNotReady) {
+    (void)cudaGetLastError();
+    error = cudaEventSynchronize(event);
   }
+  return mt_cuda_check(error, what);
+}
+
+static mt_err upload_piece(struct mt_cuda *c, void *dst, const void *src, size_t size_bytes) {
   int slot = c->ring_next;
   char *pinned = c->ring + (size_t)slot * MT_CUDA_RING_BYTES;
   c->ring_next = (slot + 1) % MT_CUDA_RING;
-  MT_TRY(mt_cuda_check(cudaEventSynchronize(c->ring_free[slot]), "upload"));
+  MT_TRY(wait_for(c->ring_free[slot], "upload"));
   memcpy(pinned, src, size_bytes);
   MT_TRY(mt_cuda_check(cudaMemcpyAsync(dst, pinned, size_bytes, cudaMemcpyHostToDevice, c->stream),
                        "upload"));
   return mt_cuda_check(cudaEventRecord(c->ring_free[slot], c->stream), "upload");
+}
+
+/* A source that a quarter of the ring holds is free again on return and the host has not waited
+ * for the stream; a larger one is copied when everything before it is done. */
+static mt_err upload(struct mt_backend *be, void *dst, const void *src, size_t size_bytes) {
+  struct mt_cuda *c = mt_cuda_of(be);
+  if (size_bytes > (size_t)MT_CUDA_RING / 4 * MT_CUDA_RING_BYTES) {
+    return mt_cuda_check(cudaMemcpyAsync(dst, src, size_bytes, cudaMemcpyHostToDevice, c->stream),
+                         "upload");
+  }
+  for (size_t at = 0; at < size_bytes; at += MT_CUDA_RING_BYTES) {
+    size_t n = size_bytes - at;
+    if (n > MT_CUDA_RING_BYTES) n = MT_CUDA_RING_BYTES;
+    MT_TRY(upload_piece(c, (char *)dst + at, (const char *)src + at, n));
+  }
+  return MT_OK;
 }
 
 static mt_err download(struct mt_backend *be, void *dst, const void *src, size_t size_bytes) {
@@ -129,17 +154,105 @@ static mt_err stamp(struct mt_backend *be, int slot) {
 }
 
 static mt_err stamp_wait(struct mt_backend *be, int slot) {
-  return mt_cuda_check(cudaEventSynchronize(mt_cuda_of(be)->stamps[slot]), "waiting for the GPU");
+  return wait_for(mt_cuda_of(be)->stamps[slot], "waiting for the GPU");
+}
+
+static mt_err stamp_passed(struct mt_backend *be, int slot, bool *passed) {
+  cudaError_t error = cudaEventQuery(mt_cuda_of(be)->stamps[slot]);
+  *passed = error == cudaSuccess;
+  if (error != cudaErrorNotReady) return mt_cuda_check(error, "stamp");
+  (void)cudaGetLastError(); /* the next call must not see it */
+  return MT_OK;
 }
 
 static mt_err stamp_read(struct mt_backend *be, int from, int to, double *seconds) {
   struct mt_cuda *c = mt_cuda_of(be);
   float ms = 0;
-  MT_TRY(mt_cuda_check(cudaEventSynchronize(c->stamps[to]), "stamp_read"));
+  MT_TRY(wait_for(c->stamps[to], "stamp_read"));
   MT_TRY(mt_cuda_check(cudaEventElapsedTime(&ms, c->stamps[from], c->stamps[to]), "stamp_read"));
   *seconds = 1e-3 * (double)ms;
   return MT_OK;
 }
+
+/* The device's own clock: events cannot be told apart once a graph records them again. */
+static __global__ void clock_mark(struct mt_clock *clock, int phase, bool restart) {
+  uint64_t now;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
+  if (restart) {
+    for (int i = 0; i < MT_CLOCK_PHASES; i++) clock->phase_ns[i] = 0;
+  } else if (clock->phase >= 0) {
+    clock->phase_ns[clock->phase] += now - clock->last_ns;
+  }
+  clock->last_ns = now;
+  clock->phase = phase;
+}
+
+static mt_err clock_enter(struct mt_backend *be, struct mt_clock *clock, int phase, bool restart) {
+  clock_mark<<<1, 1, 0, mt_cuda_of(be)->stream>>>(clock, phase, restart);
+  return mt_cuda_launched("clock");
+}
+
+/* Relaxed: a kernel that is used for the first time is loaded while others are captured. */
+static mt_err graph_begin(struct mt_backend *be) {
+  return mt_cuda_check(cudaStreamBeginCapture(mt_cuda_of(be)->stream, cudaStreamCaptureModeRelaxed),
+                       "capturing a graph");
+}
+
+static mt_err graph_end(struct mt_backend *be, void **out) {
+  cudaGraph_t graph = NULL;
+  cudaGraphExec_t exec = NULL;
+  cudaError_t error = cudaStreamEndCapture(mt_cuda_of(be)->stream, &graph);
+  if (error == cudaSuccess && out) error = cudaGraphInstantiate(&exec, graph, 0);
+  if (graph) (void)cudaGraphDestroy(graph);
+  if (error != cudaSuccess || !out) (void)cudaGetLastError(); /* the next call must not see it */
+  if (!out) return MT_OK;
+  *out = error == cudaSuccess ? exec : NULL;
+  return mt_cuda_check(error, "capturing a graph");
+}
+
+static mt_err graph_replay(struct mt_backend *be, void *graph) {
+  return mt_cuda_check(cudaGraphLaunch((cudaGraphExec_t)graph, mt_cuda_of(be)->stream),
+                       "launching a graph");
+}
+
+static void graph_free(struct mt_backend *be, void *graph) {
+  if (!graph) return;
+  (void)cudaStreamSynchronize(mt_cuda_of(be)->stream);
+  (void)cudaGraphExecDestroy((cudaGraphExec_t)graph);
+}
+
+static size_t memory_used(const struct mt_backend *be) {
+  size_t left = 0, all = 0;
+  (void)be;
+  if (cudaMemGetInfo(&left, &all) != cudaSuccess) return 0;
+  return all - left;
+}
+
+/* A few instructions where no profiler listens. */
+#if HAS_NVTX
+static void range(const char *name) {
+  if (name)
+    (void)nvtxRangePushA(name);
+  else
+    (void)nvtxRangePop();
+}
+#define RANGE_BEGIN(name) (void)nvtxRangePushA(name)
+#define RANGE_END()       (void)nvtxRangePop()
+#else
+#define RANGE_BEGIN(name)
+#define RANGE_END()
+#endif
+
+/* Every operation under its name. */
+#define X(op)                                                                                      \
+  static mt_err named_##op(struct mt_backend *be, const struct mt_##op##_args *a) {                \
+    RANGE_BEGIN(#op);                                                                              \
+    mt_err err = mt_cuda_##op(be, a);                                                              \
+    RANGE_END();                                                                                   \
+    return err;                                                                                    \
+  }
+MT_OP_LIST(X)
+#undef X
 
 static void destroy(struct mt_backend *be) {
   struct mt_cuda *c = mt_cuda_of(be);
@@ -218,7 +331,7 @@ extern "C" mt_err mt_backend_cuda_create(struct mt_backend *be, bool portable) {
   be->destroy = destroy;
   c->portable = portable;
   MT_GO(open_device(be, c, 0));
-#define X(op) be->ops.op = mt_cuda_##op;
+#define X(op) be->ops.op = named_##op;
   MT_OP_LIST(X)
 #undef X
   be->mem_alloc = mem_alloc;
@@ -230,10 +343,20 @@ extern "C" mt_err mt_backend_cuda_create(struct mt_backend *be, bool portable) {
   be->stamp = stamp;
   be->stamp_read = stamp_read;
   be->stamp_wait = stamp_wait;
+  be->stamp_passed = stamp_passed;
   be->download_later = download_later;
   be->host_alloc = host_alloc;
   be->host_free = host_free;
-  be->steps_ahead = 3;
+  be->clock_enter = clock_enter;
+  be->graph_begin = graph_begin;
+  be->graph_end = graph_end;
+  be->graph_replay = graph_replay;
+  be->graph_free = graph_free;
+#if HAS_NVTX
+  be->range = range;
+#endif
+  be->memory_used = memory_used;
+  be->steps_ahead = 32;
 done:
   if (err) mt_backend_destroy(be);
   return err;

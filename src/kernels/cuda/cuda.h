@@ -16,7 +16,7 @@ extern "C" {
 
 /* Small uploads go through pinned memory, so that the host does not wait for the stream: a ring of
  * slots, each free again once the copy out of it has run. */
-enum { MT_CUDA_RING = 16, MT_CUDA_RING_BYTES = 1 << 20 };
+enum { MT_CUDA_RING = 128, MT_CUDA_RING_BYTES = 128 << 10 };
 
 /* State of one backend: backend.impl. */
 struct mt_cuda {

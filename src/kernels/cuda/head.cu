@@ -38,7 +38,7 @@ extern "C" size_t mt_cuda_head_bytes(const struct mt_limits *l) {
 struct head_rows {
   int64_t vocab, ld;
   const int32_t *labels;
-  float loss_scale;
+  const float *loss_scale; /* [1] */
   float *loss;
   int32_t *correct;    /* or NULL */
   const float *logits; /* [rows, ld] */
@@ -114,11 +114,11 @@ __global__ void __launch_bounds__(HEAD_THREADS) head_row(struct head_rows h, T *
   int32_t label = h.labels[t];
   const float *z = h.logits + t * h.ld;
   struct running r = {0, 1, 0};
-  float target = 0, scale = 0;
+  float target = 0, scale = 0, whole = dz ? *h.loss_scale : 0.0f;
   if (label >= 0) {
     r = read_row(z, h.vocab);
     target = z[label];
-    scale = (float)((double)h.loss_scale / (double)r.sum);
+    scale = (float)((double)whole / (double)r.sum);
   }
   if (threadIdx.x == 0) {
     h.loss[t] = label >= 0 ? (float)(log((double)r.sum) - (double)(target - r.top)) : 0.0f;
@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(HEAD_THREADS) head_row(struct head_rows h, T *
       load_floats<float, 4>(z + i, x);
 #pragma unroll
       for (int j = 0; j < 4; j++) {
-        x[j] = expf(x[j] - r.top) * scale - (i + j == label ? h.loss_scale : 0.0f);
+        x[j] = expf(x[j] - r.top) * scale - (i + j == label ? whole : 0.0f);
       }
     }
     store_row<T, 4>(to + i, x);

@@ -120,18 +120,21 @@ extern "C" mt_err mt_cuda_sumsq(struct mt_backend *be, const struct mt_sumsq_arg
   return mt_cuda_launched("sumsq");
 }
 
+/* What all elements share. A block's first thread makes it. */
 struct update {
   struct mt_adamw_factors factors;
-  float keep; /* of segments that decay */
-  double clip;
-  const double *grad_sumsq; /* [1] or NULL */
-  uint64_t seed;
+  float keep;  /* of segments that decay */
+  float scale; /* of gradients; negative: nothing is changed */
   uint32_t step;
+  uint64_t seed;
 };
 
 struct update_list {
   int count;
-  struct update u;
+  float beta1, beta2, eps;
+  const struct mt_adamw_values *values;
+  double clip;
+  const double *grad_sumsq; /* [1] or NULL */
   void *w[UPDATE_SEGMENTS], *m[UPDATE_SEGMENTS], *v[UPDATE_SEGMENTS];
   const void *g[UPDATE_SEGMENTS];
   bf16 *compute[UPDATE_SEGMENTS]; /* or NULL */
@@ -149,7 +152,7 @@ template <class T> struct update_segment {
   T *w, *m, *v;
   const T *g;
   bf16 *compute;
-  float keep, scale;
+  float keep;
   uint32_t tensor;
 };
 
@@ -188,7 +191,7 @@ __device__ __forceinline__ void adamw_at(const struct update_segment<T> &s, cons
 #pragma unroll
   for (int j = 0; j < V; j++) {
     w[j] = to_float(pw.x[j]), m[j] = to_float(pm.x[j]), v[j] = to_float(pv.x[j]);
-    mt_adamw_one(&w[j], &m[j], &v[j], to_float(pg.x[j]), s.keep, s.scale, u.factors);
+    mt_adamw_one(&w[j], &m[j], &v[j], to_float(pg.x[j]), s.keep, u.scale, u.factors);
   }
   uint32_t r[4] = {};
   uint64_t block = (uint64_t)i / MT_ROUND_BLOCK;
@@ -231,43 +234,50 @@ __device__ __forceinline__ void adamw_run(const struct update_segment<T> &s, con
 }
 
 template <class T>
-__device__ __forceinline__ void adamw_tile(const struct update_list &l, int e, float scale,
-                                           int64_t begin, int64_t end) {
+__device__ __forceinline__ void adamw_tile(const struct update_list &l, const struct update &u,
+                                           int e, int64_t begin, int64_t end) {
   struct update_segment<T> s = {
     (T *)l.w[e], (T *)l.m[e], (T *)l.v[e],
-        (const T *)l.g[e], l.compute[e], l.decay[e] ? l.u.keep : 1.0f, scale, l.tensor[e]
+        (const T *)l.g[e], l.compute[e], l.decay[e] ? u.keep : 1.0f, l.tensor[e]
   };
   int64_t whole = begin;
   if (l.is_wide[e]) {
     constexpr int V = wide<T>;
     whole = begin + (end - begin) / V * V;
-    adamw_run<T, V, sizeof(T) == sizeof(float) ? 2 : 1>(s, l.u, begin, whole);
+    adamw_run<T, V, sizeof(T) == sizeof(float) ? 2 : 1>(s, u, begin, whole);
   }
-  adamw_run<T, 1, 1>(s, l.u, whole, end);
+  adamw_run<T, 1, 1>(s, u, whole, end);
+}
+
+__device__ __forceinline__ struct update update_of(const struct update_list &l) {
+  const struct mt_adamw_values v = *l.values;
+  double scale = 1;
+  if (l.grad_sumsq) {
+    double sumsq = *l.grad_sumsq;
+    if (l.clip > 0) scale = fmin(1.0, l.clip / (sqrt(sumsq) + 1e-6));
+    if (!isfinite(sumsq)) scale = -1;
+  }
+  return {{l.beta1, l.beta2, (float)v.step_size, (float)v.root_c2, l.eps},
+          (float)v.keep,
+          (float)scale,
+          (uint32_t)v.step,
+          v.seed};
 }
 
 /* One block a tile. A norm that is not finite changes nothing. */
 __global__ void __launch_bounds__(UPDATE_THREADS, UPDATE_BLOCKS)
     adamw_tiles(const __grid_constant__ update_list l) {
-  __shared__ float shared_scale;
-  if (threadIdx.x == 0) {
-    double scale = 1;
-    if (l.u.grad_sumsq) {
-      double sumsq = *l.u.grad_sumsq;
-      if (l.u.clip > 0) scale = fmin(1.0, l.u.clip / (sqrt(sumsq) + 1e-6));
-      if (!isfinite(sumsq)) scale = -1;
-    }
-    shared_scale = (float)scale;
-  }
+  __shared__ struct update u;
+  if (threadIdx.x == 0) u = update_of(l);
   __syncthreads();
-  if (shared_scale < 0) return;
+  if (u.scale < 0) return;
   int e = entry_of(l.first_tile, l.count, blockIdx.x);
   int64_t begin = (blockIdx.x - l.first_tile[e]) * UPDATE_TILE, end = begin + UPDATE_TILE;
   if (end > l.n[e]) end = l.n[e];
   if (l.is_bf16[e]) {
-    adamw_tile<bf16>(l, e, shared_scale, begin, end);
+    adamw_tile<bf16>(l, u, e, begin, end);
   } else {
-    adamw_tile<float>(l, e, shared_scale, begin, end);
+    adamw_tile<float>(l, u, e, begin, end);
   }
 }
 
@@ -298,16 +308,12 @@ extern "C" mt_err mt_cuda_adamw(struct mt_backend *be, const struct mt_adamw_arg
   MT_TRY(mt_check_adamw(a));
   for (int i = 0; i < a->segment_count; i++) MT_TRY(adamw_formats(&a->segments[i]));
   struct update_list l = {};
-  l.u.factors.beta1 = (float)a->beta1;
-  l.u.factors.beta2 = (float)a->beta2;
-  l.u.factors.step_size = (float)(a->lr / (1 - pow(a->beta1, (double)a->step)));
-  l.u.factors.root_c2 = (float)(1 / sqrt(1 - pow(a->beta2, (double)a->step)));
-  l.u.factors.eps = (float)a->eps;
-  l.u.keep = (float)(1 - a->lr * a->weight_decay);
-  l.u.clip = a->clip;
-  l.u.grad_sumsq = a->grad_sumsq;
-  l.u.seed = a->seed;
-  l.u.step = (uint32_t)a->step;
+  l.beta1 = (float)a->beta1;
+  l.beta2 = (float)a->beta2;
+  l.eps = (float)a->eps;
+  l.values = a->values;
+  l.clip = a->clip;
+  l.grad_sumsq = a->grad_sumsq;
   for (int i = 0; i < a->segment_count; i++) {
     list_segment(&l, &a->segments[i]);
     if (l.count < UPDATE_SEGMENTS && i + 1 < a->segment_count) continue;

@@ -238,13 +238,13 @@ enum { AUX_THREADS = 256 };
 
 __global__ void __launch_bounds__(AUX_THREADS)
     aux_loss_all(const float *aux_prob, const int32_t *aux_count, const int32_t *valid_count,
-                 int layer_count, float coef, int64_t experts, float *loss, float *grad) {
+                 int layer_count, const float *coef, int64_t experts, float *loss, float *grad) {
   __shared__ double shared[AUX_THREADS];
   double rows = fmax(1.0, (double)layer_count * (double)*valid_count), sum = 0;
   for (int64_t e = threadIdx.x; e < experts; e += AUX_THREADS) {
     double f = (double)aux_count[e] / rows;
     sum += f * (double)aux_prob[e] / rows;
-    grad[e] = (float)((double)coef * (double)experts * f / rows);
+    grad[e] = (float)((double)*coef * (double)experts * f / rows);
   }
   shared[threadIdx.x] = sum;
   for (int n = AUX_THREADS / 2; n > 0; n /= 2) {

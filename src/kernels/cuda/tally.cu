@@ -18,7 +18,7 @@ static __device__ double tree_of(double x, double *shared) {
 
 static __global__ void __launch_bounds__(TALLY_THREADS)
     tally(const float *loss, const int32_t *correct, int64_t rows, const float *aux,
-          double aux_weight, double *sums, const int32_t *load, int32_t *load_sums,
+          const double *aux_weight, double *sums, const int32_t *load, int32_t *load_sums,
           int64_t load_count, int accumulate) {
   __shared__ double shared[TALLY_THREADS];
   double l = 0, c = 0;
@@ -31,7 +31,7 @@ static __global__ void __launch_bounds__(TALLY_THREADS)
   if (threadIdx.x == 0) {
     sums[0] = (accumulate ? sums[0] : 0.0) + l;
     sums[1] = (accumulate ? sums[1] : 0.0) + c;
-    sums[2] = (accumulate ? sums[2] : 0.0) + aux_weight * (double)*aux;
+    sums[2] = (accumulate ? sums[2] : 0.0) + *aux_weight * (double)*aux;
   }
   for (int64_t i = threadIdx.x; i < load_count; i += TALLY_THREADS) {
     load_sums[i] = (accumulate ? load_sums[i] : 0) + load[i];

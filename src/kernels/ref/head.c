@@ -41,8 +41,9 @@ mt_err mt_ref_head_loss(struct mt_backend *be, const struct mt_head_loss_args *a
     double lse = row_logits(a, t, logits, &best);
     ref_put(&a->loss, t, lse - logits[label]);
     if (a->correct) a->correct[t] = best == label;
+    if (!a->dx.data && !a->dw.data) continue;
     for (int64_t i = 0; i < v; i++) {
-      logits[i] = (double)a->loss_scale * (exp(logits[i] - lse) - (i == label));
+      logits[i] = (double)*a->loss_scale * (exp(logits[i] - lse) - (i == label));
     }
     for (int64_t n = 0; a->dx.data && n < h; n++) {
       double sum = 0;
@@ -79,8 +80,8 @@ static void put_state(const struct mt_adamw_args *a, const struct mt_adamw_segme
     ref_put(t, n, x);
     return;
   }
-  mt_rounding_bits(a->seed, s->tensor, purpose, (uint32_t)a->step, (uint64_t)n / MT_ROUND_BLOCK,
-                   &r[0], &r[1], &r[2], &r[3]);
+  mt_rounding_bits(a->values->seed, s->tensor, purpose, (uint32_t)a->values->step,
+                   (uint64_t)n / MT_ROUND_BLOCK, &r[0], &r[1], &r[2], &r[3]);
   ((uint16_t *)t->data)[n] =
       mt_round_at_random((float)x, mt_rounding_pick(r, (int)(n % MT_ROUND_BLOCK), purpose));
 }
@@ -89,8 +90,8 @@ mt_err mt_ref_adamw(struct mt_backend *be, const struct mt_adamw_args *a) {
   (void)be;
   MT_TRY(mt_check_adamw(a));
   if (a->grad_sumsq && !isfinite(*a->grad_sumsq)) return MT_OK;
-  double scale = 1, c1 = 1 - pow(a->beta1, (double)a->step),
-         c2 = 1 - pow(a->beta2, (double)a->step);
+  const struct mt_adamw_values u = *a->values;
+  double scale = 1;
   if (a->clip > 0 && a->grad_sumsq) scale = fmin(1.0, a->clip / (sqrt(*a->grad_sumsq) + 1e-6));
   for (int i = 0; i < a->segment_count; i++) {
     const struct mt_adamw_segment *s = &a->segments[i];
@@ -98,8 +99,8 @@ mt_err mt_ref_adamw(struct mt_backend *be, const struct mt_adamw_args *a) {
       double g = scale * ref_at(&s->grad, n), w = ref_at(&s->master, n);
       double m = a->beta1 * ref_at(&s->m, n) + (1 - a->beta1) * g;
       double v = a->beta2 * ref_at(&s->v, n) + (1 - a->beta2) * g * g;
-      if (s->decay) w *= 1 - a->lr * a->weight_decay;
-      w -= a->lr / c1 * m / (sqrt(v) / sqrt(c2) + a->eps);
+      if (s->decay) w *= u.keep;
+      w -= u.step_size * m / (sqrt(v) * u.root_c2 + a->eps);
       put_state(a, s, &s->m, MT_ROUND_M, n, m);
       put_state(a, s, &s->v, MT_ROUND_V, n, v);
       put_state(a, s, &s->master, MT_ROUND_WEIGHT, n, w);
@@ -117,7 +118,7 @@ mt_err mt_ref_tally(struct mt_backend *be, const struct mt_tally_args *a) {
     loss += ref_at(&a->loss, t);
     correct += a->correct[t];
   }
-  const double sums[3] = {loss, correct, a->aux_weight * ref_at(&a->aux, 0)};
+  const double sums[3] = {loss, correct, *a->aux_weight * ref_at(&a->aux, 0)};
   for (int i = 0; i < 3; i++) a->sums[i] = (a->accumulate ? a->sums[i] : 0) + sums[i];
   for (int64_t i = 0; i < a->load_count; i++) {
     a->load_sums[i] = (a->accumulate ? a->load_sums[i] : 0) + a->load[i];

@@ -74,7 +74,7 @@ mt_err mt_ref_aux_loss(struct mt_backend *be, const struct mt_aux_loss_args *a) 
   for (int64_t i = 0; i < e; i++) {
     double f = a->aux_count[i] / rows;
     sum += f * ref_at(&a->aux_prob, i) / rows;
-    ref_put(&a->grad, i, (double)a->coef * (double)e * f / rows);
+    ref_put(&a->grad, i, (double)*a->coef * (double)e * f / rows);
   }
   ref_put(&a->loss, 0, (double)e * sum);
   return MT_OK;
