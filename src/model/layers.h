@@ -8,7 +8,8 @@
 struct mt_view {
   int64_t tokens; /* T of this batch */
   int sequences;
-  int accumulate; /* of parameter gradients */
+  int accumulate;   /* of parameter gradients */
+  bool sum_squares; /* of parameter gradients, where that costs nothing */
 };
 
 /* The first `rows` rows of a buffer that was laid out for more. */

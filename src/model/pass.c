@@ -164,6 +164,8 @@ mt_err mt_model_train_pass_later(struct mt_model *m, const struct mt_pass *pass)
   if (!m->options.training) return mt_fail(MT_EINVAL, "this model was built for inference");
   MT_TRY(open_view(m, pass->batch, &v));
   v.accumulate = pass->accumulate;
+  v.sum_squares = pass->sum_squares;
+  for (int i = 0; i < m->params.count; i++) m->params.row[i].grad_summed = false;
   MT_TRY(forward(m, &v, pass->aux_weight));
   MT_TRY(head(m, &v, true, pass->loss_scale));
   MT_TRY(backward(m, &v));

@@ -92,6 +92,7 @@ mt_err mt_step_launch(struct mt_step_queue *q, struct mt_batch *const *micro, in
   MT_TRY(mt_phase_mark(m, MT_PHASE_DATA));
   for (int i = 0; i < micro_count; i++) {
     struct mt_pass pass = micro_pass(&s->result, micro, i);
+    pass.sum_squares = i + 1 == micro_count; /* mt_optimizer_norm follows */
     MT_TRY(mt_model_train_pass_later(m, &pass));
   }
   MT_TRY(mt_optimizer_norm(q->optimizer));

@@ -315,5 +315,10 @@ extern "C" mt_err mt_cuda_linear_wgrad(struct mt_backend *be,
                               .ab = a->x.dtype,
                               .c_dtype = a->dw.dtype,
                               .accumulate = a->accumulate};
-  return a->offsets ? grouped(be, &p) : dense(be, &p, true, false);
+  MT_TRY(a->offsets ? grouped(be, &p) : dense(be, &p, true, false));
+  if (!a->sumsq) return MT_OK;
+  struct mt_tensor all = mt_vec(a->dw.data, a->dw.dtype, mt_count(&a->dw));
+  struct mt_sumsq_args sum = {.tensors = &all, .tensor_count = 1};
+  sum.out = a->sumsq;
+  return mt_cuda_sumsq(be, &sum);
 }

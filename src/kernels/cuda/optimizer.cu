@@ -87,8 +87,13 @@ __global__ void __launch_bounds__(SUM_THREADS) sum_squares(const __grid_constant
   if (threadIdx.x == 0) l.partial[blockIdx.x] = l.more ? l.partial[blockIdx.x] + sum : sum;
 }
 
-__global__ void __launch_bounds__(SUM_BLOCKS) sum_partials(const double *partial, double *out) {
-  double sum = tree_sum<SUM_BLOCKS>(partial[threadIdx.x]);
+/* count: of partial, at most a number for each thread; parts: any number more. */
+__global__ void __launch_bounds__(SUM_BLOCKS)
+    sum_partials(const double *partial, int count, const double *parts, int part_count,
+                 double *out) {
+  double sum = (int)threadIdx.x < count ? partial[threadIdx.x] : 0;
+  for (int i = (int)threadIdx.x; i < part_count; i += SUM_BLOCKS) sum += parts[i];
+  sum = tree_sum<SUM_BLOCKS>(sum);
   if (threadIdx.x == 0) *out = sum;
 }
 
@@ -113,10 +118,8 @@ extern "C" mt_err mt_cuda_sumsq(struct mt_backend *be, const struct mt_sumsq_arg
     l.count = 0;
     l.more = 1;
   }
-  if (a->tensor_count <= 0) {
-    return mt_cuda_check(cudaMemsetAsync(a->out, 0, sizeof *a->out, s), "sumsq");
-  }
-  sum_partials<<<1, SUM_BLOCKS, 0, s>>>((const double *)partial, a->out);
+  sum_partials<<<1, SUM_BLOCKS, 0, s>>>((const double *)partial, l.more ? SUM_BLOCKS : 0, a->parts,
+                                        a->part_count, a->out);
   return mt_cuda_launched("sumsq");
 }
 
