@@ -3,7 +3,8 @@
  * the library's best case). TFLOP/s from the median of CUDA events; random normal data.
  *   grouped_gemm [repetitions, default 20] [only cases whose name contains this] [which, default
  * chpl] which: h Hopper, p portable, l library; c checks Hopper's result against the portable
- * one's. */
+ * one's. "norm": with the sum of squares of what is made; beside cuBLASLt's products, the pass
+ * that reads it all again. */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -111,6 +112,11 @@ static void library_loop(struct mt_backend *be, const struct test *t) {
     d.ab = p->ab, d.c_dtype = p->c_dtype, d.beta = p->accumulate ? 1.0f : 0.0f;
     OK(mt_cuda_gemm(be, &d));
   }
+  if (!p->sumsq) return;
+  struct mt_tensor c = mt_vec(p->c, p->c_dtype, p->groups * p->m * p->n);
+  struct mt_sumsq_args a = {};
+  a.tensors = &c, a.tensor_count = 1, a.out = p->sumsq;
+  OK(be->ops.sumsq(be, &a));
 }
 
 static void run(struct bench *b, const struct test *t, enum way way) {
@@ -181,7 +187,7 @@ static void share_rows(const struct size *z, int32_t *offsets) {
 
 static void one(struct bench *b, const struct size *z, const char *what,
                 enum mt_cuda_grouped_kind kind, int64_t out, int64_t in, enum mt_dtype c_dtype,
-                int accumulate) {
+                int accumulate, bool norm = false) {
   char name[80];
   snprintf(name, sizeof name, "%-18s %s", z->name, what);
   if (b->only && !strstr(name, b->only)) return;
@@ -204,11 +210,13 @@ static void one(struct bench *b, const struct size *z, const char *what,
   CHECK(cudaMemcpy(offsets, t.offsets, sizeof t.offsets, cudaMemcpyHostToDevice));
   CHECK(cudaDeviceSynchronize());
   bool hopper = mt_cuda_grouped_sm90_takes(&b->native, &t.p);
+  if (norm) t.p.sumsq = (double *)device_memory(sizeof *t.p.sumsq);
   double tera = 2e-9 * (double)rows * (double)out * (double)in;
   printf("%-40s", name);
   if (hopper && strchr(b->which, 'c')) printf(" %8.1e", check(b, &t, c));
   for (int way = 0; way < WAYS; way++) {
-    if ((way == HOPPER && !hopper) || !strchr(b->which, "hpl"[way])) continue;
+    if ((way == HOPPER && !hopper) || (way == PORTABLE && norm) || !strchr(b->which, "hpl"[way]))
+      continue;
     double ms = median_ms(b, &t, (enum way)way);
     printf(" | %7.3f ms %4.0f", ms, tera / ms);
   }
@@ -217,6 +225,7 @@ static void one(struct bench *b, const struct size *z, const char *what,
   CHECK(cudaFree(pa));
   CHECK(cudaFree(pb));
   CHECK(cudaFree(t.p.c));
+  CHECK(cudaFree(t.p.sumsq));
   CHECK(cudaFree(offsets));
 }
 
@@ -230,6 +239,11 @@ static void all_of(struct bench *b, const struct size *z) {
   one(b, z, "wgrad gate_up +=", GROUPED_WGRAD, 2 * z->f, z->h, MT_F32, 1);
   one(b, z, "wgrad down +=", GROUPED_WGRAD, z->h, z->f, MT_F32, 1);
   one(b, z, "wgrad down bf16", GROUPED_WGRAD, z->h, z->f, MT_BF16, 0);
+  one(b, z, "wgrad down bf16 norm", GROUPED_WGRAD, z->h, z->f, MT_BF16, 0, true);
+  one(b, z, "wgrad gate_up bf16", GROUPED_WGRAD, 2 * z->f, z->h, MT_BF16, 0);
+  one(b, z, "wgrad gate_up bf16 norm", GROUPED_WGRAD, 2 * z->f, z->h, MT_BF16, 0, true);
+  one(b, z, "wgrad gate_up norm", GROUPED_WGRAD, 2 * z->f, z->h, MT_F32, 0, true);
+  one(b, z, "wgrad gate_up += norm", GROUPED_WGRAD, 2 * z->f, z->h, MT_F32, 1, true);
 }
 
 int main(int argc, char **argv) {
@@ -250,8 +264,8 @@ int main(int argc, char **argv) {
   b.which = argc > 3 ? argv[3] : "chpl";
   if (b.reps < 1 || b.reps > REPS_MOST) die("repetitions", "1 to 100");
   OK(mt_backend_create(&b.native, "cuda", 1));
-  b.native.workspace_size_bytes = MT_CUDA_LT_WORKSPACE_BYTES;
-  b.native.workspace = device_memory(MT_CUDA_LT_WORKSPACE_BYTES);
+  b.native.workspace_size_bytes = MT_CUDA_LT_WORKSPACE_BYTES + MT_CUDA_PARTIALS * sizeof(double);
+  b.native.workspace = device_memory(b.native.workspace_size_bytes);
   printf("%-40s %8s | %-15s | %-15s | %-15s\n", "", "off by", "Hopper  TFLOP/s", "portable",
          "cuBLASLt loop");
   for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) all_of(&b, &sizes[i]);

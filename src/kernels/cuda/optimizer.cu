@@ -6,7 +6,7 @@
 #include "kernels/cuda/rows.cuh"
 #include "kernels/rounding.h"
 
-enum { SUM_BLOCKS = 1024, SUM_THREADS = 256, SUM_TENSORS = 128, SUM_TILE = 8192 };
+enum { SUM_BLOCKS = MT_CUDA_PARTIALS, SUM_THREADS = 256, SUM_TENSORS = 128, SUM_TILE = 8192 };
 enum { UPDATE_THREADS = 256, UPDATE_SEGMENTS = 48, UPDATE_TILE = 8192 };
 /* Blocks that a multiprocessor must hold: arithmetic on random bits hides behind others' loads. */
 enum { UPDATE_BLOCKS = 3 };
@@ -95,6 +95,12 @@ __global__ void __launch_bounds__(SUM_BLOCKS)
   for (int i = (int)threadIdx.x; i < part_count; i += SUM_BLOCKS) sum += parts[i];
   sum = tree_sum<SUM_BLOCKS>(sum);
   if (threadIdx.x == 0) *out = sum;
+}
+
+extern "C" mt_err mt_cuda_sum_partials(struct mt_backend *be, const double *partial, int count,
+                                       double *out) {
+  sum_partials<<<1, SUM_BLOCKS, 0, mt_cuda_of(be)->stream>>>(partial, count, NULL, 0, out);
+  return mt_cuda_launched("sumsq");
 }
 
 extern "C" mt_err mt_cuda_sumsq(struct mt_backend *be, const struct mt_sumsq_args *a) {
