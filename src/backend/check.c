@@ -133,6 +133,10 @@ mt_err mt_check_linear_wgrad(const struct mt_linear_wgrad_args *a) {
   if (a->dw.dtype != grad_of(&a->x, &a->dw)) {
     return mt_fail(MT_ESHAPE, "linear_wgrad: gradient is %s", mt_dtype_name(a->dw.dtype));
   }
+  if (a->sumsq && a->dw.ld != a->dw.dim[a->dw.rank - 1]) {
+    return mt_fail(MT_ESHAPE, "linear_wgrad: squares of rows of %lld, %lld apart",
+                   (long long)a->dw.dim[a->dw.rank - 1], (long long)a->dw.ld);
+  }
   return linear("linear_wgrad", &a->x, &a->dw, &a->dy, a->x.dtype, a->offsets);
 }
 
@@ -385,6 +389,7 @@ mt_err mt_check_tally(const struct mt_tally_args *a) {
 mt_err mt_check_sumsq(const struct mt_sumsq_args *a) {
   const char *op = "sumsq";
   PTR(out);
+  if (a->part_count > 0) PTR(parts);
   for (int i = 0; i < a->tensor_count; i++) {
     const struct mt_tensor *t = &a->tensors[i];
     MT_TRY(

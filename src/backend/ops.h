@@ -135,9 +135,11 @@ struct mt_linear_dgrad_args {
 /* dw = dy^T x, dense or grouped: a group without rows gets zeros (=) or nothing (+=). */
 struct mt_linear_wgrad_args {
   struct mt_tensor dy, x; /* act [M,N_out], [M,N_in] */
-  struct mt_tensor dw;    /* grad, shape of w (acc) */
+  struct mt_tensor dw;    /* grad, shape of w (acc); contiguous where sumsq is given */
   const int32_t *offsets;
   int accumulate;
+  double *sumsq; /* [1] (=) device: sum of squares of all of dw as it is stored, as sumsq makes it,
+                    but that up to 128 may be added in float32 first; or NULL */
 };
 
 /* cos, sin of positions[t] * inv_freq[i], the angle in float32 or better. */
@@ -382,12 +384,14 @@ struct mt_tally_args {
   int accumulate;
 };
 
-/* out[0] = sum of squares over all tensors, in float64, in an order that does not depend on the
- * number of threads. NaN and infinity come through. */
+/* out[0] = sum of squares over all tensors, plus all parts, in float64, in an order that does not
+ * depend on the number of threads. NaN and infinity come through. */
 struct mt_sumsq_args {
   const struct mt_tensor *tensors; /* host array of grad tensors */
   int tensor_count;
-  double *out; /* [1] (=) device */
+  const double *parts; /* [part_count] device: sums of squares that are known, or NULL */
+  int part_count;
+  double *out; /* [1] (=) device, none of parts */
 };
 
 struct mt_adamw_segment {

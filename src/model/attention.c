@@ -149,7 +149,7 @@ mt_err mt_attention_backward(struct mt_model *m, int layer, const struct mt_view
                    xn = mt_top(m->acts.xn, t);
 
   mt_acts_enter(&m->acts, m->be, MT_ROOM_ATTENTION);
-  MT_TRY(mt_linear_wgrad(m->be, ds, mt_top(l->att, t), out->grad, NULL, v->accumulate));
+  MT_TRY(mt_linear_wgrad(m->be, ds, mt_top(l->att, t), out->grad, NULL, v->accumulate, NULL));
   mt_grad_ready(m, out);
   MT_TRY(mt_linear_dgrad(m->be, ds, out->compute, datt, NULL));
 
@@ -160,7 +160,7 @@ mt_err mt_attention_backward(struct mt_model *m, int layer, const struct mt_view
   MT_TRY(m->be->ops.rope(m->be, &rope));
 
   if (proj->grad.data) MT_TRY(norm_again(m, layer, t));
-  MT_TRY(mt_linear_wgrad(m->be, dqkv, xn, proj->grad, NULL, v->accumulate));
+  MT_TRY(mt_linear_wgrad(m->be, dqkv, xn, proj->grad, NULL, v->accumulate, NULL));
   mt_grad_ready(m, proj);
   MT_TRY(mt_linear_dgrad(m->be, dqkv, proj->compute, dxn, NULL));
   return mt_norm_backward(m, dxn, mt_top(l->s1, t), norm, mt_top(l->rstd1, t), ds, 0,

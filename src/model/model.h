@@ -89,6 +89,8 @@ struct mt_pass {
   double loss_scale; /* 1 / targets of the global batch */
   double aux_weight; /* this micro-batch's share of the auxiliary loss: its targets over all */
   int accumulate;    /* gradients: 0 overwrites, 1 adds */
+  bool sum_squares;  /* leaves grad_sumsq of parameters that have one, and says so in grad_summed;
+                        for a step's only pass, whose gradients nothing changes afterwards */
 };
 
 /* Sums over the targets of one micro-batch. */

@@ -124,6 +124,11 @@ static mt_err down_backward(struct moe *o, struct mt_tensor ys, struct mt_tensor
                                    .drow_prob = o->drow_prob});
 }
 
+/* Where all of a weight's gradient is made at once, its squares can be added up on the way. */
+static double *sumsq_of(const struct mt_param *w, const int32_t *offsets) {
+  return w->grad_summed && offsets ? w->grad_sumsq : NULL;
+}
+
 /* In: ys holds dys. Out: ys holds dxs, gate_up its gradient. Between, ys holds the tokens again. */
 static mt_err mlp_backward(struct moe *o, struct mt_tensor w1, struct mt_tensor w2,
                            struct mt_tensor dw1, struct mt_tensor dw2, int64_t begin, int64_t rows,
@@ -131,9 +136,10 @@ static mt_err mlp_backward(struct moe *o, struct mt_tensor w1, struct mt_tensor 
   struct mt_tensor gu = mt_rows(&o->gu, begin, rows), h = mt_rows(&o->h, begin, rows),
                    ys = mt_rows(&o->ys, begin, rows);
   MT_TRY(down_backward(o, ys, w2, gu, h, offsets));
-  MT_TRY(mt_linear_wgrad(o->be, ys, h, dw2, offsets, o->v->accumulate));
+  MT_TRY(mt_linear_wgrad(o->be, ys, h, dw2, offsets, o->v->accumulate, sumsq_of(o->down, offsets)));
   if (dw1.data) MT_TRY(gather(o, begin, rows, offsets)); /* dys has served */
-  MT_TRY(mt_linear_wgrad(o->be, gu, ys, dw1, offsets, o->v->accumulate));
+  MT_TRY(mt_linear_wgrad(o->be, gu, ys, dw1, offsets, o->v->accumulate,
+                         sumsq_of(o->gate_up, offsets)));
   return mt_linear_dgrad(o->be, gu, w1, ys, offsets);
 }
 

@@ -47,6 +47,9 @@ struct mt_param {
                                training */
   struct mt_tensor grad;    /* learns and training only */
   struct mt_tensor m, v;
+  double *grad_sumsq; /* device [1], the optimizer's: where backward can leave grad's sum of
+                         squares; or NULL */
+  bool grad_summed;   /* it does, in the pass loaded last */
 };
 
 struct mt_params {

@@ -13,11 +13,14 @@ mt_err mt_linear_dgrad(struct mt_backend *be, struct mt_tensor dy, struct mt_ten
 }
 
 mt_err mt_linear_wgrad(struct mt_backend *be, struct mt_tensor dy, struct mt_tensor x,
-                       struct mt_tensor dw, const int32_t *offsets, int accumulate) {
+                       struct mt_tensor dw, const int32_t *offsets, int accumulate, double *sumsq) {
   if (!dw.data) return MT_OK;
-  return be->ops.linear_wgrad(
-      be, &(struct mt_linear_wgrad_args){
-              .dy = dy, .x = x, .dw = dw, .offsets = offsets, .accumulate = accumulate});
+  return be->ops.linear_wgrad(be, &(struct mt_linear_wgrad_args){.dy = dy,
+                                                                 .x = x,
+                                                                 .dw = dw,
+                                                                 .offsets = offsets,
+                                                                 .accumulate = accumulate,
+                                                                 .sumsq = sumsq});
 }
 
 mt_err mt_linear_experts_up(struct mt_backend *be, const struct mt_experts_up_fwd_args *a) {

@@ -14,9 +14,10 @@ mt_err mt_linear_forward(struct mt_backend *be, struct mt_tensor x, struct mt_te
 mt_err mt_linear_dgrad(struct mt_backend *be, struct mt_tensor dy, struct mt_tensor w,
                        struct mt_tensor dx, const int32_t *offsets);
 
-/* dw (acc by accumulate); does nothing when dw has no memory (a frozen weight). */
+/* dw (acc by accumulate), *sumsq (=) its sum of squares or NULL; does nothing when dw has no memory
+ * (a frozen weight). */
 mt_err mt_linear_wgrad(struct mt_backend *be, struct mt_tensor dy, struct mt_tensor x,
-                       struct mt_tensor dw, const int32_t *offsets, int accumulate);
+                       struct mt_tensor dw, const int32_t *offsets, int accumulate, double *sumsq);
 
 /* All experts' products joined with SwiGLU, as experts_up_fwd and experts_down_dgrad. */
 mt_err mt_linear_experts_up(struct mt_backend *be, const struct mt_experts_up_fwd_args *a);

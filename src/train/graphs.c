@@ -23,7 +23,9 @@ void mt_graphs_close(struct mt_graphs *g) {
 static struct mt_graph *graph_of(struct mt_graphs *g, struct mt_graph_key key) {
   for (int i = 0; i < g->key_count; i++) {
     struct mt_graph *x = &g->graph[i];
-    if (x->key.tokens == key.tokens && x->key.accumulate == key.accumulate) return x;
+    if (x->key.tokens == key.tokens && x->key.accumulate == key.accumulate &&
+        x->key.several == key.several)
+      return x;
   }
   if (g->key_count == MT_GRAPH_KEYS) return NULL;
   g->graph[g->key_count] = (struct mt_graph){.key = key};

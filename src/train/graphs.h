@@ -17,6 +17,7 @@ static inline int mt_graph_lengths(int micro_count) {
 struct mt_graph_key {
   int64_t tokens; /* of a pass; -1: the update */
   int accumulate;
+  bool several; /* passes in the step: backward leaves no squares then */
 };
 
 struct mt_graph {

@@ -17,6 +17,16 @@ static struct mt_tensor flat(struct mt_tensor t) {
   return t.data ? mt_vec(t.data, t.dtype, mt_count(&t)) : (struct mt_tensor){0};
 }
 
+/* The experts' weights: nearly all there is, and grouped products make their gradients, which add
+ * up the squares on the way. */
+static bool leaves_sumsq(const struct mt_param *p) {
+  return p->learns && p->sync == MT_SYNC_EXPERT;
+}
+
+static size_t sumsq_bytes(const struct mt_optimizer *o) {
+  return (size_t)(1 + o->part_count) * sizeof(double);
+}
+
 mt_err mt_optimizer_create(struct mt_optimizer *o, struct mt_model *m,
                            const struct mt_optimizer_options *options) {
   *o = (struct mt_optimizer){.options = *options, .model = m};
@@ -39,21 +49,29 @@ mt_err mt_optimizer_create(struct mt_optimizer *o, struct mt_model *m,
                                    .decay = p->decay,
                                    .tensor = (uint32_t)i};
     if (p->compute.data != p->master.data) s->compute = flat(p->compute);
-    o->grads[o->segment_count++] = s->grad;
+    o->segment_count++;
+    o->part_count += leaves_sumsq(p);
   }
   if (o->segment_count == 0) {
     err = mt_fail(MT_EINVAL, "every parameter is frozen: there is nothing to learn");
     goto done;
   }
-  MT_GO(m->be->mem_alloc(m->be, sizeof(double), &sumsq));
+  MT_GO(m->be->mem_alloc(m->be, sumsq_bytes(o), &sumsq));
   o->grad_sumsq = sumsq;
+  for (int i = 0, part = 1; i < m->params.count; i++) {
+    if (leaves_sumsq(&m->params.row[i])) m->params.row[i].grad_sumsq = o->grad_sumsq + part++;
+  }
 done:
   if (err) mt_optimizer_destroy(o);
   return err;
 }
 
 void mt_optimizer_destroy(struct mt_optimizer *o) {
-  if (o->grad_sumsq) o->model->be->mem_free(o->model->be, o->grad_sumsq, sizeof(double));
+  if (o->grad_sumsq) {
+    struct mt_params *p = &o->model->params;
+    o->model->be->mem_free(o->model->be, o->grad_sumsq, sumsq_bytes(o));
+    for (int i = 0; i < p->count; i++) p->row[i].grad_sumsq = NULL;
+  }
   free(o->segments);
   free(o->grads);
   *o = (struct mt_optimizer){0};
@@ -61,9 +79,18 @@ void mt_optimizer_destroy(struct mt_optimizer *o) {
 
 mt_err mt_optimizer_norm(struct mt_optimizer *o) {
   struct mt_backend *be = o->model->be;
-  return be->ops.sumsq(be, &(struct mt_sumsq_args){.tensors = o->grads,
-                                                   .tensor_count = o->segment_count,
-                                                   .out = o->grad_sumsq});
+  struct mt_params *p = &o->model->params;
+  int left = 0, count = 0;
+  for (int i = 0; i < p->count; i++) left += p->row[i].grad_summed;
+  bool all = left == o->part_count && left > 0;
+  for (int i = 0; i < o->segment_count; i++) {
+    struct mt_param *row = &p->row[o->segments[i].tensor];
+    if (!(all && leaves_sumsq(row))) o->grads[count++] = o->segments[i].grad;
+    row->grad_summed = false;
+  }
+  struct mt_sumsq_args a = {.tensors = o->grads, .tensor_count = count, .out = o->grad_sumsq};
+  if (all) a.parts = o->grad_sumsq + 1, a.part_count = o->part_count;
+  return be->ops.sumsq(be, &a);
 }
 
 double mt_optimizer_prepare(struct mt_optimizer *o) {

@@ -18,10 +18,11 @@ struct mt_optimizer {
   struct mt_optimizer_options options;
   struct mt_model *model;
   struct mt_adamw_segment *segments;
-  struct mt_tensor *grads;
+  struct mt_tensor *grads; /* room for the gradients that a norm reads */
   int segment_count;
-  double *grad_sumsq; /* device [1] */
-  int64_t step;       /* updates done */
+  double *grad_sumsq; /* device [1], then one for each parameter with grad_sumsq, in their order */
+  int part_count;
+  int64_t step; /* updates done */
 };
 
 /* lr at update `step` (from 1): rises linearly over the warm-up (step/(warmup+1)... reaching lr at
@@ -33,7 +34,9 @@ mt_err mt_optimizer_create(struct mt_optimizer *o, struct mt_model *m,
                            const struct mt_optimizer_options *options);
 void mt_optimizer_destroy(struct mt_optimizer *o);
 
-/* Sum of squares of all gradients: (=) *grad_sumsq, on the device. */
+/* Sum of squares of all gradients: (=) *grad_sumsq, on the device. Takes the sums that the pass
+ * just launched has left where it left all (mt_pass.sum_squares), once: a second call, or one after
+ * any other pass, reads the gradients as they are. */
 mt_err mt_optimizer_norm(struct mt_optimizer *o);
 
 /* What the next update takes from the device besides (acts.host_values.adamw (=), which goes there

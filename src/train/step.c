@@ -79,12 +79,13 @@ static mt_err count_step(struct mt_batch *const *micro, int micro_count, struct 
 }
 
 static struct mt_pass micro_pass(const struct mt_step_result *r, struct mt_batch *const *micro,
-                                 int i) {
+                                 int micro_count, int i) {
   double share = 1.0 / (double)r->target_count;
   return (struct mt_pass){.batch = micro[i],
                           .loss_scale = share,
                           .aux_weight = share * micro[i]->target_count,
-                          .accumulate = i > 0};
+                          .accumulate = i > 0,
+                          .sum_squares = micro_count == 1};
 }
 
 struct part {
@@ -118,7 +119,8 @@ static mt_err send_report(struct mt_step_queue *q, struct mt_step_slot *s) {
 mt_err mt_step_launch(struct mt_step_queue *q, struct mt_batch *const *micro, int micro_count) {
   struct mt_step_slot *s = next_slot(q);
   struct mt_step_result *r = &s->result;
-  const struct mt_graph_key update = {.tokens = -1};
+  bool several = micro_count > 1;
+  const struct mt_graph_key update = {.tokens = -1, .several = several};
   bool replayed;
   *r = (struct mt_step_result){.step = q->optimizer->step + 1,
                                .load = (const int32_t *)(s->report + 1)};
@@ -126,8 +128,8 @@ mt_err mt_step_launch(struct mt_step_queue *q, struct mt_batch *const *micro, in
   r->lr = mt_optimizer_prepare(q->optimizer);
   r->replayed = true;
   for (int i = 0; i < micro_count; i++) {
-    struct part part = {.q = q, .pass = micro_pass(r, micro, i)};
-    const struct mt_graph_key pass = {micro[i]->token_count, part.pass.accumulate};
+    struct part part = {.q = q, .pass = micro_pass(r, micro, micro_count, i)};
+    const struct mt_graph_key pass = {micro[i]->token_count, part.pass.accumulate, several};
     MT_TRY(mt_model_pass_load(q->model, &part.pass));
     MT_TRY(mt_graphs_run(&q->graphs, pass, launch_pass, &part, &replayed));
     r->replayed &= replayed;
@@ -180,7 +182,8 @@ mt_err mt_step_gradients(struct mt_model *m, struct mt_batch *const *micro, int 
   *out = (struct mt_step_result){0};
   MT_TRY(count_step(micro, micro_count, out));
   for (int i = 0; i < micro_count; i++) {
-    struct mt_pass pass = micro_pass(out, micro, i);
+    struct mt_pass pass = micro_pass(out, micro, micro_count, i);
+    pass.sum_squares = false;
     struct mt_loss loss;
     MT_TRY(mt_model_train_pass(m, &pass, &loss));
     out->cross_entropy += loss.cross_entropy_sum * pass.loss_scale;

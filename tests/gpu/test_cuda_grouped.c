@@ -29,6 +29,7 @@ struct product {
   int32_t offsets[GROUPS_MOST + 1];
   int32_t *dev_offsets; /* NULL: dense */
   int groups, accumulate;
+  double *dev_sumsq, sumsq; /* wgrad without columns beyond the view: else NULL */
 };
 
 static struct both *output(struct product *p) {
@@ -58,8 +59,11 @@ static void run(struct mt_backend *be, struct product *p) {
                                      .x = p->x.dev,
                                      .dw = w,
                                      .offsets = p->dev_offsets,
-                                     .accumulate = p->accumulate};
+                                     .accumulate = p->accumulate,
+                                     .sumsq = p->dev_sumsq};
+    if (p->dev_sumsq) OK(be->upload(be, p->dev_sumsq, &(double){NAN}, sizeof(double)));
     OK(be->ops.linear_wgrad(be, &a));
+    if (p->dev_sumsq) OK(be->download(be, &p->sumsq, p->dev_sumsq, sizeof(double)));
   }
   OK(be->download(be, out->raw, out->dev.data, out->bytes));
 }
@@ -152,8 +156,24 @@ static int64_t strays(struct product *p) {
   return bad;
 }
 
+/* How far the sum of squares is from that of what is stored. */
+static double sumsq_error(struct product *p) {
+  if (!p->dev_sumsq) return 0;
+  int64_t n = p->w.rows * p->w.cols;
+  double sum = 0;
+#pragma omp parallel for reduction(+ : sum)
+  for (int64_t i = 0; i < n; i++) {
+    double x = (double)stored(&p->w, p->w.raw, i);
+    sum += x * x;
+  }
+  double d = fabs(p->sumsq - sum);
+  return isnan(d) ? INFINITY : sum > 0 ? d / sum : d;
+}
+
 static double try_one(struct mt_backend *be, const struct shape *s, enum kind kind,
-                      enum mt_dtype act, int accumulate, struct mt_rng *rng) {
+                      enum mt_dtype act, int way, struct mt_rng *rng) {
+  int accumulate = way & 1;
+  enum mt_dtype grad = way & 2 ? act : MT_F32;
   struct product p = {.kind = kind, .groups = s->groups, .accumulate = accumulate};
   bool dense = s->rows == DENSE || s->rows == DENSE_ONE;
   int64_t filled = fill_offsets(p.offsets, s->rows, s->groups, rng),
@@ -162,13 +182,16 @@ static double try_one(struct mt_backend *be, const struct shape *s, enum kind ki
   bool wgrad = kind == WGRAD;
   p.x = make(be, rng, act, 1, rows, s->k, s->pad, kind == DGRAD && !accumulate ? 0 : filled);
   p.y = make(be, rng, act, 1, rows, s->n, s->pad, kind == FWD ? 0 : filled);
-  p.w = make(be, rng, wgrad ? MT_F32 : act, 1, w_rows, s->k, wgrad ? s->pad : 0,
+  p.w = make(be, rng, wgrad ? grad : act, 1, w_rows, s->k, wgrad ? s->pad : 0,
              wgrad && !accumulate ? 0 : w_rows);
   size_t offsets_bytes = (size_t)(s->groups + 1) * sizeof *p.offsets;
   void *data;
   OK(be->mem_alloc(be, offsets_bytes, &data));
   OK(be->upload(be, data, p.offsets, offsets_bytes));
   p.dev_offsets = dense ? NULL : data;
+  void *sumsq = NULL;
+  if (wgrad && s->pad == 0) OK(be->mem_alloc(be, sizeof(double), &sumsq));
+  p.dev_sumsq = sumsq;
 
   struct both *out = output(&p);
   run(be, &p);
@@ -176,18 +199,20 @@ static double try_one(struct mt_backend *be, const struct shape *s, enum kind ki
   int64_t stray = strays(&p);
   void *first = take(out->bytes);
   memcpy(first, out->raw, out->bytes);
+  double first_sumsq = p.sumsq, off = sumsq_error(&p);
   run(be, &p);
-  bool same = memcmp(first, out->raw, out->bytes) == 0;
+  bool same = memcmp(first, out->raw, out->bytes) == 0 && p.sumsq == first_sumsq;
   free(first);
   double limit = out->dtype == MT_BF16 ? 6e-3 : 1e-5;
-  if (!(error <= limit) || stray || !same) {
-    print_error("%s %s %s %s groups %d n %d k %d pad %d rows %d acc %d: error %.2g of %.0g, %lld "
-                "strays, %s\n",
-                be->name, mt_dtype_name(act), kind_name[kind], dense ? "dense" : "grouped",
-                s->groups, s->n, s->k, s->pad, (int)filled, accumulate, error, limit,
-                (long long)stray, same ? "repeats" : "DIFFERS from run to run");
+  if (!(error <= limit) || stray || !same || !(off <= 5e-7)) {
+    print_error("%s %s %s to %s %s groups %d n %d k %d pad %d rows %d acc %d: error %.2g of %.0g, "
+                "%lld strays, squares off by %.2g, %s\n",
+                be->name, mt_dtype_name(act), kind_name[kind], mt_dtype_name(out->dtype),
+                dense ? "dense" : "grouped", s->groups, s->n, s->k, s->pad, (int)filled, accumulate,
+                error, limit, (long long)stray, off, same ? "repeats" : "DIFFERS from run to run");
     error = INFINITY;
   }
+  if (sumsq) be->mem_free(be, sumsq, sizeof(double));
   be->mem_free(be, data, offsets_bytes);
   drop(be, &p.x), drop(be, &p.y), drop(be, &p.w);
   return error;
@@ -213,9 +238,10 @@ static void all_shapes(const char *backend, enum mt_dtype act) {
   for (int kind = 0; kind < KINDS; kind++) {
     double worst = 0;
     for (size_t i = 0; i < shapes_tried; i++) {
-      for (int acc = 0; acc < (kind == FWD ? 1 : 2); acc++) {
-        struct mt_rng rng = mt_rng_make(17 + i, (uint64_t)(2 * kind + acc));
-        double error = try_one(&be, &shapes[i], (enum kind)kind, act, acc, &rng);
+      int ways = kind == FWD ? 1 : kind == DGRAD || act == MT_F32 ? 2 : 4;
+      for (int way = 0; way < ways; way++) {
+        struct mt_rng rng = mt_rng_make(17 + i, (uint64_t)(4 * kind + way));
+        double error = try_one(&be, &shapes[i], (enum kind)kind, act, way, &rng);
         if (isinf(error))
           failures++;
         else

@@ -199,8 +199,11 @@ static void case_linear_wgrad(struct bench_case *c, const struct size *z, int gr
     linear_shapes(c, z, grouped, &p, &x, &dw, &dy, 'r', acc ? 'r' : 'n', 'r', GRAD);
     ARGS(linear_wgrad, T(x, x); T(dw, dw); T(dy, dy); N(accumulate, acc);)
     if (grouped) dev.offsets = p.offsets.dev, ref.offsets = p.offsets.ref;
+    struct dual sumsq = dual(c, "sumsq", MT_F64, 'n', 1, 1, 0, 0);
+    dev.sumsq = sumsq.dev.data, ref.sumsq = sumsq.ref.data;
     RUN(linear_wgrad);
     expect(c, &dw);
+    expect(c, &sumsq);
   }
 }
 
@@ -516,12 +519,16 @@ static void case_tally(struct bench_case *c, const struct size *z, int acc) {
 }
 
 static void case_sumsq(struct bench_case *c, const struct size *z, int acc) {
-  (void)acc;
   struct dual x = G("x", 'r', 1, z->t, z->h, 0), y = G("y", 'r', 1, z->e, z->f, z->h);
   struct dual out = dual(c, "out", MT_F64, 'n', 1, 1, 0, 0);
   struct mt_tensor dev_list[2] = {x.dev, y.dev}, ref_list[2] = {x.ref, y.ref};
   ARGS(sumsq, dev.tensors = dev_list; ref.tensors = ref_list; N(tensor_count, 2);
        dev.out = out.dev.data; ref.out = out.ref.data;)
+  if (acc) {
+    struct dual parts = dual(c, "parts", MT_F64, 'r', 1e3, 1500, 0, 0);
+    dev.parts = parts.dev.data, ref.parts = parts.ref.data;
+    N(part_count, z->t == 1 ? 1 : 1500);
+  }
   RUN(sumsq);
   expect(c, &out);
 }

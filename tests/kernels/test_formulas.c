@@ -382,6 +382,12 @@ static void sumsq_adds_everything_up(struct bed *b) {
   if (!(fabs(got - want) < 1e-12 * want)) { /* float64, whatever the storage */
     fail_msg("%s %s: %.17g, not %.17g", b->be.name, b->recipe->name, got, want);
   }
+  double known[] = {0.25, 1e6, 3};
+  struct mt_tensor parts = filled(b, mt_vec(NULL, MT_F64, 3), known);
+  DO(b, sumsq, .parts = parts.data, .part_count = 3, .out = out.data);
+  assert_true(*values(b, &out) == 1000003.25);
+  DO(b, sumsq, .out = out.data);
+  assert_true(*values(b, &out) == 0);
   x[5] = -1e25; /* its square is past float32's range */
   list[0] = filled(b, mt_vec(NULL, b->recipe->grad, N), x);
   DO(b, sumsq, .tensors = list, .tensor_count = 2, .out = out.data);
@@ -396,6 +402,34 @@ static void sumsq_adds_everything_up(struct bed *b) {
   }
 }
 
+/* Of dw as it stands, in whatever format, whatever it was made of: added to or not, where experts
+ * are empty, past the range of float32's squares; and not a number of NaN. */
+static void wgrad_adds_up_its_squares(struct bed *b) {
+  enum { R = 150, OUT = 136, IN = 24, GROUPS = 3 };
+  static const int32_t offsets[GROUPS + 1] = {0, 70, 70, 140};
+  static const double scales[] = {1, 1e20};
+  int32_t *at = ints(b, offsets, GROUPS + 1);
+  for (int way = 0; way < 8; way++) {
+    enum mt_dtype format = way & 4 ? b->recipe->act : b->recipe->grad;
+    double scale = scales[way >> 1 & 1], want = 0;
+    double *d = normals(b, R * OUT, scale), *old = normals(b, GROUPS * OUT * IN, scale);
+    struct mt_tensor dy = act(b, d, R, OUT), x = act(b, normals(b, R * IN, 1), R, IN);
+    struct mt_tensor dw = filled(b, mt_cube(NULL, format, GROUPS, OUT, IN), way & 1 ? old : NULL);
+    struct mt_tensor sum = filled(b, mt_vec(NULL, MT_F64, 1), NULL);
+    DO(b, linear_wgrad, .dy = dy, .x = x, .dw = dw, .offsets = at, .accumulate = way & 1,
+       .sumsq = sum.data);
+    double *v = values(b, &dw), got = *values(b, &sum);
+    for (int i = 0; i < GROUPS * OUT * IN; i++) want += v[i] * v[i];
+    if (!(fabs(got - want) < 5e-7 * want)) {
+      fail_msg("%s %s way %d: %.17g, not %.17g", b->be.name, b->recipe->name, way, got, want);
+    }
+    d[75 * OUT + 3] = NAN; /* of the last expert */
+    dy = act(b, d, R, OUT);
+    DO(b, linear_wgrad, .dy = dy, .x = x, .dw = dw, .offsets = at, .sumsq = sum.data);
+    assert_true(isnan(*values(b, &sum)));
+  }
+}
+
 ON_EVERY_BACKEND(linear_is_a_product)
 ON_EVERY_BACKEND(combine_weighs_the_rows)
 ON_EVERY_BACKEND(rmsnorm_gives_rows_of_size_one)
@@ -406,6 +440,7 @@ ON_EVERY_BACKEND(swiglu_is_silu_times_up)
 ON_EVERY_BACKEND(head_loss_is_a_naive_cross_entropy)
 ON_EVERY_BACKEND(adamw_takes_three_known_steps)
 ON_EVERY_BACKEND(sumsq_adds_everything_up)
+ON_EVERY_BACKEND(wgrad_adds_up_its_squares)
 
 int main(void) {
   const struct CMUnitTest tests[] = {
@@ -419,6 +454,7 @@ int main(void) {
       cmocka_unit_test(test_head_loss_is_a_naive_cross_entropy),
       cmocka_unit_test(test_adamw_takes_three_known_steps),
       cmocka_unit_test(test_sumsq_adds_everything_up),
+      cmocka_unit_test(test_wgrad_adds_up_its_squares),
   };
   return cmocka_run_group_tests(tests, NULL, NULL);
 }

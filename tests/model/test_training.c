@@ -153,6 +153,86 @@ static void accumulation_counts_tokens(void **state) {
   small_close(&apart);
 }
 
+static double norm_of(struct mt_optimizer *o) {
+  OK(mt_optimizer_norm(o));
+  return sqrt(*o->grad_sumsq);
+}
+
+static double norm_by_hand(const struct mt_model *m) {
+  double sum = 0;
+  for (int i = 0; i < m->params.count; i++) {
+    const struct mt_tensor *g = &m->params.row[i].grad;
+    for (int64_t k = 0; g->data && k < mt_count(g); k++) {
+      double x = g->dtype == MT_BF16 ? (double)mt_bf16_to_f32(((uint16_t *)g->data)[k])
+                                     : (double)((float *)g->data)[k];
+      sum += x * x;
+    }
+  }
+  return sqrt(sum);
+}
+
+static bool nearly(double a, double b) {
+  return fabs(a - b) < 1e-9 * b;
+}
+
+/* The step's norm, in part left by its last pass, is that of the gradients that it made; a norm
+ * asked for afterwards is of the gradients as they are then. */
+static void the_norm_is_of_the_gradients(void **state) {
+  (void)state;
+  for (int way = 0; way < 16; way++) {
+    struct small_model s;
+    struct mt_optimizer o;
+    struct mt_step_queue q;
+    struct small_batch a, b;
+    struct mt_optimizer_options oo = adam(1e-3);
+    struct mt_config c = small_config();
+    struct mt_model_options mo = grouped;
+    struct mt_step_result r;
+    struct mt_params params;
+    static const enum mt_experts_strategy experts[] = {MT_EXPERTS_GROUPED, MT_EXPERTS_LOOP};
+    mo.experts = experts[way & 1];
+    c.tied_head = way >> 1 & 1;
+    mo.token_capacity = SMALL_TOKENS, mo.sequence_capacity = SMALL_SEQUENCES;
+    OK(mt_backend_create(&s.be, "cpu", 2));
+    OK(mt_params_build(&c, &params));
+    if (way & 4) mt_params_find(&params, MT_PARAM_DOWN, 1)->learns = false;
+    OK(mt_model_create(&s.m, &c, &params, mt_recipe_find(way & 8 ? "bf16-states" : "fp32"), &s.be,
+                       &mo));
+    small_weights(&s.m, 3);
+    OK(mt_optimizer_create(&o, &s.m, &oo));
+    OK(mt_step_queue_create(&q, &o, true));
+    small_batch(&a, c.vocab, 1), small_batch(&b, c.vocab, 2);
+    struct mt_batch *micro[] = {&a.b, &b.b};
+    for (int count = 2; count >= 1; count--) { /* the only pass of a step leaves squares */
+      OK(mt_step_run(&q, micro, count, &r));
+      double norm = norm_by_hand(&s.m);
+      assert_true(nearly(r.grad_norm, norm));
+      assert_true(nearly(norm_of(&o), norm));
+    }
+
+    /* A pass that leaves its squares, and gradients changed after a norm has taken them. */
+    struct mt_pass pass = {.batch = &a.b, .loss_scale = 0.1, .aux_weight = 1, .sum_squares = true};
+    struct mt_loss loss;
+    struct mt_tensor *g = &mt_params_find(&s.m.params, MT_PARAM_GATE_UP, 0)->grad;
+    OK(mt_model_train_pass(&s.m, &pass, &loss));
+    assert_true(mt_params_find(&s.m.params, MT_PARAM_GATE_UP, 0)->grad_summed == !(way & 1));
+    if (!(way & 1)) {
+      *mt_params_find(&s.m.params, MT_PARAM_GATE_UP, 0)->grad_sumsq = 1e6; /* it is what counts */
+      assert_true(norm_of(&o) > 1e3);
+    }
+    memset(g->data, 0x3f, mt_bytes(g));
+    assert_true(nearly(norm_of(&o), norm_by_hand(&s.m)));
+    /* And one that leaves none. */
+    pass.sum_squares = false;
+    OK(mt_model_train_pass(&s.m, &pass, &loss));
+    memset(g->data, 0x3e, mt_bytes(g));
+    assert_true(nearly(norm_of(&o), norm_by_hand(&s.m)));
+    mt_step_queue_destroy(&q);
+    mt_optimizer_destroy(&o);
+    small_close(&s);
+  }
+}
+
 static void not_a_number_stops_before_the_update(void **state) {
   (void)state;
   struct small_model s;
@@ -399,6 +479,7 @@ int main(void) {
       cmocka_unit_test(nothing_allocates_after_the_first_step),
       cmocka_unit_test(memory_equals_the_plan),
       cmocka_unit_test(accumulation_counts_tokens),
+      cmocka_unit_test(the_norm_is_of_the_gradients),
       cmocka_unit_test(not_a_number_stops_before_the_update),
       cmocka_unit_test(schedules),
       cmocka_unit_test(sampling),

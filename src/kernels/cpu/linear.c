@@ -127,5 +127,8 @@ mt_err mt_cpu_linear_wgrad(struct mt_backend *be, const struct mt_linear_wgrad_a
         .k_count = n};
   }
   mt_cpu_products(be, p, count);
-  return MT_OK;
+  if (!a->sumsq) return MT_OK;
+  struct mt_tensor flat = mt_vec(a->dw.data, a->dw.dtype, mt_count(&a->dw));
+  return mt_cpu_sumsq(
+      be, &(struct mt_sumsq_args){.tensors = &flat, .tensor_count = 1, .out = a->sumsq});
 }

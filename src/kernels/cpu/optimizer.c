@@ -78,6 +78,7 @@ mt_err mt_cpu_sumsq(struct mt_backend *be, const struct mt_sumsq_args *a) {
       first += count;
     }
   }
+  for (int i = 0; i < a->part_count; i++) total += a->parts[i];
   *a->out = total;
   return MT_OK;
 }

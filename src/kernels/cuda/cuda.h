@@ -101,12 +101,20 @@ struct mt_cuda_grouped {
   int64_t lda, ldb, ldc; /* between rows; matrices of b (or of WGRAD's c) lie one after another */
   enum mt_dtype ab, c_dtype;
   int accumulate;
+  double
+      *sumsq; /* device [1] (=) sum of squares of c as it is then, or NULL; needs ..._sm90_sums */
 };
 /* Any GPU from sm_80 on, any shape, F32 (no TF32) and BF16. */
 mt_err mt_cuda_grouped_portable(struct mt_backend *be, const struct mt_cuda_grouped *p);
 /* wgmma on Hopper: false where it does not take this shape, format or chip. */
 bool mt_cuda_grouped_sm90_takes(const struct mt_backend *be, const struct mt_cuda_grouped *p);
 mt_err mt_cuda_grouped_sm90(struct mt_backend *be, const struct mt_cuda_grouped *p);
+/* Whether it also adds up the squares of c, at less cost than reading c again. */
+bool mt_cuda_grouped_sm90_sums(const struct mt_backend *be, const struct mt_cuda_grouped *p);
+
+/* *out (=) the sum of `count` numbers in an order of its own, at most MT_CUDA_PARTIALS. */
+enum { MT_CUDA_PARTIALS = 1024 };
+mt_err mt_cuda_sum_partials(struct mt_backend *be, const double *partial, int count, double *out);
 
 /* experts_up_fwd and experts_down_dgrad as one kernel on Hopper, SwiGLU on sums still in registers
  * (dh is not rounded). The kernel for down leaves drow_prob as one part for every

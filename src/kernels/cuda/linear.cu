@@ -315,5 +315,12 @@ extern "C" mt_err mt_cuda_linear_wgrad(struct mt_backend *be,
                               .ab = a->x.dtype,
                               .c_dtype = a->dw.dtype,
                               .accumulate = a->accumulate};
-  return a->offsets ? grouped(be, &p) : dense(be, &p, true, false);
+  bool on_the_way = a->sumsq && a->offsets && mt_cuda_grouped_sm90_sums(be, &p);
+  if (on_the_way) p.sumsq = a->sumsq;
+  MT_TRY(a->offsets ? grouped(be, &p) : dense(be, &p, true, false));
+  if (on_the_way || !a->sumsq) return MT_OK;
+  struct mt_tensor all = mt_vec(a->dw.data, a->dw.dtype, mt_count(&a->dw));
+  struct mt_sumsq_args sum = {.tensors = &all, .tensor_count = 1};
+  sum.out = a->sumsq;
+  return mt_cuda_sumsq(be, &sum);
 }

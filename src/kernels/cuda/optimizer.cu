@@ -6,7 +6,7 @@
 #include "kernels/cuda/rows.cuh"
 #include "kernels/rounding.h"
 
-enum { SUM_BLOCKS = 1024, SUM_THREADS = 256, SUM_TENSORS = 128, SUM_TILE = 8192 };
+enum { SUM_BLOCKS = MT_CUDA_PARTIALS, SUM_THREADS = 256, SUM_TENSORS = 128, SUM_TILE = 8192 };
 enum { UPDATE_THREADS = 256, UPDATE_SEGMENTS = 48, UPDATE_TILE = 8192 };
 /* Blocks that a multiprocessor must hold: arithmetic on random bits hides behind others' loads. */
 enum { UPDATE_BLOCKS = 3 };
@@ -70,7 +70,7 @@ template <int THREADS> __device__ double tree_sum(double x) {
     __syncthreads();
     if ((int)threadIdx.x < n) shared[threadIdx.x] += shared[threadIdx.x + n];
   }
-  return shared[0];
+  return threadIdx.x == 0 ? shared[0] : 0; /* another warp may still be adding */
 }
 
 /* Block b takes tiles b, b + SUM_BLOCKS and so on of the list. */
@@ -87,9 +87,20 @@ __global__ void __launch_bounds__(SUM_THREADS) sum_squares(const __grid_constant
   if (threadIdx.x == 0) l.partial[blockIdx.x] = l.more ? l.partial[blockIdx.x] + sum : sum;
 }
 
-__global__ void __launch_bounds__(SUM_BLOCKS) sum_partials(const double *partial, double *out) {
-  double sum = tree_sum<SUM_BLOCKS>(partial[threadIdx.x]);
+/* count: of partial, at most a number for each thread; parts: any number more. */
+__global__ void __launch_bounds__(SUM_BLOCKS)
+    sum_partials(const double *partial, int count, const double *parts, int part_count,
+                 double *out) {
+  double sum = (int)threadIdx.x < count ? partial[threadIdx.x] : 0;
+  for (int i = (int)threadIdx.x; i < part_count; i += SUM_BLOCKS) sum += parts[i];
+  sum = tree_sum<SUM_BLOCKS>(sum);
   if (threadIdx.x == 0) *out = sum;
+}
+
+extern "C" mt_err mt_cuda_sum_partials(struct mt_backend *be, const double *partial, int count,
+                                       double *out) {
+  sum_partials<<<1, SUM_BLOCKS, 0, mt_cuda_of(be)->stream>>>(partial, count, NULL, 0, out);
+  return mt_cuda_launched("sumsq");
 }
 
 extern "C" mt_err mt_cuda_sumsq(struct mt_backend *be, const struct mt_sumsq_args *a) {
@@ -113,10 +124,8 @@ extern "C" mt_err mt_cuda_sumsq(struct mt_backend *be, const struct mt_sumsq_arg
     l.count = 0;
     l.more = 1;
   }
-  if (a->tensor_count <= 0) {
-    return mt_cuda_check(cudaMemsetAsync(a->out, 0, sizeof *a->out, s), "sumsq");
-  }
-  sum_partials<<<1, SUM_BLOCKS, 0, s>>>((const double *)partial, a->out);
+  sum_partials<<<1, SUM_BLOCKS, 0, s>>>((const double *)partial, l.more ? SUM_BLOCKS : 0, a->parts,
+                                        a->part_count, a->out);
   return mt_cuda_launched("sumsq");
 }
 

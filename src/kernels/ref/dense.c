@@ -147,7 +147,6 @@ mt_err mt_ref_linear_dgrad(struct mt_backend *be, const struct mt_linear_dgrad_a
 }
 
 mt_err mt_ref_linear_wgrad(struct mt_backend *be, const struct mt_linear_wgrad_args *a) {
-  (void)be;
   MT_TRY(mt_check_linear_wgrad(a));
   for (int64_t g = 0; g < group_count(&a->dw); g++) {
     struct mt_tensor dw = group_weight(&a->dw, g);
@@ -161,5 +160,7 @@ mt_err mt_ref_linear_wgrad(struct mt_backend *be, const struct mt_linear_wgrad_a
       }
     }
   }
-  return MT_OK;
+  if (!a->sumsq) return MT_OK;
+  return mt_ref_sumsq(
+      be, &(struct mt_sumsq_args){.tensors = &a->dw, .tensor_count = 1, .out = a->sumsq});
 }

@@ -68,6 +68,7 @@ mt_err mt_ref_sumsq(struct mt_backend *be, const struct mt_sumsq_args *a) {
       sum += x * x;
     }
   }
+  for (int i = 0; i < a->part_count; i++) sum += a->parts[i];
   *a->out = sum;
   return MT_OK;
 }

@@ -17,6 +17,7 @@ struct job {
   int groups, rows, m, n, k;
   int64_t ldc;
   int accumulate;
+  double *partial; /* wgrad: [blocks] of the squares of c, or NULL */
 };
 
 /* One kernel: what it computes, its tile, how it divides 227 KB of shared memory into stages and
@@ -80,11 +81,12 @@ __device__ __forceinline__ void load_all(const struct job &j, const CUtensorMap 
 }
 
 /* The warpgroup's 64 rows out, in as many rounds as the slots make of them; only the first has to
- * wait for nothing but copies of the tile before. */
+ * wait for nothing but copies of the tile before. Squares are added up (total +=) while the first
+ * round's copies leave. */
 template <class S>
 __device__ __forceinline__ void write_tile(const struct job &j, const float (&d)[S::TILE_N / 2],
                                            const CUtensorMap *map, uint32_t out,
-                                           const struct place &p, int half) {
+                                           const struct place &p, int half, double *total) {
   bool leader = threadIdx.x % 128 == 0;
   int row = p.m * TILE_M + half * 64, col = p.n * S::TILE_N;
 #pragma unroll
@@ -96,9 +98,8 @@ __device__ __forceinline__ void write_tile(const struct job &j, const float (&d)
       stage_chunk(d, first + i, out + (uint32_t)(i * CHUNK_BYTES), (typename S::C *)NULL);
     writes_for_tma();
     part_sync(1 + half, 128);
-    if (!leader) continue;
 #pragma unroll
-    for (int i = 0; i < S::SLOTS; i++) {
+    for (int i = 0; leader && i < S::SLOTS; i++) {
       uint32_t from = out + (uint32_t)(i * CHUNK_BYTES);
       int at = col + (first + i) * S::CHUNK_COLS;
       if (at >= j.n) continue;
@@ -109,11 +110,12 @@ __device__ __forceinline__ void write_tile(const struct job &j, const float (&d)
       else
         tma_put_3d(map, from, at, row, p.g);
     }
-    tma_commit();
+    if (leader) tma_commit();
+    if (S::WGRAD && first == 0 && j.partial) *total += squares<typename S::C>(d);
   }
 }
 
-/* A warp's 16 rows of a matrix whose group is empty. */
+/* A warp's 16 rows of a matrix whose group is empty, and what stands there where it is added to. */
 template <class S>
 __device__ __forceinline__ void write_zeros(typename S::C *c, int64_t ldc, int rows_left,
                                             int cols_left) {
@@ -125,10 +127,37 @@ __device__ __forceinline__ void write_zeros(typename S::C *c, int64_t ldc, int r
   }
 }
 
+template <class S>
+__device__ __noinline__ double old_squares(const typename S::C *c, int64_t ldc, int rows_left,
+                                           int cols_left) {
+  int cols = min(S::TILE_N, cols_left);
+  double sum = 0;
+  for (int r = 0; r < min(16, rows_left); r++) {
+    for (int col = (int)threadIdx.x % 32; col < cols; col += 32) {
+      double x = (double)to_float(c[r * ldc + col]);
+      sum += x * x;
+    }
+  }
+  return sum;
+}
+
+/* The block's sum over its multiplying threads, in a fixed order. */
+__device__ __forceinline__ void write_partial(const struct job &j, struct control *s,
+                                              double total) {
+  int warp = (int)threadIdx.x / 32 - 4;
+#pragma unroll
+  for (int i = 16; i > 0; i /= 2) total += __shfl_xor_sync(0xffffffffu, total, i);
+  if (threadIdx.x % 32 == 0) s->squares[warp] = total;
+  part_sync(3, 2 * 128);
+  if (threadIdx.x != 128) return;
+  for (int i = 1; i < MULTIPLIER_WARPS; i++) total += s->squares[i];
+  j.partial[blockIdx.x] = total;
+}
+
 /* A multiplying warpgroup's whole life; half: its 64 rows of each tile. */
 template <class S>
 __device__ __forceinline__ void multiply_all(const struct job &j, const CUtensorMap *map_c,
-                                             const struct control *s, uint32_t tiles, int rank,
+                                             struct control *s, uint32_t tiles, int rank,
                                              int half) {
   typedef typename S::C C;
   uint32_t full = shared_address(s->full), empty = shared_address(s->empty);
@@ -138,6 +167,7 @@ __device__ __forceinline__ void multiply_all(const struct job &j, const CUtensor
   struct walk at = {0, 0};
   struct place p;
   float d[S::TILE_N / 2];
+  double total = 0;
   for (int unit = (int)blockIdx.x / 2; find<S>(j, s, &at, unit, rank, &p);
        unit += (int)gridDim.x / 2) {
     int steps = step_count<S>(j, p);
@@ -150,7 +180,9 @@ __device__ __forceinline__ void multiply_all(const struct job &j, const CUtensor
     if (S::WGRAD && steps == 0) {
       int warp_row = row + (int)threadIdx.x / 32 % 4 * 16;
       C *c = (C *)j.c + ((int64_t)p.g * j.m + warp_row) * j.ldc + col;
-      if (!j.accumulate) write_zeros<S>(c, j.ldc, rows - warp_row, j.n - col);
+      int rows_left = rows - warp_row, cols_left = j.n - col;
+      if (!j.accumulate) write_zeros<S>(c, j.ldc, rows_left, cols_left);
+      if (j.accumulate && j.partial) total += old_squares<S>(c, j.ldc, rows_left, cols_left);
       continue;
     }
     multiply_tile<S>(d, &r, steps, full, empty, mine, tiles + A_BYTES, [] {});
@@ -158,8 +190,9 @@ __device__ __forceinline__ void multiply_all(const struct job &j, const CUtensor
       int64_t first = S::WGRAD ? (int64_t)p.g * j.m : p.begin;
       add_old(d, (const bf16 *)j.c + (first + row) * j.ldc + col, j.ldc, rows - row, j.n - col);
     }
-    write_tile<S>(j, d, map_c, out, p, half);
+    write_tile<S>(j, d, map_c, out, p, half, &total);
   }
+  if (S::WGRAD && j.partial) write_partial(j, s, total);
   if (threadIdx.x % 128 == 0) tma_all_done();
 }
 
@@ -211,7 +244,8 @@ template <class S> static mt_err make_maps(const mt_cuda_grouped *p, CUtensorMap
   return matrices_map(&m[1], MT_BF16, p->b, p->groups, p->k, p->n, p->ldb, DEPTH);
 }
 
-template <class S> static mt_err launch(struct mt_cuda *c, const struct mt_cuda_grouped *p) {
+template <class S> static mt_err launch(struct mt_backend *be, const struct mt_cuda_grouped *p) {
+  struct mt_cuda *c = mt_cuda_of(be);
   auto kernel = grouped_wgmma<S>;
   CUtensorMap maps[3];
   MT_TRY(make_maps<S>(p, maps));
@@ -229,13 +263,19 @@ template <class S> static mt_err launch(struct mt_cuda *c, const struct mt_cuda_
                   .n = (int)p->n,
                   .k = (int)p->k,
                   .ldc = p->ldc,
-                  .accumulate = p->accumulate};
+                  .accumulate = p->accumulate,
+                  .partial = NULL};
+  void *partial = NULL;
+  size_t partial_bytes = (size_t)(2 * clusters) * sizeof(double);
+  if (p->sumsq) MT_TRY(mt_cuda_scratch(be, "grouped products", partial_bytes, &partial));
+  j.partial = (double *)partial;
   MT_TRY(mt_cuda_check(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::SHARED_BYTES),
       "grouped products"));
   kernel<<<(unsigned)(2 * clusters), THREADS, S::SHARED_BYTES, c->stream>>>(maps[0], maps[1],
                                                                             maps[2], j);
-  return mt_cuda_launched("grouped products");
+  MT_TRY(mt_cuda_launched("grouped products"));
+  return p->sumsq ? mt_cuda_sum_partials(be, j.partial, (int)(2 * clusters), p->sumsq) : MT_OK;
 }
 
 extern "C" bool mt_cuda_grouped_sm90_takes(const struct mt_backend *be,
@@ -255,10 +295,17 @@ extern "C" bool mt_cuda_grouped_sm90_takes(const struct mt_backend *be,
          aligned_to(p->b, 16) && aligned_to(p->c, 16);
 }
 
+/* float32 that is added to never comes into registers. */
+extern "C" bool mt_cuda_grouped_sm90_sums(const struct mt_backend *be,
+                                          const struct mt_cuda_grouped *p) {
+  return p->kind == GROUPED_WGRAD && !(p->c_dtype == MT_F32 && p->accumulate) &&
+         mt_cuda_of(be)->sm_count <= MT_CUDA_PARTIALS && mt_cuda_grouped_sm90_takes(be, p);
+}
+
 extern "C" mt_err mt_cuda_grouped_sm90(struct mt_backend *be, const struct mt_cuda_grouped *p) {
-  struct mt_cuda *c = mt_cuda_of(be);
 #define LAUNCH(kind, C)                                                                            \
-  (p->n > 128 ? launch<design<kind, C, 256, 4, 2>>(c, p) : launch<design<kind, C, 128, 6, 2>>(c, p))
+  (p->n > 128 ? launch<design<kind, C, 256, 4, 2>>(be, p)                                          \
+              : launch<design<kind, C, 128, 6, 2>>(be, p))
   if (p->kind == GROUPED_FWD) return LAUNCH(GROUPED_FWD, bf16);
   if (p->kind == GROUPED_DGRAD) return LAUNCH(GROUPED_DGRAD, bf16);
   return p->c_dtype == MT_F32 ? LAUNCH(GROUPED_WGRAD, float) : LAUNCH(GROUPED_WGRAD, bf16);

@@ -37,6 +37,36 @@ __device__ __forceinline__ void add_old(float (&d)[COUNT], const bf16 *c, int64_
   }
 }
 
+/* The sum of squares of a thread's part of a tile as it will be stored: of at most 128 numbers in
+ * float32 (a square of bf16 is exact there), or in float64 where float32's range does not do, since
+ * a square is infinite or all are next to nothing. (Roundings one by one there: words in common
+ * with the first sums would be held for it.) */
+__device__ __forceinline__ void stored_pair(float x, float y, float (&out)[2], bf16 *) {
+  uint32_t v = pair_of(x, y);
+  out[0] = __uint_as_float(v << 16), out[1] = __uint_as_float(v & 0xffff0000u);
+}
+__device__ __forceinline__ void stored_pair(float x, float y, float (&out)[2], float *) {
+  out[0] = x, out[1] = y;
+}
+template <class C, int COUNT> __device__ __forceinline__ double squares(const float (&d)[COUNT]) {
+  float sum[4] = {0, 0, 0, 0}, x[2];
+#pragma unroll
+  for (int i = 0; i < COUNT; i += 2) {
+    stored_pair(d[i], d[i + 1], x, (C *)NULL);
+    sum[i % 4] = fmaf(x[0], x[0], sum[i % 4]);
+    sum[i % 4 + 1] = fmaf(x[1], x[1], sum[i % 4 + 1]);
+  }
+  float all = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+  if (all > 1e-30f && all < 1e37f) return (double)all;
+  double wide = 0;
+#pragma unroll
+  for (int i = 0; i < COUNT; i++) {
+    double y = (double)to_float(from_float<C>(d[i]));
+    wide += y * y;
+  }
+  return wide;
+}
+
 /* Chunk number `chunk` along the columns to the slot at `to`. */
 template <int COUNT>
 __device__ __forceinline__ void stage_chunk(const float (&d)[COUNT], int chunk, uint32_t to,

@@ -21,6 +21,7 @@ enum {
 /* Shared memory past the ring and the staging memory. */
 struct control {
   uint64_t full[8], empty[8];
+  double squares[MULTIPLIER_WARPS];
   int offsets[GROUPS_MOST + 1];
 };
 
