@@ -243,7 +243,6 @@ static void all_of(struct bench *b, const struct size *z) {
   one(b, z, "wgrad gate_up bf16", GROUPED_WGRAD, 2 * z->f, z->h, MT_BF16, 0);
   one(b, z, "wgrad gate_up bf16 norm", GROUPED_WGRAD, 2 * z->f, z->h, MT_BF16, 0, true);
   one(b, z, "wgrad gate_up norm", GROUPED_WGRAD, 2 * z->f, z->h, MT_F32, 0, true);
-  one(b, z, "wgrad gate_up += norm", GROUPED_WGRAD, 2 * z->f, z->h, MT_F32, 1, true);
 }
 
 int main(int argc, char **argv) {
