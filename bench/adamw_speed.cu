@@ -1,6 +1,7 @@
-/* AdamW and the gradients' norm beside their traffic alone and a copy of as many bytes: median ms
- * of CUDA events and GB/s, states in bf16 and in float32. adamw_speed [millions of elements,
- * default 1536] [repetitions, default 10] */
+/* AdamW and the gradients' norm beside a copy of as many bytes: median ms of CUDA events and GB/s,
+ * states in bf16 and in float32, the chip's own kernel and the portable one. A mark beside both
+ * says whether they leave the same bits.
+ *   adamw_speed [millions of elements, default 1536] [repetitions, default 10] */
 #include <stdio.h>
 #include <stdlib.h>
 
@@ -41,6 +42,13 @@ template <class T> __global__ void fill(T *p, size_t n, uint32_t seed, float sca
     p[i] = from_float<T>(none ? 0 : squares ? x * x : x);
   }
 }
+__global__ void hash(const uint32_t *p, size_t n, unsigned long long *sum) {
+  size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+  unsigned long long h = 0;
+  for (; i < n; i += (size_t)gridDim.x * blockDim.x) h += mix(p[i] ^ mix((uint32_t)i));
+  atomicAdd(sum, h);
+}
+
 /* The update's traffic without its arithmetic: of each element four reads, three writes, and where
  * `h` is given a fourth of half the size. */
 __global__ void __launch_bounds__(256)
@@ -59,7 +67,7 @@ __global__ void __launch_bounds__(256)
 enum { REPS_MOST = 100 };
 
 struct bench {
-  struct mt_backend be;
+  struct mt_backend native, portable;
   struct mt_adamw_segment s;
   struct mt_adamw_args a;
   double *sumsq;
@@ -67,9 +75,9 @@ struct bench {
   int reps;
 };
 
-enum way { ADAMW, TRAFFIC, COPY, NORM, WAYS };
-static const char *const way_name[] = {"adamw", "its traffic alone", "copy of as many bytes",
-                                       "sumsq of the gradient"};
+enum way { NATIVE, PORTABLE, TRAFFIC, COPY, NORM, WAYS };
+static const char *const way_name[] = {"adamw", "adamw portable", "its traffic alone",
+                                       "copy of as many bytes", "sumsq of the gradient"};
 
 static double bytes_of(const struct bench *b, enum way way) {
   double item = (double)mt_dtype_bytes(b->s.master.dtype);
@@ -78,9 +86,10 @@ static double bytes_of(const struct bench *b, enum way way) {
 }
 
 static void run(struct bench *b, enum way way) {
-  cudaStream_t stream = mt_cuda_of(&b->be)->stream;
+  cudaStream_t stream = mt_cuda_of(&b->native)->stream;
   size_t width = mt_dtype_bytes(b->s.master.dtype), words = (size_t)b->n * width / 16;
-  if (way == ADAMW) OK(b->be.ops.adamw(&b->be, &b->a));
+  if (way == NATIVE) OK(b->native.ops.adamw(&b->native, &b->a));
+  if (way == PORTABLE) OK(b->portable.ops.adamw(&b->portable, &b->a));
   if (way == TRAFFIC) {
     traffic<<<(unsigned)((words + 1023) / 1024), 256, 0, stream>>>(
         (uint4 *)b->s.master.data, (uint4 *)b->s.m.data, (uint4 *)b->s.v.data,
@@ -98,7 +107,7 @@ static void run(struct bench *b, enum way way) {
   if (way == NORM) {
     struct mt_sumsq_args a = {};
     a.tensors = &b->s.grad, a.tensor_count = 1, a.out = b->sumsq;
-    OK(b->be.ops.sumsq(&b->be, &a));
+    OK(b->native.ops.sumsq(&b->native, &a));
   }
 }
 
@@ -108,7 +117,8 @@ static int by_size(const void *a, const void *b) {
 }
 
 static double median_ms(struct bench *b, enum way way) {
-  cudaStream_t stream = mt_cuda_of(&b->be)->stream;
+  /* The portable backend has a stream of its own. */
+  cudaStream_t stream = mt_cuda_of(way == PORTABLE ? &b->portable : &b->native)->stream;
   cudaEvent_t begin, end;
   float ms[REPS_MOST];
   CHECK(cudaEventCreate(&begin));
@@ -131,6 +141,24 @@ static void fill_one(struct mt_tensor *t, uint32_t seed, float scale, bool squar
   MT_CUDA_BY_FORMAT(t->dtype, (fill<T><<<2048, 256>>>((T *)t->data, n, seed, scale, squares)););
 }
 
+/* What two updates leave, from the same start. */
+static unsigned long long bits_after(struct bench *b, enum way way) {
+  struct mt_tensor *t[] = {&b->s.master, &b->s.m, &b->s.v, &b->s.grad};
+  unsigned long long *sum, host;
+  for (int i = 0; i < 4; i++) fill_one(t[i], (uint32_t)i, i ? 1e-3f : 0.02f, i == 2);
+  CHECK(cudaMalloc((void **)&sum, sizeof *sum));
+  CHECK(cudaMemset(sum, 0, sizeof *sum));
+  CHECK(cudaDeviceSynchronize());
+  run(b, way), run(b, way);
+  CHECK(cudaDeviceSynchronize());
+  for (int i = 0; i < 3; i++) hash<<<2048, 256>>>((uint32_t *)t[i]->data, mt_bytes(t[i]) / 4, sum);
+  if (b->s.compute.data)
+    hash<<<2048, 256>>>((uint32_t *)b->s.compute.data, mt_bytes(&b->s.compute) / 4, sum);
+  CHECK(cudaMemcpy(&host, sum, sizeof host, cudaMemcpyDeviceToHost));
+  CHECK(cudaFree(sum));
+  return host;
+}
+
 static void states_in(struct bench *b, enum mt_dtype dtype) {
   struct mt_tensor *t[] = {&b->s.master, &b->s.m, &b->s.v, &b->s.grad, &b->s.compute};
   b->s.decay = 1, b->s.tensor = 5;
@@ -138,11 +166,11 @@ static void states_in(struct bench *b, enum mt_dtype dtype) {
     *t[i] = mt_vec(NULL, i == 4 ? MT_BF16 : dtype, b->n);
     CHECK(cudaMalloc(&t[i]->data, mt_bytes(t[i])));
   }
-  double sumsq = 4;
-  CHECK(cudaMemcpy(b->sumsq, &sumsq, sizeof sumsq, cudaMemcpyHostToDevice));
-  for (int i = 0; i < 4; i++) fill_one(t[i], (uint32_t)i, i ? 1e-3f : 0.02f, i == 2);
-  CHECK(cudaDeviceSynchronize());
-  printf("states in %s, %lld elements\n", mt_dtype_name(dtype), (long long)b->n);
+  double one = 4;
+  CHECK(cudaMemcpy(b->sumsq, &one, sizeof one, cudaMemcpyHostToDevice));
+  bool same = bits_after(b, NATIVE) == bits_after(b, PORTABLE);
+  printf("states in %s, %lld elements: %s\n", mt_dtype_name(dtype), (long long)b->n,
+         same ? "both leave the same bits" : "THE BITS DIFFER");
   for (int way = 0; way < WAYS; way++) {
     double ms = median_ms(b, (enum way)way);
     printf("  %-24s %8.3f ms %6.0f GB/s\n", way_name[way], ms,
@@ -160,9 +188,10 @@ int main(int argc, char **argv) {
   b.n = (argc > 1 ? atoi(argv[1]) : 1536) * 1000000LL;
   b.reps = argc > 2 ? atoi(argv[2]) : 10;
   if (b.n < 1 || b.reps < 1 || b.reps > REPS_MOST) die("arguments", "millions, repetitions to 100");
-  OK(mt_backend_create(&b.be, "cuda", 1));
-  b.be.workspace_size_bytes = MT_CUDA_LT_WORKSPACE_BYTES + MT_CUDA_PARTIALS * sizeof(double);
-  OK(b.be.mem_alloc(&b.be, b.be.workspace_size_bytes, &b.be.workspace));
+  OK(mt_backend_create(&b.native, "cuda", 1));
+  OK(mt_backend_create(&b.portable, "cuda-portable", 1));
+  b.native.workspace_size_bytes = MT_CUDA_LT_WORKSPACE_BYTES + MT_CUDA_PARTIALS * sizeof(double);
+  OK(b.native.mem_alloc(&b.native, b.native.workspace_size_bytes, &b.native.workspace));
   CHECK(cudaMalloc((void **)&b.sumsq, sizeof *b.sumsq));
   b.a.segments = &b.s, b.a.segment_count = 1;
   b.a.lr = 1e-5, b.a.beta1 = 0.9, b.a.beta2 = 0.95, b.a.eps = 1e-8, b.a.weight_decay = 0.1;
@@ -170,8 +199,9 @@ int main(int argc, char **argv) {
   states_in(&b, MT_BF16);
   states_in(&b, MT_F32);
   CHECK(cudaFree(b.sumsq));
-  CHECK(cudaFree(b.be.workspace));
-  b.be.workspace = NULL;
-  mt_backend_destroy(&b.be);
+  CHECK(cudaFree(b.native.workspace));
+  b.native.workspace = NULL;
+  mt_backend_destroy(&b.portable);
+  mt_backend_destroy(&b.native);
   return 0;
 }
