@@ -194,10 +194,14 @@ int main(int argc, char **argv) {
   OK(b.native.mem_alloc(&b.native, b.native.workspace_size_bytes, &b.native.workspace));
   CHECK(cudaMalloc((void **)&b.sumsq, sizeof *b.sumsq));
   b.a.segments = &b.s, b.a.segment_count = 1;
-  b.a.lr = 1e-5, b.a.beta1 = 0.9, b.a.beta2 = 0.95, b.a.eps = 1e-8, b.a.weight_decay = 0.1;
-  b.a.step = 3, b.a.clip = 1, b.a.grad_sumsq = b.sumsq, b.a.seed = 7;
+  struct mt_adamw_values values = mt_adamw_at(1e-5, 0.9, 0.95, 0.1, 3, 7), *on_device;
+  CHECK(cudaMalloc((void **)&on_device, sizeof values));
+  CHECK(cudaMemcpy(on_device, &values, sizeof values, cudaMemcpyHostToDevice));
+  b.a.beta1 = 0.9, b.a.beta2 = 0.95, b.a.eps = 1e-8, b.a.clip = 1;
+  b.a.values = on_device, b.a.grad_sumsq = b.sumsq;
   states_in(&b, MT_BF16);
   states_in(&b, MT_F32);
+  CHECK(cudaFree(on_device));
   CHECK(cudaFree(b.sumsq));
   CHECK(cudaFree(b.native.workspace));
   b.native.workspace = NULL;
