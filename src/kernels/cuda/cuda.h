@@ -31,7 +31,7 @@ struct mt_cuda {
   int ring_next;
   cudaEvent_t stamps[MT_STAMPS]; /* made when first asked for */
   cublasLtHandle_t lt;
-  struct mt_cuda_plans *plans; /* algorithms chosen for products so far (linear.cu) */
+  struct mt_cuda_plans *plans; /* algorithms chosen for products so far (products.cu) */
 };
 
 static inline struct mt_cuda *mt_cuda_of(const struct mt_backend *be) {
@@ -104,6 +104,8 @@ struct mt_cuda_grouped {
   double
       *sumsq; /* device [1] (=) sum of squares of c as it is then, or NULL; needs ..._sm90_sums */
 };
+/* The best that takes the product of those below. */
+mt_err mt_cuda_grouped_product(struct mt_backend *be, const struct mt_cuda_grouped *p);
 /* Any GPU from sm_80 on, any shape, F32 (no TF32) and BF16. */
 mt_err mt_cuda_grouped_portable(struct mt_backend *be, const struct mt_cuda_grouped *p);
 /* wgmma on Hopper: false where it does not take this shape, format or chip. */
