@@ -105,10 +105,12 @@ struct mt_loss {
 mt_err mt_model_train_pass(struct mt_model *m, const struct mt_pass *pass, struct mt_loss *loss);
 /* The train pass without waiting, in two parts: what it needs goes to the device; then it runs, and
  * its numbers are tallied (acc by pass->accumulate) in acts.report and acts.load_sums. With grouped
- * experts the second part launches the same for equal token_count and accumulate, whatever else the
- * batch holds. load does not touch host_values.adamw, which it sends along. */
+ * experts the second part launches the same for equal token_count, accumulate and sum_squares,
+ * whatever else the batch holds. load does not touch host_values.adamw, which it sends along. */
 mt_err mt_model_pass_load(struct mt_model *m, const struct mt_pass *pass);
 mt_err mt_model_pass_launch(struct mt_model *m, const struct mt_pass *pass);
+/* Sets every parameter's grad_summed as a pass with this sum_squares does. */
+void mt_model_say_summed(struct mt_model *m, bool summed);
 mt_err mt_model_eval_pass(struct mt_model *m, const struct mt_batch *batch, struct mt_loss *loss);
 
 /* Logits of rows [begin, begin+count) of the tokens of the last eval pass or decoding (a backward

@@ -156,17 +156,21 @@ static struct mt_view view_of(const struct mt_model *m, const struct mt_batch *b
                           .sequences = (int)m->acts.options.sequence_capacity};
 }
 
+void mt_model_say_summed(struct mt_model *m, bool summed) {
+  summed &= m->options.experts == MT_EXPERTS_GROUPED;
+  for (int i = 0; i < m->params.count; i++) {
+    struct mt_param *p = &m->params.row[i];
+    p->grad_summed = summed && p->grad_sumsq && p->grad.data;
+  }
+}
+
 mt_err mt_model_pass_load(struct mt_model *m, const struct mt_pass *pass) {
   struct mt_step_values *v = m->acts.host_values;
   v->loss_scale = (float)pass->loss_scale;
   v->aux_weight = pass->aux_weight;
   v->aux_coef = (float)(m->options.aux_coef * pass->aux_weight);
   /* Said here and not where it is done: a replayed pass leaves them too. */
-  bool summed = pass->sum_squares && m->options.experts == MT_EXPERTS_GROUPED;
-  for (int i = 0; i < m->params.count; i++) {
-    struct mt_param *p = &m->params.row[i];
-    p->grad_summed = summed && p->grad_sumsq && p->grad.data;
-  }
+  mt_model_say_summed(m, pass->sum_squares);
   return mt_acts_load(&m->acts, m->be, pass->batch);
 }
 

@@ -98,9 +98,13 @@ static mt_err launch_pass(void *context) {
   return mt_model_pass_launch(p->q->model, &p->pass);
 }
 
+/* part.pass: the step's last. The norm takes what its squares say once; launched again, behind a
+ * capture that failed, it must find them as before. */
 static mt_err launch_update(void *context) {
-  struct mt_step_queue *q = context;
+  struct part *p = context;
+  struct mt_step_queue *q = p->q;
   struct mt_model *m = q->model;
+  mt_model_say_summed(m, p->pass.sum_squares);
   MT_TRY(mt_phase_enter(m, MT_PHASE_OPTIMIZER));
   mt_acts_enter(&m->acts, m->be, MT_ROOM_ENDS);
   MT_TRY(mt_optimizer_norm(q->optimizer));
@@ -121,6 +125,7 @@ mt_err mt_step_launch(struct mt_step_queue *q, struct mt_batch *const *micro, in
   struct mt_step_result *r = &s->result;
   bool several = micro_count > 1;
   const struct mt_graph_key update = {.tokens = -1, .several = several};
+  struct part part = {.q = q};
   bool replayed;
   *r = (struct mt_step_result){.step = q->optimizer->step + 1,
                                .load = (const int32_t *)(s->report + 1)};
@@ -128,14 +133,15 @@ mt_err mt_step_launch(struct mt_step_queue *q, struct mt_batch *const *micro, in
   r->lr = mt_optimizer_prepare(q->optimizer);
   r->replayed = true;
   for (int i = 0; i < micro_count; i++) {
-    struct part part = {.q = q, .pass = micro_pass(r, micro, micro_count, i)};
+    part.pass = micro_pass(r, micro, micro_count, i);
     const struct mt_graph_key pass = {micro[i]->token_count, part.pass.accumulate, several};
     MT_TRY(mt_model_pass_load(q->model, &part.pass));
     MT_TRY(mt_graphs_run(&q->graphs, pass, launch_pass, &part, &replayed));
     r->replayed &= replayed;
   }
-  MT_TRY(mt_graphs_run(&q->graphs, update, launch_update, q, &replayed));
+  MT_TRY(mt_graphs_run(&q->graphs, update, launch_update, &part, &replayed));
   r->replayed &= replayed;
+  mt_model_say_summed(q->model, false);
   MT_TRY(mt_phase_end(q->model));
   MT_TRY(send_report(q, s));
   q->graphs.warm = true;
