@@ -1,6 +1,6 @@
 /* The dense products of a training step (projections of attention, head), in turns on the same
  * operands: mt_cuda_gemm as the backend calls it, the Hopper kernel for grouped products with one
- * group (DENSE_ON_SM90 of src/kernels/cuda/linear.cu), and cuBLASLt's first eight choices of an
+ * group, and cuBLASLt's first eight choices of an
  * algorithm under the wishes that linear.cu has. "best": the fastest of the eight, its place among
  * them, and by how much it beats what is used; timed again beside that, so that the choice's luck
  * does not count. TFLOP/s from medians of CUDA events.

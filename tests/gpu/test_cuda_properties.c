@@ -171,6 +171,32 @@ static void permutation(struct bed *b, struct outputs *o) {
   permutation_at(b, o, 1500, 8, 128, 136);
 }
 
+/* Dense products so large that an algorithm is looked for at the first: each time the same bits. */
+static void large_products(struct bed *b, struct outputs *o) {
+  enum { T = 1100, N = 3072, K = 3200, TIMES = 3 };
+  struct mt_tensor x = act(b, normals(b, T * K, 1), T, K),
+                   w = act(b, normals(b, N * K, 0.02), N, K);
+  struct mt_tensor dy = act(b, normals(b, T * N, 1), T, N);
+  double *y0 = NULL, *dx0 = NULL, *dw0 = NULL;
+  for (int i = 0; i < TIMES; i++) {
+    struct mt_tensor y = act(b, NULL, T, N), dx = act(b, NULL, T, K), dw = grad(b, NULL, N, K);
+    DO(b, linear_fwd, .x = x, .w = w, .y = y);
+    DO(b, linear_dgrad, .dy = dy, .w = w, .dx = dx);
+    DO(b, linear_wgrad, .dy = dy, .x = x, .dw = dw);
+    if (i == 0) {
+      y0 = values(b, &y), dx0 = values(b, &dx), dw0 = values(b, &dw);
+      continue;
+    }
+    expect_same(b, "y", values(b, &y), y0, T * N);
+    expect_same(b, "dx", values(b, &dx), dx0, T * K);
+    expect_same(b, "dw", values(b, &dw), dw0, N * K);
+  }
+  keep_values(o, "y", y0, T * N, 1);
+  keep_values(o, "dx", dx0, T * K, 1);
+  keep_values(o, "dw", dw0, N * K, 1);
+}
+BESIDE_CPU(large_products)
+
 static void table_gradient(struct bed *b, struct outputs *o) {
   enum { T = 3000, V = 50, H = 1032 };
   int32_t *ids = host_mem(b, sizeof *ids * T);
@@ -377,6 +403,7 @@ int main(void) {
       cmocka_unit_test(test_router),
       cmocka_unit_test(test_permutation),
       cmocka_unit_test(test_router_of_most_experts),
+      cmocka_unit_test(test_large_products),
       cmocka_unit_test(test_table_gradient),
       cmocka_unit_test(test_swiglu),
       cmocka_unit_test(test_head),
