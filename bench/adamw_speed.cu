@@ -2,37 +2,12 @@
  * states in bf16 and in float32, the chip's own kernel and the portable one. A mark beside both
  * says whether they leave the same bits.
  *   adamw_speed [millions of elements, default 1536] [repetitions, default 10] */
-#include <stdio.h>
-#include <stdlib.h>
+#include "bench/common.cuh"
 
-#include "kernels/cuda/device.cuh"
-
-extern "C" {
-#include "kernels/registry.h"
-}
-
-#define CHECK(call)                                                                                \
-  do {                                                                                             \
-    cudaError_t e_ = (call);                                                                       \
-    if (e_ != cudaSuccess) die(#call, cudaGetErrorString(e_));                                     \
-  } while (0)
-#define OK(call)                                                                                   \
-  do {                                                                                             \
-    if (call) die(#call, mt_error_message());                                                      \
-  } while (0)
-
-static void die(const char *what, const char *why) {
-  printf("%s: %s\n", what, why);
-  exit(1);
-}
-
-__device__ static uint32_t mix(uint32_t x) {
-  x ^= x >> 16, x *= 0x7feb352du, x ^= x >> 15, x *= 0x846ca68bu, x ^= x >> 16;
-  return x;
-}
 /* Normal numbers times scale, or their squares; a thousandth of the runs of 64 is 0, as where a
  * token never came. */
-template <class T> __global__ void fill(T *p, size_t n, uint32_t seed, float scale, bool squares) {
+template <class T>
+__global__ void fill_state(T *p, size_t n, uint32_t seed, float scale, bool squares) {
   size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
   for (; i < n; i += (size_t)gridDim.x * blockDim.x) {
     uint32_t a = mix((uint32_t)i * 2 + seed), b = mix(a ^ 0x9e3779b9u ^ (uint32_t)(i >> 31));
@@ -70,6 +45,7 @@ struct bench {
   struct mt_backend native, portable;
   struct mt_adamw_segment s;
   struct mt_adamw_args a;
+  struct mt_adamw_values *values;
   double *sumsq;
   int64_t n;
   int reps;
@@ -111,16 +87,12 @@ static void run(struct bench *b, enum way way) {
   }
 }
 
-static int by_size(const void *a, const void *b) {
-  float x = *(const float *)a, y = *(const float *)b;
-  return (x > y) - (x < y);
-}
-
 static double median_ms(struct bench *b, enum way way) {
   /* The portable backend has a stream of its own. */
   cudaStream_t stream = mt_cuda_of(way == PORTABLE ? &b->portable : &b->native)->stream;
   cudaEvent_t begin, end;
-  float ms[REPS_MOST];
+  double ms[REPS_MOST];
+  float elapsed;
   CHECK(cudaEventCreate(&begin));
   CHECK(cudaEventCreate(&end));
   for (int i = -3; i < b->reps; i++) {
@@ -128,17 +100,18 @@ static double median_ms(struct bench *b, enum way way) {
     run(b, way);
     CHECK(cudaEventRecord(end, stream));
     CHECK(cudaEventSynchronize(end));
-    if (i >= 0) CHECK(cudaEventElapsedTime(&ms[i], begin, end));
+    CHECK(cudaEventElapsedTime(&elapsed, begin, end));
+    if (i >= 0) ms[i] = (double)elapsed;
   }
   CHECK(cudaEventDestroy(begin));
   CHECK(cudaEventDestroy(end));
-  qsort(ms, (size_t)b->reps, sizeof *ms, by_size);
-  return (double)ms[b->reps / 2];
+  return median(ms, b->reps);
 }
 
 static void fill_one(struct mt_tensor *t, uint32_t seed, float scale, bool squares) {
   size_t n = (size_t)mt_count(t);
-  MT_CUDA_BY_FORMAT(t->dtype, (fill<T><<<2048, 256>>>((T *)t->data, n, seed, scale, squares)););
+  MT_CUDA_BY_FORMAT(t->dtype,
+                    (fill_state<T><<<2048, 256>>>((T *)t->data, n, seed, scale, squares)););
 }
 
 /* What two updates leave, from the same start. */
@@ -194,15 +167,15 @@ int main(int argc, char **argv) {
   OK(b.native.mem_alloc(&b.native, b.native.workspace_size_bytes, &b.native.workspace));
   CHECK(cudaMalloc((void **)&b.sumsq, sizeof *b.sumsq));
   b.a.segments = &b.s, b.a.segment_count = 1;
-  struct mt_adamw_values values = mt_adamw_at(1e-5, 0.9, 0.95, 0.1, 3, 7), *on_device;
-  CHECK(cudaMalloc((void **)&on_device, sizeof values));
-  CHECK(cudaMemcpy(on_device, &values, sizeof values, cudaMemcpyHostToDevice));
-  b.a.beta1 = 0.9, b.a.beta2 = 0.95, b.a.eps = 1e-8, b.a.clip = 1;
-  b.a.values = on_device, b.a.grad_sumsq = b.sumsq;
+  const struct mt_adamw_values third = mt_adamw_at(1e-5, 0.9, 0.95, 0.1, 3, 7);
+  CHECK(cudaMalloc((void **)&b.values, sizeof third));
+  CHECK(cudaMemcpy(b.values, &third, sizeof third, cudaMemcpyHostToDevice));
+  b.a.beta1 = 0.9, b.a.beta2 = 0.95, b.a.eps = 1e-8;
+  b.a.values = b.values, b.a.clip = 1, b.a.grad_sumsq = b.sumsq;
   states_in(&b, MT_BF16);
   states_in(&b, MT_F32);
-  CHECK(cudaFree(on_device));
   CHECK(cudaFree(b.sumsq));
+  CHECK(cudaFree(b.values));
   CHECK(cudaFree(b.native.workspace));
   b.native.workspace = NULL;
   mt_backend_destroy(&b.portable);
