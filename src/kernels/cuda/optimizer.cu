@@ -378,11 +378,10 @@ __device__ __noinline__ void adamw_rare(const struct update_list *l, const struc
 
 /* A tile's whole packs by the fast operations. */
 template <class T>
-__device__ __forceinline__ void
-adamw_fast_run(const struct update_list &l, const struct update &shared, int e,
-               const struct update_segment<T> &s, int64_t begin, int64_t end) {
+__device__ __forceinline__ void adamw_fast_run(const struct update_list &l, const struct update &u,
+                                               int e, const struct update_segment<T> &s,
+                                               int64_t begin, int64_t end) {
   constexpr int V = wide<T>;
-  const struct update u = shared; /* in registers: stores might change what is in memory */
   bool fits = factors_fit(u.factors);
   for (int64_t i = begin + threadIdx.x * V; i < end; i += UPDATE_THREADS * V) {
     uint32_t w[4], m[4], v[4];
@@ -395,7 +394,7 @@ adamw_fast_run(const struct update_list &l, const struct update &shared, int e,
       store_words(s.m + i, m);
       store_words(s.v + i, v);
     } else {
-      adamw_rare<T>(&l, &shared, e, i);
+      adamw_rare<T>(&l, &u, e, i);
     }
   }
 }
