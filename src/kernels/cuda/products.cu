@@ -51,7 +51,7 @@ static cudaDataType_t data_type(enum mt_dtype dtype) {
 
 /* cuBLASLt's matrices are column-major, so it is asked for c^T = b^T a^T: our rows are its
  * columns, its first operand is our b. */
-static cublasStatus_t describe(struct plan *s) {
+cublasStatus_t lt_describe(struct plan *s) {
   const struct plan_key *key = &s->key;
   cublasOperation_t first = key->b_columns ? CUBLAS_OP_T : CUBLAS_OP_N;
   cublasOperation_t second = key->a_columns ? CUBLAS_OP_T : CUBLAS_OP_N;
@@ -110,7 +110,7 @@ int lt_candidates(struct mt_cuda *c, struct plan *s, cublasLtMatmulHeuristicResu
 
 static void choose(struct mt_cuda *c, struct plan *s) {
   cublasLtMatmulHeuristicResult_t found;
-  s->usable = describe(s) == CUBLAS_STATUS_SUCCESS && lt_candidates(c, s, &found, 1) > 0;
+  s->usable = lt_describe(s) == CUBLAS_STATUS_SUCCESS && lt_candidates(c, s, &found, 1) > 0;
   if (s->usable) s->algo = found.algo;
 }
 
@@ -199,7 +199,7 @@ extern "C" mt_err mt_cuda_gemm(struct mt_backend *be, const struct mt_cuda_produ
   struct plan *s = slot_of(c->plans, &key);
   if (!s->filled) {
     *s = (struct plan){.key = key, .filled = true};
-    choose(c, s);
+    if (!lt_known(c, s)) choose(c, s);
   }
   if (!s->usable) return without_library(be, p);
   MT_TRY(lt_settle(be, s, p));

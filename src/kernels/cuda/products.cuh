@@ -36,6 +36,8 @@ struct mt_cuda_plans {
   unsigned long long *digest; /* device [2] */
 };
 
+/* Fills op, a, b, c from the key. */
+cublasStatus_t lt_describe(struct plan *s);
 /* The library's choices for a described plan, the likeliest first; how many there are. */
 int lt_candidates(struct mt_cuda *c, struct plan *s, cublasLtMatmulHeuristicResult_t *found,
                   int most);
@@ -43,10 +45,14 @@ int lt_candidates(struct mt_cuda *c, struct plan *s, cublasLtMatmulHeuristicResu
 cublasStatus_t lt_run(struct mt_backend *be, struct plan *s, const struct mt_cuda_product *p,
                       const cublasLtMatmulAlgo_t *algo);
 
+/* Whether the fastest algorithm has been found before, for about as many tokens: then the plan is
+ * described, usable and settled with it. Spares asking the library, which takes longer. */
+bool lt_known(struct mt_cuda *c, struct plan *s);
+
 /* Where a product is large enough to be worth it, sets s->algo to the fastest of the library's
- * choices that give the same bits as its first, measured on this product (p->c is written) or, for
- * another number of tokens, found before. Waits for the stream when it measures; while a graph is
- * made it does not, and asks again the next time. Errors: MT_EDEVICE. */
+ * choices that give the same bits as its first, measured on this product (p->c is written). Waits
+ * for the stream when it measures; while a graph is made it does not, and tries again the next
+ * time. Errors: MT_EDEVICE. */
 mt_err lt_settle(struct mt_backend *be, struct plan *s, const struct mt_cuda_product *p);
 
 #endif

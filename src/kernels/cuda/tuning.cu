@@ -115,32 +115,43 @@ static struct plan_key family_key(const struct plan_key *key) {
   return f;
 }
 
-mt_err lt_settle(struct mt_backend *be, struct plan *s, const struct mt_cuda_product *p) {
-  struct mt_cuda *c = mt_cuda_of(be);
-  struct mt_cuda_plans *plans = c->plans;
-  double work = (double)p->m * (double)p->n * (double)p->k;
-  if (s->settled || s->tries == TRIES || work < WORTH) return MT_OK;
+static bool worth_it(const struct plan_key *key) {
+  return (double)key->m * (double)key->n * (double)key->k >= WORTH;
+}
+
+bool lt_known(struct mt_cuda *c, struct plan *s) {
+  const struct mt_cuda_plans *plans = c->plans;
   struct plan_key key = family_key(&s->key);
+  if (!worth_it(&s->key)) return false;
   for (int i = 0; i < plans->family_count; i++) {
     const struct family *f = &plans->family[i];
     cublasLtMatmulHeuristicResult_t fits;
     if (memcmp(&f->key, &key, sizeof key) != 0) continue;
-    s->settled = true;
-    if (cublasLtMatmulAlgoCheck(c->lt, &s->op, &s->b, &s->a, &s->c, &s->c, &f->algo, &fits) ==
-            CUBLAS_STATUS_SUCCESS &&
-        fits.workspaceSize <= (size_t)s->key.workspace_bytes)
-      s->algo = f->algo;
-    return MT_OK;
+    s->settled = true; /* with the library's first choice where this one does not fit */
+    if (lt_describe(s) != CUBLAS_STATUS_SUCCESS ||
+        cublasLtMatmulAlgoCheck(c->lt, &s->op, &s->b, &s->a, &s->c, &s->c, &f->algo, &fits) !=
+            CUBLAS_STATUS_SUCCESS ||
+        fits.workspaceSize > (size_t)s->key.workspace_bytes)
+      return false;
+    s->algo = f->algo;
+    return s->usable = true;
   }
+  return false;
+}
+
+mt_err lt_settle(struct mt_backend *be, struct plan *s, const struct mt_cuda_product *p) {
+  struct mt_cuda *c = mt_cuda_of(be);
+  struct mt_cuda_plans *plans = c->plans;
   cudaStreamCaptureStatus capture;
-  MT_TRY(mt_cuda_check(cudaStreamIsCapturing(c->stream, &capture), "choosing a product's way"));
   /* With beta a product cannot be made twice. */
-  if (capture != cudaStreamCaptureStatusNone || p->beta != 0) return MT_OK;
+  if (s->settled || s->tries == TRIES || p->beta != 0 || !worth_it(&s->key)) return MT_OK;
+  MT_TRY(mt_cuda_check(cudaStreamIsCapturing(c->stream, &capture), "choosing a product's way"));
+  if (capture != cudaStreamCaptureStatusNone) return MT_OK;
   s->tries++;
   MT_TRY(measure(be, s, p, &s->settled));
   if (!s->settled || plans->family_count == FAMILIES) return MT_OK;
   struct family *f = &plans->family[plans->family_count++];
-  memcpy(&f->key, &key, sizeof key);
+  f->key = family_key(&s->key);
   f->algo = s->algo;
   return MT_OK;
 }
