@@ -1,5 +1,6 @@
 # tests/LABEL/test_*.c: one executable and one CTest test each, labelled by its folder.
 file(GLOB test_sources CONFIGURE_DEPENDS tests/*/test_*.c)
+list(FILTER test_sources EXCLUDE REGEX "/tests/dist/")
 foreach(source ${test_sources})
   get_filename_component(name ${source} NAME_WE)
   get_filename_component(dir ${source} DIRECTORY)
@@ -15,6 +16,27 @@ foreach(source ${test_sources})
   if(label STREQUAL "cli") # these start the program
     add_dependencies(${name} moetune_cli)
     target_compile_definitions(${name} PRIVATE MT_CLI_PATH="$<TARGET_FILE:moetune_cli>")
+  endif()
+endforeach()
+
+# tests/dist/test_*.c: the same under mpirun, once for each number of ranks. Ranks are more than cores
+# here: nothing is bound, and one thread each is enough.
+file(GLOB dist_sources CONFIGURE_DEPENDS tests/dist/test_*.c)
+foreach(source ${dist_sources})
+  get_filename_component(name ${source} NAME_WE)
+  add_executable(${name} ${source})
+  target_link_libraries(${name} PRIVATE moetune PkgConfig::CMOCKA)
+  target_include_directories(${name} PRIVATE ${CMAKE_SOURCE_DIR}/tests)
+  target_compile_definitions(${name} PRIVATE MT_SOURCE_DIR="${CMAKE_SOURCE_DIR}")
+  if(MPI_C_FOUND)
+    target_link_libraries(${name} PRIVATE MPI::MPI_C)
+    foreach(ranks 1 2 3 4 6 8)
+      add_test(NAME dist/${name}_${ranks} WORKING_DIRECTORY ${CMAKE_BINARY_DIR}
+        COMMAND ${MPIEXEC_EXECUTABLE} --allow-run-as-root --oversubscribe --bind-to none
+          -n ${ranks} $<TARGET_FILE:${name}>)
+      set_tests_properties(dist/${name}_${ranks} PROPERTIES LABELS dist TIMEOUT 600
+        ENVIRONMENT "OMP_NUM_THREADS=1;OMP_WAIT_POLICY=passive;OMPI_MCA_btl_vader_single_copy_mechanism=none;LSAN_OPTIONS=detect_leaks=0")
+    endforeach()
   endif()
 endforeach()
 

@@ -21,6 +21,8 @@ libyaml-dev   pc:yaml-0.1             YAML configuration files
 libpcre2-dev  pc:libpcre2-8           regular expressions of tokenizers
 libutf8proc-dev pc:libutf8proc        Unicode normalisation
 libxxhash-dev pc:libxxhash            checksums
+libopenmpi-dev cmd:mpicc              training over many ranks (MPI)
+openmpi-bin   cmd:mpirun              starting them
 libcmocka-dev pc:cmocka               tests
 '
 ci_packages='

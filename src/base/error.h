@@ -20,7 +20,8 @@
   X(ENUMERIC, "NaN or infinity")                                                                   \
   X(EINTERRUPTED, "interrupted")                                                                   \
   X(EEND, "end of data")                                                                           \
-  X(EDEVICE, "device error")
+  X(EDEVICE, "device error")                                                                       \
+  X(ECOMM, "communication error")
 
 typedef enum mt_err {
 #define X(name, text) MT_##name,

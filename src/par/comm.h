@@ -1,0 +1,93 @@
+/* Communicators: what a group of ranks does together. A table of functions, so that one rank
+ * (self), MPI, NCCL and a substitute for tests run the same code above.
+ *
+ * There is no reduction in it: sums over ranks are made of an exchange of parts and a sum in the
+ * order of ranks (par/sum.h), which costs the bytes of a ring, gives the same bits every time
+ * whatever the library below would do, and adds in float32 what travels in bf16.
+ *
+ * Calls are collective: every member makes the same ones in the same order. `start` returns at
+ * once; between it and `wait` the buffers belong to the communicator. After wait, what is launched
+ * on the backend sees the result: on a host the transfer is over then, on a GPU the stream waits,
+ * not the host.
+ *
+ * Errors: MT_ECOMM naming rank, group and call, also when a peer does not come within the time-out;
+ * the communicator is of no use afterwards and the process must end (mt_world_abort). */
+#ifndef MT_PAR_COMM_H
+#define MT_PAR_COMM_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "base/error.h"
+
+/* X(kind, name): what is counted. */
+#define MT_COMM_LIST(X)                                                                            \
+  X(ALL_TO_ALL, "all_to_all")                                                                      \
+  X(ALL_GATHER, "all_gather")                                                                      \
+  X(BROADCAST, "broadcast")                                                                        \
+  X(SEND, "send")
+enum mt_comm_kind {
+#define X(kind, name) MT_COMM_##kind,
+  MT_COMM_LIST(X)
+#undef X
+      MT_COMM_KINDS
+};
+const char *mt_comm_kind_name(enum mt_comm_kind kind);
+
+/* Where a message's parts lie, in units of unit_bytes: part p of a buffer is units
+ * [start[p], start[p] + count[p]). Host arrays of one entry a member, free again on return. */
+struct mt_parts {
+  const int64_t *count, *start;
+};
+
+struct mt_transfer {
+  void *impl; /* the communicator's; NULL: nothing under way */
+  const char *what;
+};
+
+struct mt_comm {
+  const char *name; /* of the group, for messages */
+  int rank, size;
+  double timeout_s;
+  struct {
+    int64_t calls, bytes; /* that left this rank for another one */
+  } sent[MT_COMM_KINDS];
+  /* Part p of send goes to member p, where it arrives as part `rank` of recv (own parts too). */
+  mt_err (*all_to_all)(struct mt_comm *c, const void *send, struct mt_parts parts, void *recv,
+                       struct mt_parts places, size_t unit_bytes, struct mt_transfer *t);
+  /* Member p's own part p of buf goes to everyone. */
+  mt_err (*all_gather)(struct mt_comm *c, void *buf, struct mt_parts parts, size_t unit_bytes,
+                       struct mt_transfer *t);
+  mt_err (*broadcast)(struct mt_comm *c, void *buf, size_t size_bytes, int root,
+                      struct mt_transfer *t);
+  /* One message between two members; those of a pair keep their order. */
+  mt_err (*send)(struct mt_comm *c, const void *buf, size_t size_bytes, int to,
+                 struct mt_transfer *t);
+  mt_err (*recv)(struct mt_comm *c, void *buf, size_t size_bytes, int from, struct mt_transfer *t);
+  mt_err (*barrier)(struct mt_comm *c, struct mt_transfer *t);
+  mt_err (*wait)(struct mt_comm *c, struct mt_transfer *t);
+  void (*destroy)(struct mt_comm *c);
+  void *impl;
+};
+
+/* A group of this rank alone. */
+struct mt_comm mt_comm_self(const char *name);
+void mt_comm_destroy(struct mt_comm *c); /* safe on a zeroed one */
+
+/* The calls, counted; what has nothing to move, or nobody to move it to, does not reach the table.
+ * Host buffers for self and MPI. Each waits unless t is given. */
+mt_err mt_comm_all_to_all(struct mt_comm *c, const void *send, struct mt_parts parts, void *recv,
+                          struct mt_parts places, size_t unit_bytes, struct mt_transfer *t);
+mt_err mt_comm_all_gather(struct mt_comm *c, void *buf, struct mt_parts parts, size_t unit_bytes,
+                          struct mt_transfer *t);
+mt_err mt_comm_broadcast(struct mt_comm *c, void *buf, size_t size_bytes, int root);
+mt_err mt_comm_send(struct mt_comm *c, const void *buf, size_t size_bytes, int to,
+                    struct mt_transfer *t);
+mt_err mt_comm_recv(struct mt_comm *c, void *buf, size_t size_bytes, int from,
+                    struct mt_transfer *t);
+mt_err mt_comm_wait(struct mt_comm *c, struct mt_transfer *t);
+/* Returns when everyone has come. */
+mt_err mt_comm_barrier(struct mt_comm *c);
+
+#endif

@@ -1,0 +1,309 @@
+/* MPI: the world, and communicators over host memory. Everything is started without blocking and
+ * waited for by asking, so that a peer that has died or hangs is noticed in time. */
+#include "par/world.h"
+
+#include <stdlib.h>
+
+#include "base/log.h"
+
+#ifdef MOETUNE_MPI
+
+#include <mpi.h>
+#include <sched.h>
+#include <time.h>
+
+enum { UNITS = 8, SLOTS = 64 };
+
+/* A transfer under way. */
+struct slot {
+  bool used;
+  MPI_Request request;
+  int *ints; /* [4][size]: counts and starts, which MPI reads until it is done */
+};
+
+/* State of one group. Messages are counted in units, so that MPI's int is enough however many bytes
+ * move. */
+struct group {
+  MPI_Comm comm;
+  struct slot slot[SLOTS];
+  int *ints;
+  struct {
+    size_t bytes;
+    MPI_Datatype type;
+  } unit[UNITS];
+  int unit_count;
+};
+
+static struct group *group_of(const struct mt_comm *c) {
+  return c->impl;
+}
+
+static mt_err mpi_check(const struct mt_comm *c, int code, const char *what) {
+  char text[MPI_MAX_ERROR_STRING] = "";
+  int length = 0;
+  if (code == MPI_SUCCESS) return MT_OK;
+  MPI_Error_string(code, text, &length);
+  return mt_fail(MT_ECOMM, "%s group, member %d of %d, %s: %s", c->name, c->rank, c->size, what,
+                 text);
+}
+
+static mt_err unit_type(const struct mt_comm *c, size_t bytes, MPI_Datatype *out) {
+  struct group *g = group_of(c);
+  for (int i = 0; i < g->unit_count; i++) {
+    if (g->unit[i].bytes == bytes) {
+      *out = g->unit[i].type;
+      return MT_OK;
+    }
+  }
+  if (g->unit_count == UNITS) MPI_Type_free(&g->unit[--g->unit_count].type);
+  MT_TRY(mpi_check(c, MPI_Type_contiguous((int)bytes, MPI_BYTE, out), "making a type"));
+  MT_TRY(mpi_check(c, MPI_Type_commit(out), "making a type"));
+  g->unit[g->unit_count].bytes = bytes;
+  g->unit[g->unit_count++].type = *out;
+  return MT_OK;
+}
+
+static mt_err take_slot(const struct mt_comm *c, struct mt_transfer *t, struct slot **out) {
+  struct group *g = group_of(c);
+  for (int i = 0; i < SLOTS; i++) {
+    if (g->slot[i].used) continue;
+    g->slot[i].used = true;
+    g->slot[i].request = MPI_REQUEST_NULL;
+    t->impl = *out = &g->slot[i];
+    return MT_OK;
+  }
+  return mt_fail(MT_ECOMM, "%s group: more than %d transfers under way", c->name, SLOTS);
+}
+
+static mt_err narrow(const struct mt_comm *c, const int64_t *from, int *to) {
+  for (int p = 0; p < c->size; p++) {
+    if (from[p] < 0 || from[p] > INT32_MAX) {
+      return mt_fail(MT_ECOMM, "%s group: %lld units in one part", c->name, (long long)from[p]);
+    }
+    to[p] = (int)from[p];
+  }
+  return MT_OK;
+}
+
+/* A started call's outcome; the slot is free again where it failed. */
+static mt_err started(const struct mt_comm *c, struct mt_transfer *t, int code) {
+  mt_err err = mpi_check(c, code, t->what);
+  if (!err) return MT_OK;
+  ((struct slot *)t->impl)->used = false;
+  t->impl = NULL;
+  return err;
+}
+
+static mt_err mpi_all_to_all(struct mt_comm *c, const void *send, struct mt_parts parts, void *recv,
+                             struct mt_parts places, size_t unit_bytes, struct mt_transfer *t) {
+  struct slot *s = NULL;
+  MPI_Datatype type = MPI_DATATYPE_NULL;
+  MT_TRY(unit_type(c, unit_bytes, &type));
+  MT_TRY(take_slot(c, t, &s));
+  int *n = s->ints, size = c->size;
+  MT_TRY(narrow(c, parts.count, n));
+  MT_TRY(narrow(c, parts.start, n + size));
+  MT_TRY(narrow(c, places.count, n + 2 * size));
+  MT_TRY(narrow(c, places.start, n + 3 * size));
+  return started(c, t,
+                 MPI_Ialltoallv(send, n, n + size, type, recv, n + 2 * size, n + 3 * size, type,
+                                group_of(c)->comm, &s->request));
+}
+
+static mt_err mpi_all_gather(struct mt_comm *c, void *buf, struct mt_parts parts, size_t unit_bytes,
+                             struct mt_transfer *t) {
+  struct slot *s = NULL;
+  MPI_Datatype type = MPI_DATATYPE_NULL;
+  MT_TRY(unit_type(c, unit_bytes, &type));
+  MT_TRY(take_slot(c, t, &s));
+  MT_TRY(narrow(c, parts.count, s->ints));
+  MT_TRY(narrow(c, parts.start, s->ints + c->size));
+  return started(c, t,
+                 MPI_Iallgatherv(MPI_IN_PLACE, 0, type, buf, s->ints, s->ints + c->size, type,
+                                 group_of(c)->comm, &s->request));
+}
+
+/* MPI counts in int: a message of 2 GiB or more is one of pages. */
+static mt_err message(const struct mt_comm *c, size_t size_bytes, int *count, MPI_Datatype *type) {
+  size_t unit = size_bytes <= INT32_MAX ? 1 : 4096;
+  if (size_bytes % unit != 0) {
+    return mt_fail(MT_ECOMM, "%s group: a message of %zu bytes", c->name, size_bytes);
+  }
+  *count = (int)(size_bytes / unit);
+  return unit_type(c, unit, type);
+}
+
+static mt_err mpi_broadcast(struct mt_comm *c, void *buf, size_t size_bytes, int root,
+                            struct mt_transfer *t) {
+  struct slot *s = NULL;
+  MPI_Datatype type = MPI_DATATYPE_NULL;
+  int count = 0;
+  MT_TRY(message(c, size_bytes, &count, &type));
+  MT_TRY(take_slot(c, t, &s));
+  return started(c, t, MPI_Ibcast(buf, count, type, root, group_of(c)->comm, &s->request));
+}
+
+static mt_err mpi_send(struct mt_comm *c, const void *buf, size_t size_bytes, int to,
+                       struct mt_transfer *t) {
+  struct slot *s = NULL;
+  MPI_Datatype type = MPI_DATATYPE_NULL;
+  int count = 0;
+  MT_TRY(message(c, size_bytes, &count, &type));
+  MT_TRY(take_slot(c, t, &s));
+  return started(c, t, MPI_Isend(buf, count, type, to, 0, group_of(c)->comm, &s->request));
+}
+
+static mt_err mpi_recv(struct mt_comm *c, void *buf, size_t size_bytes, int from,
+                       struct mt_transfer *t) {
+  struct slot *s = NULL;
+  MPI_Datatype type = MPI_DATATYPE_NULL;
+  int count = 0;
+  MT_TRY(message(c, size_bytes, &count, &type));
+  MT_TRY(take_slot(c, t, &s));
+  return started(c, t, MPI_Irecv(buf, count, type, from, 0, group_of(c)->comm, &s->request));
+}
+
+static mt_err mpi_barrier(struct mt_comm *c, struct mt_transfer *t) {
+  struct slot *s = NULL;
+  MT_TRY(take_slot(c, t, &s));
+  return started(c, t, MPI_Ibarrier(group_of(c)->comm, &s->request));
+}
+
+static double now_s(void) {
+  struct timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+static mt_err mpi_wait(struct mt_comm *c, struct mt_transfer *t) {
+  struct slot *s = t->impl;
+  double begin = now_s();
+  for (int done = 0;;) {
+    MT_TRY(mpi_check(c, MPI_Test(&s->request, &done, MPI_STATUS_IGNORE), t->what));
+    if (done) break;
+    double waited = now_s() - begin;
+    if (waited > c->timeout_s) {
+      return mt_fail(MT_ECOMM,
+                     "%s group, member %d of %d: %s not done after %.0f s: a rank is gone "
+                     "or hangs",
+                     c->name, c->rank, c->size, t->what, waited);
+    }
+    /* Ranks may be more than cores; who waits long leaves them to the others. */
+    if (waited < 1e-3)
+      sched_yield();
+    else
+      nanosleep(&(struct timespec){.tv_nsec = 20000}, NULL);
+  }
+  s->used = false;
+  return MT_OK;
+}
+
+static void mpi_destroy(struct mt_comm *c) {
+  struct group *g = group_of(c);
+  if (!g) return;
+  while (g->unit_count > 0) MPI_Type_free(&g->unit[--g->unit_count].type);
+  if (g->comm != MPI_COMM_NULL) MPI_Comm_free(&g->comm);
+  free(g->ints);
+  free(g);
+}
+
+mt_err mt_world_group(const struct mt_world *w, const struct mt_mesh *mesh, enum mt_group group,
+                      struct mt_comm *out) {
+  struct mt_group_span span = mt_mesh_group(mesh, group);
+  *out = mt_comm_self(mt_group_name(group));
+  if (!w->mpi || w->size == 1) return MT_OK;
+  struct group *g = calloc(1, sizeof *g);
+  struct mt_comm c = {.name = out->name,
+                      .rank = span.index,
+                      .size = span.count,
+                      .timeout_s = w->timeout_s,
+                      .all_to_all = mpi_all_to_all,
+                      .all_gather = mpi_all_gather,
+                      .broadcast = mpi_broadcast,
+                      .send = mpi_send,
+                      .recv = mpi_recv,
+                      .barrier = mpi_barrier,
+                      .wait = mpi_wait,
+                      .destroy = mpi_destroy,
+                      .impl = g};
+  mt_err err = MT_ENOMEM;
+  if (g) {
+    g->comm = MPI_COMM_NULL;
+    g->ints = calloc((size_t)SLOTS * 4 * (size_t)span.count, sizeof *g->ints);
+  }
+  if (!g || !g->ints) {
+    mt_fail(MT_ENOMEM, "%s group", c.name);
+    goto done;
+  }
+  for (int i = 0; i < SLOTS; i++) g->slot[i].ints = g->ints + (size_t)i * 4 * (size_t)span.count;
+  /* A group is known by its first member. */
+  MT_GO(mpi_check(&c, MPI_Comm_split(MPI_COMM_WORLD, span.first, span.index, &g->comm), "split"));
+  MPI_Comm_set_errhandler(g->comm, MPI_ERRORS_RETURN);
+  *out = c;
+done:
+  if (err) mt_comm_destroy(&c);
+  return err;
+}
+
+/* Whether a launcher has started this process: what Open MPI's mpirun, PMIx and PMI (srun, MPICH's
+ * and Intel's launchers) leave in the environment. */
+static bool launched(void) {
+  static const char *const signs[] = {"OMPI_COMM_WORLD_SIZE", "PMIX_RANK", "PMI_RANK", "PMI_SIZE"};
+  for (size_t i = 0; i < sizeof signs / sizeof *signs; i++) {
+    if (getenv(signs[i])) return true;
+  }
+  return false;
+}
+
+mt_err mt_world_open(struct mt_world *w, double timeout_s) {
+  int threads;
+  *w = (struct mt_world){.size = 1, .timeout_s = timeout_s};
+  if (!launched()) return MT_OK;
+  struct mt_comm all = {.name = "world", .size = 1};
+  MT_TRY(mpi_check(&all, MPI_Init_thread(NULL, NULL, MPI_THREAD_FUNNELED, &threads), "start"));
+  w->mpi = true;
+  MPI_Comm_set_errhandler(MPI_COMM_WORLD, MPI_ERRORS_RETURN);
+  MT_TRY(mpi_check(&all, MPI_Comm_rank(MPI_COMM_WORLD, &w->rank), "start"));
+  return mpi_check(&all, MPI_Comm_size(MPI_COMM_WORLD, &w->size), "start");
+}
+
+void mt_world_close(struct mt_world *w) {
+  if (w->mpi) MPI_Finalize();
+  *w = (struct mt_world){.size = 1};
+}
+
+void mt_world_abort(const struct mt_world *w, const char *message) {
+  if (!w->mpi || w->size == 1) return;
+  mt_log(MT_LOG_ERROR, "rank %d: %s", w->rank, message);
+  MPI_Abort(MPI_COMM_WORLD, 1);
+}
+
+#else
+
+mt_err mt_world_open(struct mt_world *w, double timeout_s) {
+  const char *size = getenv("OMPI_COMM_WORLD_SIZE");
+  if (!size) size = getenv("PMI_SIZE");
+  *w = (struct mt_world){.size = 1, .timeout_s = timeout_s};
+  if (!size || strtol(size, NULL, 10) <= 1) return MT_OK;
+  return mt_fail(MT_EUNSUPPORTED,
+                 "started on %s ranks, but this build has no MPI: install it "
+                 "(Debian: libopenmpi-dev) and build again",
+                 size);
+}
+
+void mt_world_close(struct mt_world *w) {
+  *w = (struct mt_world){.size = 1};
+}
+
+mt_err mt_world_group(const struct mt_world *w, const struct mt_mesh *mesh, enum mt_group group,
+                      struct mt_comm *out) {
+  (void)w, (void)mesh;
+  *out = mt_comm_self(mt_group_name(group));
+  return MT_OK;
+}
+
+void mt_world_abort(const struct mt_world *w, const char *message) {
+  (void)w, (void)message;
+}
+
+#endif
