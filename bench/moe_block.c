@@ -214,7 +214,7 @@ static mt_err make_model(struct mt_model *m, const struct size *z, const struct 
                                .sequence_capacity = 1};
   struct mt_params params;
   MT_TRY(mt_config_check(&c));
-  MT_TRY(mt_params_build(&c, &params));
+  MT_TRY(mt_params_build(&c, NULL, &params));
   for (int i = 0; i < params.count; i++) {
     enum mt_param_kind kind = params.row[i].kind;
     params.row[i].learns = kind == MT_PARAM_MLP_NORM || kind == MT_PARAM_ROUTER ||

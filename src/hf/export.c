@@ -269,7 +269,7 @@ static mt_err run(struct export *x, const char *files_dir, const char *out_dir,
   struct mt_dir_txn txn = {0};
   int64_t widest = 0;
   mt_err err;
-  MT_GO(mt_params_build(x->config, &x->names));
+  MT_GO(mt_params_build(x->config, NULL, &x->names));
   enum mt_hf_layout keep = x->h ? x->h->layout : MT_HF_PER_EXPERT;
   MT_GO(list_items(x, o->layout == MT_HF_KEEP ? keep : (enum mt_hf_layout)o->layout, o->dtype));
   cut_shards(x, o->max_shard_bytes ? o->max_shard_bytes : 5000000000u);

@@ -118,7 +118,7 @@ static mt_err check_tensor(const struct mt_hf_checkpoint *h, const struct mt_hf_
 
 mt_err mt_hf_check(const struct mt_hf_checkpoint *h) {
   struct mt_params params;
-  MT_TRY(mt_params_build(&h->config, &params));
+  MT_TRY(mt_params_build(&h->config, NULL, &params));
   mt_err err = MT_OK;
   for (int i = 0; !err && i < params.count; i++) {
     int n = mt_hf_tensor_count(&h->config, h->layout, &params.row[i]);
@@ -208,22 +208,31 @@ static mt_err load_rows(const struct mt_param *p, struct mt_backend *be, int64_t
 
 mt_err mt_hf_load(const struct mt_hf_checkpoint *h, const struct mt_params *params,
                   struct mt_backend *be) {
-  mt_err err = MT_OK;
+  struct mt_params all;
+  mt_err err = mt_params_build(&h->config, NULL, &all);
   for (int i = 0; !err && i < params->count; i++) {
     const struct mt_param *p = &params->row[i];
+    /* Files hold the whole of it: rows here are those from `skip` on there. */
+    const struct mt_param *whole = mt_params_find(&all, p->kind, p->layer);
+    int64_t skip = p->first * (mt_param_rows(p) / p->dim[0]);
     int64_t n = mt_param_row_elems(p), most = STAGE_BYTES / (n * 8);
     if (most < 1) most = 1;
     void *stage = malloc((size_t)(most * n) * 8);
-    if (!stage) return mt_fail(MT_ENOMEM, "staging %lld rows of '%s'", (long long)most, p->name);
+    if (!stage) {
+      err = mt_fail(MT_ENOMEM, "staging %lld rows of '%s'", (long long)most, p->name);
+      break;
+    }
     for (int64_t row = 0; !err && row < mt_param_rows(p);) {
       struct mt_hf_rows from;
-      err = mt_hf_source_rows(h, p, row, &from);
+      err = mt_hf_source_rows(h, whole, skip + row, &from);
       if (err) break;
       if (from.count > most) from.count = most;
+      if (from.count > mt_param_rows(p) - row) from.count = mt_param_rows(p) - row;
       err = mt_context(load_rows(p, be, row, from, stage), "loading '%s'", p->name);
       row += from.count;
     }
     free(stage);
   }
+  mt_params_free(&all);
   return err;
 }

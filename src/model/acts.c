@@ -40,21 +40,22 @@ static mt_err take_ints(struct mt_arena *arena, int32_t **p, int64_t count) {
 
 /* What a layer keeps in every mode of training. */
 static mt_err take_stream(struct mt_layer_acts *l, const struct mt_config *c,
-                          const struct mt_recipe *recipe, const struct mt_acts_options *o,
-                          struct mt_arena *arena) {
+                          const struct mt_shard *shard, const struct mt_recipe *recipe,
+                          const struct mt_acts_options *o, struct mt_arena *arena) {
   int64_t t = o->token_capacity, e = c->experts, k = c->top_k, r = t * k;
   MT_TRY(take(arena, &l->s1, mt_mat(NULL, recipe->act, t, c->hidden)));
   MT_TRY(take(arena, &l->rstd1, mt_vec(NULL, recipe->stat, t)));
   MT_TRY(take(arena, &l->rstd2, mt_vec(NULL, recipe->stat, t)));
   MT_TRY(take(arena, &l->logits, mt_mat(NULL, recipe->stat, t, e)));
   MT_TRY(take(arena, &l->prob, mt_mat(NULL, recipe->stat, t, k)));
-  if (!o->weigh_outputs) MT_TRY(take(arena, &l->row_prob, mt_vec(NULL, recipe->stat, r)));
+  if (!o->weigh_outputs && !o->over_ranks)
+    MT_TRY(take(arena, &l->row_prob, mt_vec(NULL, recipe->stat, r)));
   MT_TRY(take_ints(arena, &l->route.index, r));
   MT_TRY(take_ints(arena, &l->route.offsets, e + 1));
   MT_TRY(take_ints(arena, &l->route.row_source, r));
   MT_TRY(take_ints(arena, &l->route.token_row, r));
   l->route.top_k = c->top_k;
-  l->route.expert_count = c->experts;
+  l->route.expert_count = shard->expert_end - shard->expert_begin;
   return MT_OK;
 }
 
@@ -73,6 +74,7 @@ static mt_err take_mlp(struct mt_layer_acts *l, const struct mt_config *c,
                        const struct mt_recipe *recipe, const struct mt_acts_options *o,
                        struct mt_arena *arena) {
   int64_t r = o->token_capacity * c->top_k;
+  if (o->over_ranks) return MT_OK;
   MT_TRY(take(arena, &l->gate_up, mt_mat(NULL, recipe->act, r, 2 * (int64_t)c->ffn)));
   if (!o->weigh_outputs || !o->keep_mlp) return MT_OK;
   return take(arena, &l->ys, mt_mat(NULL, recipe->act, r, c->hidden));
@@ -84,7 +86,7 @@ static mt_err layer_layout(struct mt_acts *a, int layer, const struct mt_config 
   const struct mt_acts_options *o = &a->options;
   struct mt_layer_acts *l = &a->layer[layer];
   *l = a->layer[0];
-  if (o->training || layer == 0) MT_TRY(take_stream(l, c, recipe, o, arena));
+  if (o->training || layer == 0) MT_TRY(take_stream(l, c, &a->shard, recipe, o, arena));
   if (o->keep_attention || layer == 0) MT_TRY(take_attention(l, c, recipe, o, arena));
   if (o->keep_mlp || layer == 0) MT_TRY(take_mlp(l, c, recipe, o, arena));
   l->load = a->loads ? a->loads + layer * c->experts : NULL;
@@ -134,19 +136,31 @@ static mt_err attention_layout(struct mt_acts *a, const struct mt_config *c,
   return take(arena, &a->dqkv, mt_mat(NULL, recipe->act, t, q + 2 * kv));
 }
 
-static mt_err moe_layout(struct mt_acts *a, const struct mt_config *c,
-                         const struct mt_recipe *recipe, struct mt_arena *arena) {
+/* The MoE room's buffers of so many rows. */
+static mt_err room_rows_layout(struct mt_acts *a, const struct mt_config *c,
+                               const struct mt_recipe *recipe, int64_t r, struct mt_arena *arena) {
   const struct mt_acts_options *o = &a->options;
-  int64_t t = o->token_capacity, r = t * c->top_k;
   MT_TRY(take(arena, &a->h, mt_mat(NULL, recipe->act, r, c->ffn)));
   if (!o->weigh_outputs || !o->keep_mlp) {
     struct mt_tensor ys;
     MT_TRY(take(arena, &ys, mt_mat(NULL, recipe->act, r, c->hidden)));
     for (int l = 0; l < a->layer_count; l++) a->layer[l].ys = ys;
   }
+  if (o->training && !o->weigh_outputs)
+    MT_TRY(take(arena, &a->drow_prob, mt_vec(NULL, recipe->stat, r)));
+  if (!o->over_ranks) {
+    for (int l = 0; l < a->layer_count; l++) a->layer[l].xs = a->layer[l].ys;
+  }
+  return MT_OK;
+}
+
+static mt_err moe_layout(struct mt_acts *a, const struct mt_config *c,
+                         const struct mt_recipe *recipe, struct mt_arena *arena) {
+  const struct mt_acts_options *o = &a->options;
+  int64_t t = o->token_capacity;
+  if (!o->over_ranks) MT_TRY(room_rows_layout(a, c, recipe, t * c->top_k, arena));
   if (!o->training) return MT_OK;
   MT_TRY(take(arena, &a->dprob, mt_mat(NULL, recipe->stat, t, c->top_k)));
-  if (!o->weigh_outputs) MT_TRY(take(arena, &a->drow_prob, mt_vec(NULL, recipe->stat, r)));
   return take(arena, &a->dlogits, mt_mat(NULL, recipe->stat, t, c->experts));
 }
 
@@ -183,11 +197,11 @@ static mt_err rooms_layout(struct mt_acts *a, const struct mt_config *c,
   return MT_OK;
 }
 
-mt_err mt_acts_layout(struct mt_acts *a, const struct mt_config *c, const struct mt_recipe *recipe,
-                      const struct mt_backend *be, const struct mt_acts_options *options,
-                      struct mt_arena *arena) {
+mt_err mt_acts_layout(struct mt_acts *a, const struct mt_config *c, const struct mt_shard *shard,
+                      const struct mt_recipe *recipe, const struct mt_backend *be,
+                      const struct mt_acts_options *options, struct mt_arena *arena) {
   struct mt_tensor stream = mt_mat(NULL, recipe->act, options->token_capacity, c->hidden);
-  *a = (struct mt_acts){.options = *options, .layer_count = c->layers};
+  *a = (struct mt_acts){.options = *options, .shard = *shard, .layer_count = c->layers};
   a->layer = calloc((size_t)c->layers, sizeof *a->layer);
   if (!a->layer) return mt_fail(MT_ENOMEM, "activation table of %d layers", c->layers);
   MT_TRY(batch_layout(a, c, recipe, arena));
@@ -196,6 +210,84 @@ mt_err mt_acts_layout(struct mt_acts *a, const struct mt_config *c, const struct
   MT_TRY(take(arena, &a->xn, stream));
   if (options->training) MT_TRY(take(arena, &a->ds, stream));
   return rooms_layout(a, c, recipe, be, arena);
+}
+
+/* A layer's rows over ranks; a gate_up that is not kept is the room's. */
+static mt_err kept_rows_layout(struct mt_acts *a, int layer, const struct mt_config *c,
+                               const struct mt_recipe *recipe, int64_t r, struct mt_arena *arena) {
+  struct mt_layer_acts *l = &a->layer[layer];
+  MT_TRY(take(arena, &l->xs, mt_mat(NULL, recipe->act, r, c->hidden)));
+  MT_TRY(take(arena, &l->row_prob, mt_vec(NULL, recipe->stat, r)));
+  if (!a->options.keep_mlp) return MT_OK;
+  return take(arena, &l->gate_up, mt_mat(NULL, recipe->act, r, 2 * (int64_t)c->ffn));
+}
+
+static mt_err shared_rows_layout(struct mt_acts *a, const struct mt_config *c,
+                                 const struct mt_recipe *recipe, const struct mt_backend *be,
+                                 int64_t r, struct mt_arena *arena) {
+  struct mt_limits limits = mt_acts_limits(c, recipe, a->options.token_capacity, MT_ROOM_MOE);
+  if (limits.rows < r) limits.rows = r;
+  MT_TRY(room_rows_layout(a, c, recipe, r, arena));
+  a->workspace[MT_ROOM_MOE].size_bytes = be->workspace_bytes(be, &limits);
+  MT_TRY(
+      mt_arena_alloc(arena, a->workspace[MT_ROOM_MOE].size_bytes, &a->workspace[MT_ROOM_MOE].data));
+  if (a->options.keep_mlp) return MT_OK;
+  struct mt_tensor gate_up;
+  MT_TRY(take(arena, &gate_up, mt_mat(NULL, recipe->act, r, 2 * (int64_t)c->ffn)));
+  for (int l = 0; l < a->layer_count; l++) a->layer[l].gate_up = gate_up;
+  return MT_OK;
+}
+
+static void release(struct mt_growing *g, struct mt_backend *be) {
+  if (g->arena.base) be->mem_free(be, g->arena.base, g->arena.capacity_bytes);
+  *g = (struct mt_growing){0};
+}
+
+/* layer < 0: the room's. Laid out twice, as arenas are. */
+static mt_err grow(struct mt_acts *a, const struct mt_config *c, const struct mt_recipe *recipe,
+                   struct mt_backend *be, int layer, int64_t rows) {
+  struct mt_growing *g = layer < 0 ? &a->room_rows : &a->layer[layer].rows;
+  const char *name = "rows of other ranks";
+  void *base = NULL;
+  release(g, be);
+  mt_arena_plan(&g->arena, name);
+  for (int real = 0; real < 2; real++) {
+    MT_TRY(layer < 0 ? shared_rows_layout(a, c, recipe, be, rows, &g->arena)
+                     : kept_rows_layout(a, layer, c, recipe, rows, &g->arena));
+    if (real) break;
+    size_t bytes = g->arena.peak_bytes;
+    MT_TRY(mt_context(be->mem_alloc(be, bytes, &base), "room for %lld rows", (long long)rows));
+    mt_arena_adopt(&g->arena, name, base, bytes);
+  }
+  g->row_capacity = rows;
+  return MT_OK;
+}
+
+mt_err mt_acts_reserve_rows(struct mt_acts *a, const struct mt_config *c,
+                            const struct mt_recipe *recipe, struct mt_backend *be, int layer,
+                            int64_t rows, bool *grown) {
+  /* Without training all layers are one. */
+  struct mt_layer_acts *l = &a->layer[a->options.training ? layer : 0];
+  int64_t more = rows + rows / 8;
+  *grown = false;
+  if (a->room_rows.row_capacity < rows) {
+    MT_TRY(grow(a, c, recipe, be, -1, more));
+    *grown = true;
+  }
+  if (l->rows.row_capacity < rows) {
+    MT_TRY(grow(a, c, recipe, be, (int)(l - a->layer), more));
+    *grown = true;
+  }
+  if (!a->options.training) {
+    a->layer[layer].xs = l->xs;
+    a->layer[layer].row_prob = l->row_prob;
+  }
+  return MT_OK;
+}
+
+void mt_acts_release_rows(struct mt_acts *a, struct mt_backend *be) {
+  release(&a->room_rows, be);
+  for (int l = 0; a->layer && l < a->layer_count; l++) release(&a->layer[l].rows, be);
 }
 
 void mt_acts_enter(const struct mt_acts *a, struct mt_backend *be, enum mt_room room) {

@@ -17,6 +17,13 @@ enum { MT_LOGIT_ROWS = 8 };
  * between passes. */
 enum mt_room { MT_ROOM_ATTENTION, MT_ROOM_MOE, MT_ROOM_ENDS, MT_ROOM_COUNT };
 
+/* Memory beside the arenas that grows: rows that come from other ranks, whose worst case is too
+ * large to reserve. */
+struct mt_growing {
+  struct mt_arena arena; /* over memory of its own */
+  int64_t row_capacity;
+};
+
 /* What a layer keeps from forward to backward. The normalised inputs of both blocks and the
  * dispatched tokens are not among it: backward makes them again, which is cheap. */
 struct mt_layer_acts {
@@ -33,9 +40,13 @@ struct mt_layer_acts {
   struct mt_tensor lse;      /* stat [T,G*r] */
   struct mt_tensor s2;       /* act [T,H] residual stream at the MoE's norm */
   struct mt_tensor gate_up;  /* act [R,2F]; backward leaves its gradient here */
-  /* act [R,H]: dispatched tokens, then expert outputs; in backward dys, the tokens again, dxs.
-   * Where backward needs no outputs of forward, one for all layers in the MoE's room. */
+  /* act [R,H]: expert outputs; in backward dys, then dxs. Where backward needs no outputs of
+   * forward, one for all layers in the MoE's room. */
   struct mt_tensor ys;
+  /* act [R,H]: dispatched tokens. On one rank the memory of ys, gathered again when backward needs
+   * them; over ranks kept, since they have come from afar. */
+  struct mt_tensor xs;
+  struct mt_growing rows; /* over ranks: row_prob, xs and, where it is kept, gate_up lie here */
 };
 
 struct mt_acts_options {
@@ -45,6 +56,7 @@ struct mt_acts_options {
   bool keep_mlp;       /* each layer keeps gate_up, and ys if outputs are weighed; else shared */
   bool weigh_outputs;  /* backward needs the experts' outputs, which prob weighs; else the
                           probability enters before the down projection */
+  bool over_ranks;     /* R is not bounded by the tokens here: what has rows grows */
 };
 
 /* What the host reads of a step, followed on the device by load_sums. */
@@ -56,6 +68,7 @@ struct mt_step_report {
 
 struct mt_acts {
   struct mt_acts_options options;
+  struct mt_shard shard;
   int layer_count;
   struct mt_layer_acts *layer; /* host array */
   /* All that changes from pass to pass, one block of the device that one upload fills from its copy
@@ -78,7 +91,9 @@ struct mt_acts {
   /* Attention's. */
   struct mt_tensor datt, dqkv;
   /* The MoE's. */
-  struct mt_tensor h; /* act [R,F]: SwiGLU's output; dh and h again in backward */
+  struct mt_growing room_rows; /* over ranks: h, ys, drow_prob, a gate_up that layers share, and
+                                  the room's workspace lie here */
+  struct mt_tensor h;          /* act [R,F]: SwiGLU's output; dh and h again in backward */
   struct mt_tensor dprob, dlogits;
   struct mt_tensor drow_prob; /* stat [R] */
   /* The ends': from the last layer's forward to its backward. */
@@ -96,10 +111,18 @@ struct mt_limits mt_acts_limits(const struct mt_config *c, const struct mt_recip
 
 /* Takes everything from the arena (which may be a planning one: then all pointers stay NULL).
  * Errors: MT_ENOMEM. mt_acts_free releases host memory only. */
-mt_err mt_acts_layout(struct mt_acts *a, const struct mt_config *c, const struct mt_recipe *recipe,
-                      const struct mt_backend *be, const struct mt_acts_options *options,
-                      struct mt_arena *arena);
+mt_err mt_acts_layout(struct mt_acts *a, const struct mt_config *c, const struct mt_shard *shard,
+                      const struct mt_recipe *recipe, const struct mt_backend *be,
+                      const struct mt_acts_options *options, struct mt_arena *arena);
 void mt_acts_free(struct mt_acts *a);
+
+/* Over ranks: room for so many rows in a layer and in the MoE's room. Nothing of either may be in
+ * use. *grown (=) whether memory was taken anew. Errors: MT_ENOMEM. */
+mt_err mt_acts_reserve_rows(struct mt_acts *a, const struct mt_config *c,
+                            const struct mt_recipe *recipe, struct mt_backend *be, int layer,
+                            int64_t rows, bool *grown);
+/* Gives back what grew. */
+void mt_acts_release_rows(struct mt_acts *a, struct mt_backend *be);
 
 /* Gives be the room's workspace. What other rooms hold is lost. */
 void mt_acts_enter(const struct mt_acts *a, struct mt_backend *be, enum mt_room room);

@@ -49,3 +49,7 @@ mt_err mt_config_check(const struct mt_config *c) {
   }
   return MT_OK;
 }
+
+struct mt_shard mt_shard_whole(const struct mt_config *c) {
+  return (struct mt_shard){.expert_end = c->experts};
+}

@@ -18,6 +18,11 @@ struct mt_layer_spec {
   int window;       /* sliding window, own position included; 0: none */
 };
 
+/* What of a model is here: a rank's share, or all of it. */
+struct mt_shard {
+  int expert_begin, expert_end; /* of every layer */
+};
+
 struct mt_config {
   char model_type[32];
   int hidden;   /* H */
@@ -38,6 +43,8 @@ struct mt_config {
   int bos_id, eos_id, pad_id; /* -1: none */
   struct mt_layer_spec layer[MT_MAX_LAYERS];
 };
+
+struct mt_shard mt_shard_whole(const struct mt_config *c);
 
 /* Everything the rest of the code relies on (positive sizes, heads a multiple of kv_heads, top_k
  * <= experts, even head_dim, 31-bit products where the code uses int). Errors: MT_ESHAPE or

@@ -2,6 +2,7 @@
 
 static mt_err local_plan(struct mt_exchange *x, struct mt_backend *be, struct mt_route *route) {
   (void)x;
+  route->row_count = (int64_t)route->token_count * route->top_k;
   return be->ops.permute_plan(be, &(struct mt_permute_plan_args){
                                       .index = route->index,
                                       .token_count = route->token_count,

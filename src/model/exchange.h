@@ -9,16 +9,19 @@
 
 /* One layer's routing of one micro-batch; device memory. */
 struct mt_route {
+  int layer;
   int token_count, top_k;
-  int expert_count;    /* experts held here */
-  int32_t *index;      /* [T,K] expert of each choice, -1 none: the router's output */
-  int32_t *offsets;    /* [expert_count+1] rows of each local expert */
+  int64_t row_count; /* R, the host's bound on rows here: exact over ranks, else T*K */
+  int expert_count;  /* experts held here */
+  int32_t *index;    /* [T,K] expert of each choice, -1 none: the router's output */
+  int32_t *offsets;  /* [expert_count+1] rows of each local expert */
+  /* The choices of this rank's tokens in the order of their experts, wherever those are. */
   int32_t *row_source; /* [T*K] */
   int32_t *token_row;  /* [T*K] */
 };
 
 struct mt_exchange {
-  /* Fills offsets, row_source, token_row from index. */
+  /* Fills offsets, row_source, token_row and row_count from index. */
   mt_err (*plan)(struct mt_exchange *x, struct mt_backend *be, struct mt_route *route);
   /* xs (=) [R,H]: rows in expert order. */
   mt_err (*dispatch)(struct mt_exchange *x, struct mt_backend *be, const struct mt_route *route,
@@ -42,6 +45,11 @@ struct mt_exchange {
   mt_err (*combine_bwd)(struct mt_exchange *x, struct mt_backend *be, const struct mt_route *route,
                         const struct mt_tensor *dy, const struct mt_tensor *prob,
                         struct mt_tensor *ys, struct mt_tensor *dprob);
+  /* Auxiliary loss: adds up aux_prob [E] F32, aux_count [E] and *valid_count over all ranks whose
+   * tokens are one micro-batch. NULL: this rank's are all. */
+  mt_err (*share_aux)(struct mt_exchange *x, struct mt_backend *be, struct mt_tensor *aux_prob,
+                      int32_t *aux_count, int32_t *valid_count);
+  bool over_ranks;
   void *impl;
 };
 

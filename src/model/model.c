@@ -43,17 +43,21 @@ static mt_err place(struct mt_model *m) {
       if ((int)m->params.row[i].sync == sync) MT_TRY(place_one(m, &m->params.row[i]));
     }
   }
+  const struct mt_shard *shard = &m->options.shard;
+  bool over_ranks = shard->expert_end - shard->expert_begin < m->config.experts;
   struct mt_acts_options a = {
       .token_capacity = m->options.token_capacity,
       .sequence_capacity = m->options.sequence_capacity,
       .training = m->options.training,
       .keep_attention = m->options.training && m->options.recompute != MT_RECOMPUTE_FULL,
       .keep_mlp = m->options.training && m->options.recompute == MT_RECOMPUTE_NONE,
-      .weigh_outputs = m->options.experts == MT_EXPERTS_LOOP};
-  return mt_acts_layout(&m->acts, &m->config, m->recipe, m->be, &a, &m->activations);
+      .weigh_outputs = m->options.experts == MT_EXPERTS_LOOP && !over_ranks,
+      .over_ranks = over_ranks};
+  return mt_acts_layout(&m->acts, &m->config, shard, m->recipe, m->be, &a, &m->activations);
 }
 
 static mt_err plan(struct mt_model *m) {
+  if (m->options.shard.expert_end == 0) m->options.shard = mt_shard_whole(&m->config);
   mt_arena_plan(&m->parameters, "parameters");
   mt_arena_plan(&m->gradients, "gradients");
   mt_arena_plan(&m->optimizer, "optimizer");
@@ -151,6 +155,7 @@ void mt_model_destroy(struct mt_model *m) {
   for (int i = 0; i < 4; i++) {
     if (m->be) arena_release(m->be, arenas[i]);
   }
+  if (m->be) mt_acts_release_rows(&m->acts, m->be);
   mt_acts_free(&m->acts);
   mt_params_free(&m->params);
   free(m->inv_freq);

@@ -41,6 +41,7 @@ struct mt_model_options {
   bool training;             /* gradients and saved activations exist */
   int64_t token_capacity;    /* T at most */
   int64_t sequence_capacity; /* packed samples at most */
+  struct mt_shard shard;     /* what of the model is here; all zero: all of it */
 };
 
 /* Bytes by lifetime. `planned` from mt_model_plan, the same from a built model's arenas. */

@@ -22,36 +22,62 @@ struct moe {
   const struct mt_view *v;
   struct mt_param *norm, *router, *gate_up, *down;
   struct mt_route route;
-  struct mt_tensor xn, y, prob, gu, ys, h; /* ys: also what is dispatched, as acts.h says */
-  struct mt_tensor row_prob, drow_prob;    /* NULL data: prob weighs the outputs instead */
+  struct mt_tensor xn, y, prob, gu, xs, ys, h;
+  struct mt_tensor row_prob, drow_prob; /* NULL data: prob weighs the outputs instead */
 };
 
 static struct moe moe_open(struct mt_model *m, int layer, const struct mt_view *v) {
   struct mt_layer_acts *l = &m->acts.layer[layer];
-  int64_t t = v->tokens, r = t * m->config.top_k;
-  struct moe o = {.m = m,
-                  .be = m->be,
-                  .l = l,
-                  .v = v,
-                  .norm = mt_params_find(&m->params, MT_PARAM_MLP_NORM, layer),
-                  .router = mt_params_find(&m->params, MT_PARAM_ROUTER, layer),
-                  .gate_up = mt_params_find(&m->params, MT_PARAM_GATE_UP, layer),
-                  .down = mt_params_find(&m->params, MT_PARAM_DOWN, layer),
-                  .route = l->route,
-                  .xn = mt_top(m->acts.xn, t),
-                  .y = mt_top(m->acts.branch, t),
-                  .prob = mt_top(l->prob, t),
-                  .gu = mt_top(l->gate_up, r),
-                  .ys = mt_top(l->ys, r),
-                  .h = mt_top(m->acts.h, r),
-                  .row_prob = mt_top(l->row_prob, r),
-                  .drow_prob = mt_top(m->acts.drow_prob, r)};
+  int64_t t = v->tokens;
+  struct moe o = {
+      .m = m,
+      .be = m->be,
+      .l = l,
+      .v = v,
+      .norm = mt_params_find(&m->params, MT_PARAM_MLP_NORM, layer),
+      .router = mt_params_find(&m->params, MT_PARAM_ROUTER, layer),
+      .gate_up = mt_params_find(&m->params, MT_PARAM_GATE_UP, layer),
+      .down = mt_params_find(&m->params, MT_PARAM_DOWN, layer),
+      .route = l->route,
+      .xn = mt_top(m->acts.xn, t),
+      .y = mt_top(m->acts.branch, t),
+      .prob = mt_top(l->prob, t),
+  };
+  o.route.layer = layer;
   o.route.token_count = (int)t;
   return o;
 }
 
+/* The rows' buffers, once their number is known. */
+static void moe_rows(struct moe *o) {
+  struct mt_acts *a = &o->m->acts;
+  int64_t r = o->route.row_count;
+  o->gu = mt_top(o->l->gate_up, r);
+  o->xs = mt_top(o->l->xs, r);
+  o->ys = mt_top(o->l->ys, r);
+  o->h = mt_top(a->h, r);
+  o->row_prob = mt_top(o->l->row_prob, r);
+  o->drow_prob = mt_top(a->drow_prob, r);
+}
+
+static mt_err make_plan(struct moe *o) {
+  struct mt_model *m = o->m;
+  bool grown;
+  MT_TRY(m->exchange.plan(&m->exchange, o->be, &o->route));
+  o->l->route = o->route;
+  if (m->acts.options.over_ranks) {
+    MT_TRY(mt_acts_reserve_rows(&m->acts, &m->config, m->recipe, o->be, o->route.layer,
+                                o->route.row_count, &grown));
+    if (grown) mt_acts_enter(&m->acts, o->be, MT_ROOM_MOE);
+  }
+  moe_rows(o);
+  return MT_OK;
+}
+
+/* Where outputs are weighed and dispatch is undone one expert at a time: with all experts here. */
 static bool scattered(const struct moe *o) {
-  return o->m->options.experts == MT_EXPERTS_LOOP && o->m->options.blocks == MT_BLOCKS_UNFUSED;
+  return o->m->options.experts == MT_EXPERTS_LOOP && o->m->options.blocks == MT_BLOCKS_UNFUSED &&
+         !o->m->acts.options.over_ranks;
 }
 
 static mt_err read_offsets(struct moe *o) {
@@ -59,15 +85,22 @@ static mt_err read_offsets(struct moe *o) {
   return o->be->download(o->be, o->m->host_route, o->route.offsets, bytes);
 }
 
-/* ys (=) the tokens of rows [begin, begin+rows), of one expert or (offsets) of all. */
+/* xs (=) the tokens of rows [begin, begin+rows), of one expert or (offsets) of all, unless they
+ * have been kept. */
 static mt_err gather(struct moe *o, int64_t begin, int64_t rows, const int32_t *offsets) {
   struct mt_exchange *x = &o->m->exchange;
-  if (offsets) return x->dispatch(x, o->be, &o->route, &o->xn, &o->ys);
+  if (o->m->acts.options.over_ranks) return MT_OK;
+  if (offsets) return x->dispatch(x, o->be, &o->route, &o->xn, &o->xs);
   return o->be->ops.dispatch_fwd(
       o->be, &(struct mt_dispatch_fwd_args){.x = o->xn,
                                             .row_source = o->route.row_source + begin,
                                             .top_k = o->route.top_k,
-                                            .xs = mt_rows(&o->ys, begin, rows)});
+                                            .xs = mt_rows(&o->xs, begin, rows)});
+}
+
+/* Routing probabilities of some rows, where there are any. */
+static struct mt_tensor prob_rows(const struct mt_tensor *t, int64_t begin, int64_t rows) {
+  return t->data ? mt_rows(t, begin, rows) : *t;
 }
 
 /* SwiGLU inside the grouped products that it stands between. */
@@ -75,32 +108,34 @@ static bool joined(const struct moe *o, const int32_t *offsets) {
   return offsets && o->m->options.blocks == MT_BLOCKS_FUSED;
 }
 
-/* gate_up, SwiGLU, down on rows [begin, begin+rows) of ys, dense for one expert or grouped over
+/* gate_up, SwiGLU, down on rows [begin, begin+rows) of xs, dense for one expert or grouped over
  * all. */
 static mt_err mlp_forward(struct moe *o, struct mt_tensor w1, struct mt_tensor w2, int64_t begin,
                           int64_t rows, const int32_t *offsets) {
   struct mt_tensor gu = mt_rows(&o->gu, begin, rows), h = mt_rows(&o->h, begin, rows),
-                   ys = mt_rows(&o->ys, begin, rows);
+                   xs = mt_rows(&o->xs, begin, rows), ys = mt_rows(&o->ys, begin, rows);
   if (joined(o, offsets)) {
     MT_TRY(mt_linear_experts_up(
         o->be,
         &(struct mt_experts_up_fwd_args){
-            .x = ys, .w = w1, .offsets = offsets, .row_prob = o->row_prob, .gate_up = gu, .h = h}));
+            .x = xs, .w = w1, .offsets = offsets, .row_prob = o->row_prob, .gate_up = gu, .h = h}));
     return mt_linear_forward(o->be, h, w2, ys, offsets);
   }
-  MT_TRY(mt_linear_forward(o->be, ys, w1, gu, offsets));
+  MT_TRY(mt_linear_forward(o->be, xs, w1, gu, offsets));
   MT_TRY(o->be->ops.swiglu_fwd(
       o->be,
       &(struct mt_swiglu_fwd_args){.gate_up = gu,
-                                   .row_prob = o->row_prob,
+                                   .row_prob = prob_rows(&o->row_prob, begin, rows),
                                    .row_count = offsets ? offsets + o->route.expert_count : NULL,
                                    .h = h}));
   return mt_linear_forward(o->be, h, w2, ys, offsets);
 }
 
 /* ys holds dys: gate_up becomes its gradient, h is made again. */
-static mt_err down_backward(struct moe *o, struct mt_tensor ys, struct mt_tensor w2,
-                            struct mt_tensor gu, struct mt_tensor h, const int32_t *offsets) {
+static mt_err down_backward(struct moe *o, struct mt_tensor w2, int64_t begin, int64_t rows,
+                            const int32_t *offsets) {
+  struct mt_tensor gu = mt_rows(&o->gu, begin, rows), h = mt_rows(&o->h, begin, rows),
+                   ys = mt_rows(&o->ys, begin, rows);
   if (joined(o, offsets)) {
     return mt_linear_experts_down_dgrad(
         o->be, &(struct mt_experts_down_dgrad_args){.dy = ys,
@@ -117,11 +152,11 @@ static mt_err down_backward(struct moe *o, struct mt_tensor ys, struct mt_tensor
       o->be,
       &(struct mt_swiglu_bwd_args){.dh = h,
                                    .gate_up = gu,
-                                   .row_prob = o->row_prob,
+                                   .row_prob = prob_rows(&o->row_prob, begin, rows),
                                    .row_count = offsets ? offsets + o->route.expert_count : NULL,
                                    .dgate_up = gu,
                                    .h = h,
-                                   .drow_prob = o->drow_prob});
+                                   .drow_prob = prob_rows(&o->drow_prob, begin, rows)});
 }
 
 /* Where all of a weight's gradient is made at once, its squares can be added up on the way. */
@@ -129,16 +164,17 @@ static double *sumsq_of(const struct mt_param *w, const int32_t *offsets) {
   return w->grad_summed && offsets ? w->grad_sumsq : NULL;
 }
 
-/* In: ys holds dys. Out: ys holds dxs, gate_up its gradient. Between, ys holds the tokens again. */
+/* In: ys holds dys. Out: ys holds dxs, gate_up its gradient. Between, xs holds the tokens (again).
+ */
 static mt_err mlp_backward(struct moe *o, struct mt_tensor w1, struct mt_tensor w2,
                            struct mt_tensor dw1, struct mt_tensor dw2, int64_t begin, int64_t rows,
                            const int32_t *offsets) {
   struct mt_tensor gu = mt_rows(&o->gu, begin, rows), h = mt_rows(&o->h, begin, rows),
-                   ys = mt_rows(&o->ys, begin, rows);
-  MT_TRY(down_backward(o, ys, w2, gu, h, offsets));
+                   xs = mt_rows(&o->xs, begin, rows), ys = mt_rows(&o->ys, begin, rows);
+  MT_TRY(down_backward(o, w2, begin, rows, offsets));
   MT_TRY(mt_linear_wgrad(o->be, ys, h, dw2, offsets, o->v->accumulate, sumsq_of(o->down, offsets)));
   if (dw1.data) MT_TRY(gather(o, begin, rows, offsets)); /* dys has served */
-  MT_TRY(mt_linear_wgrad(o->be, gu, ys, dw1, offsets, o->v->accumulate,
+  MT_TRY(mt_linear_wgrad(o->be, gu, xs, dw1, offsets, o->v->accumulate,
                          sumsq_of(o->gate_up, offsets)));
   return mt_linear_dgrad(o->be, gu, w1, ys, offsets);
 }
@@ -227,24 +263,33 @@ mt_err mt_moe_forward(struct mt_model *m, int layer, const struct mt_view *v) {
                                          .aux_prob = m->acts.aux_prob,
                                          .aux_count = m->acts.aux_count,
                                          .load = o.l->load}));
-  MT_TRY(m->exchange.plan(&m->exchange, o.be, &o.route));
+  MT_TRY(make_plan(&o));
   if (scattered(&o)) return loop_forward(&o, false);
-  MT_TRY(m->exchange.dispatch(&m->exchange, o.be, &o.route, &o.xn, &o.ys));
-  if (m->options.experts == MT_EXPERTS_LOOP) {
+  struct mt_exchange *x = &m->exchange;
+  MT_TRY(x->dispatch(x, o.be, &o.route, &o.xn, &o.xs));
+  bool weigh = m->acts.options.weigh_outputs;
+  if (!weigh) MT_TRY(x->dispatch_prob(x, o.be, &o.route, &o.prob, &o.row_prob));
+  if (m->options.experts == MT_EXPERTS_LOOP)
     MT_TRY(loop_forward(&o, false));
-    return m->exchange.combine(&m->exchange, o.be, &o.route, &o.ys, &o.prob, &o.y);
-  }
-  MT_TRY(m->exchange.dispatch_prob(&m->exchange, o.be, &o.route, &o.prob, &o.row_prob));
-  MT_TRY(mlp_forward(&o, o.gate_up->compute, o.down->compute, 0, o.ys.dim[0], o.route.offsets));
-  return m->exchange.combine(&m->exchange, o.be, &o.route, &o.ys, NULL, &o.y);
+  else
+    MT_TRY(mlp_forward(&o, o.gate_up->compute, o.down->compute, 0, o.ys.dim[0], o.route.offsets));
+  return x->combine(x, o.be, &o.route, &o.ys, weigh ? &o.prob : NULL, &o.y);
 }
 
-static mt_err grouped_backward(struct moe *o, struct mt_tensor dy, struct mt_tensor dprob) {
+/* From the gradient of the block's output to that of its routed tokens. */
+static mt_err permuted_backward(struct moe *o, struct mt_tensor dy, struct mt_tensor dprob,
+                                struct mt_tensor dxn) {
   struct mt_exchange *x = &o->m->exchange;
-  MT_TRY(x->combine_bwd(x, o->be, &o->route, &dy, NULL, &o->ys, NULL));
-  MT_TRY(mlp_backward(o, o->gate_up->compute, o->down->compute, o->gate_up->grad, o->down->grad, 0,
-                      o->ys.dim[0], o->route.offsets));
-  return x->dispatch_prob_bwd(x, o->be, &o->route, &o->drow_prob, &dprob);
+  bool weigh = o->m->acts.options.weigh_outputs;
+  MT_TRY(x->combine_bwd(x, o->be, &o->route, &dy, weigh ? &o->prob : NULL, &o->ys,
+                        weigh ? &dprob : NULL));
+  if (o->m->options.experts == MT_EXPERTS_LOOP)
+    MT_TRY(loop_backward(o, dy, dprob, dxn));
+  else
+    MT_TRY(mlp_backward(o, o->gate_up->compute, o->down->compute, o->gate_up->grad, o->down->grad,
+                        0, o->ys.dim[0], o->route.offsets));
+  if (!weigh) MT_TRY(x->dispatch_prob_bwd(x, o->be, &o->route, &o->drow_prob, &dprob));
+  return x->dispatch_bwd(x, o->be, &o->route, &o->ys, &dxn);
 }
 
 /* What backward reads of forward and was not kept: s2, the normalised input, gate_up, and ys where
@@ -259,11 +304,12 @@ static mt_err forward_again(struct moe *o, int layer) {
   }
   MT_TRY(
       mt_norm_forward(m, s1, branch, o->norm, mt_top(o->l->s2, t), o->xn, mt_top(o->l->rstd2, t)));
-  if (m->options.experts == MT_EXPERTS_LOOP) /* ys does not outlive its room */
+  if (m->acts.options.weigh_outputs) /* ys does not outlive its room */
     return m->options.recompute != MT_RECOMPUTE_NONE ? loop_forward(o, true) : MT_OK;
   if (!mt_layer_gate_up_lost(m, layer)) return MT_OK;
+  if (m->options.experts == MT_EXPERTS_LOOP) return loop_forward(o, true);
   MT_TRY(gather(o, 0, o->ys.dim[0], o->route.offsets));
-  return mt_linear_forward(o->be, o->ys, o->gate_up->compute, o->gu, o->route.offsets);
+  return mt_linear_forward(o->be, o->xs, o->gate_up->compute, o->gu, o->route.offsets);
 }
 
 mt_err mt_moe_backward(struct mt_model *m, int layer, const struct mt_view *v) {
@@ -271,18 +317,12 @@ mt_err mt_moe_backward(struct mt_model *m, int layer, const struct mt_view *v) {
   int64_t t = v->tokens;
   struct mt_tensor ds = mt_top(m->acts.ds, t), dxn = o.y, dprob = mt_top(m->acts.dprob, t);
   mt_acts_enter(&m->acts, m->be, MT_ROOM_MOE);
+  moe_rows(&o);
   MT_TRY(forward_again(&o, layer));
-  if (scattered(&o)) {
+  if (scattered(&o))
     MT_TRY(loop_backward(&o, ds, dprob, dxn));
-  } else {
-    if (m->options.experts == MT_EXPERTS_LOOP) {
-      MT_TRY(m->exchange.combine_bwd(&m->exchange, o.be, &o.route, &ds, &o.prob, &o.ys, &dprob));
-      MT_TRY(loop_backward(&o, ds, dprob, dxn));
-    } else {
-      MT_TRY(grouped_backward(&o, ds, dprob));
-    }
-    MT_TRY(m->exchange.dispatch_bwd(&m->exchange, o.be, &o.route, &o.ys, &dxn));
-  }
+  else
+    MT_TRY(permuted_backward(&o, ds, dprob, dxn));
   mt_grad_ready(m, o.down);
   mt_grad_ready(m, o.gate_up);
 

@@ -15,8 +15,8 @@ static const struct {
 
 enum { PER_LAYER = MT_PARAM_DOWN - MT_PARAM_ATTN_NORM + 1 };
 
-static void add_row(struct mt_params *p, enum mt_param_kind kind, int layer, int rank, int64_t d0,
-                    int64_t d1, int64_t d2) {
+static struct mt_param *add_row(struct mt_params *p, enum mt_param_kind kind, int layer, int rank,
+                                int64_t d0, int64_t d1, int64_t d2) {
   struct mt_param *r = &p->row[p->count++];
   *r = (struct mt_param){.kind = kind,
                          .layer = layer,
@@ -29,13 +29,17 @@ static void add_row(struct mt_params *p, enum mt_param_kind kind, int layer, int
     snprintf(r->name, sizeof r->name, "%s", kinds[kind].name);
   else
     snprintf(r->name, sizeof r->name, "layers.%d.%s", layer, kinds[kind].name);
+  return r;
 }
 
-mt_err mt_params_build(const struct mt_config *c, struct mt_params *out) {
+mt_err mt_params_build(const struct mt_config *c, const struct mt_shard *shard,
+                       struct mt_params *out) {
+  struct mt_shard s = shard ? *shard : mt_shard_whole(c);
   *out = (struct mt_params){0};
   out->row = calloc((size_t)c->layers * PER_LAYER + 3, sizeof *out->row);
   if (!out->row) return mt_fail(MT_ENOMEM, "parameter table of %d layers", c->layers);
   int64_t h = c->hidden, f = c->ffn, e = c->experts, v = c->vocab;
+  int64_t held = s.expert_end - s.expert_begin;
   int64_t queries = (int64_t)c->heads * c->head_dim, kv = (int64_t)c->kv_heads * c->head_dim;
   add_row(out, MT_PARAM_EMBED, -1, 2, v, h, 1);
   for (int l = 0; l < c->layers; l++) {
@@ -44,8 +48,8 @@ mt_err mt_params_build(const struct mt_config *c, struct mt_params *out) {
     add_row(out, MT_PARAM_ATTN_OUT, l, 2, h, queries, 1);
     add_row(out, MT_PARAM_MLP_NORM, l, 1, h, 1, 1);
     add_row(out, MT_PARAM_ROUTER, l, 2, e, h, 1);
-    add_row(out, MT_PARAM_GATE_UP, l, 3, e, 2 * f, h);
-    add_row(out, MT_PARAM_DOWN, l, 3, e, h, f);
+    add_row(out, MT_PARAM_GATE_UP, l, 3, held, 2 * f, h)->first = s.expert_begin;
+    add_row(out, MT_PARAM_DOWN, l, 3, held, h, f)->first = s.expert_begin;
   }
   add_row(out, MT_PARAM_FINAL_NORM, -1, 1, h, 1, 1);
   if (!c->tied_head) add_row(out, MT_PARAM_HEAD, -1, 2, v, h, 1);

@@ -36,7 +36,8 @@ struct mt_param {
   int layer;     /* -1 outside the layers */
   char name[48]; /* "layers.3.qkv", "embed": unique; names the optimizer state in checkpoints */
   int rank;
-  int64_t dim[MT_MAX_RANK];
+  int64_t dim[MT_MAX_RANK]; /* of what is here */
+  int64_t first;            /* in the whole parameter, the index in dim[0] where it begins */
   bool decay;
   enum mt_sync sync;
   bool learns; /* false (frozen): no gradient, no state */
@@ -57,9 +58,10 @@ struct mt_params {
   int count;
 };
 
-/* Builds the rows (all learning, no memory) of a checked config. Errors: MT_ENOMEM.
- * mt_params_free releases the table, not the tensors' memory. */
-mt_err mt_params_build(const struct mt_config *c, struct mt_params *out);
+/* Builds the rows (all learning, no memory) of what is here of a checked config; shard NULL: of
+ * everything. Errors: MT_ENOMEM. mt_params_free releases the table, not the tensors' memory. */
+mt_err mt_params_build(const struct mt_config *c, const struct mt_shard *shard,
+                       struct mt_params *out);
 void mt_params_free(struct mt_params *p);
 
 /* The row of a kind in a layer (-1 outside the layers). HEAD gives EMBED's row when tied; NULL when

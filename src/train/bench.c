@@ -153,7 +153,7 @@ static mt_err random_model(struct mt_model *m, struct mt_backend *be,
   struct mt_params params;
   for (int l = 0; l < o->layers && l < MT_MAX_LAYERS; l++) c.layer[l].renormalize = true;
   MT_TRY(mt_config_check(&c));
-  MT_TRY(mt_params_build(&c, &params));
+  MT_TRY(mt_params_build(&c, NULL, &params));
   MT_TRY(mt_model_create(m, &c, &params, recipe, be, &mo));
   return random_weights(m, o->seed);
 }

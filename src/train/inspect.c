@@ -225,7 +225,7 @@ static mt_err report(struct survey *s) {
   print_tokenizer(s);
   print_compatible(s);
   if (s->config) {
-    MT_TRY(mt_params_build(&s->h.config, &s->params));
+    MT_TRY(mt_params_build(&s->h.config, NULL, &s->params));
     print_parameters(&s->h.config, &s->params);
   }
   if (s->shards) {

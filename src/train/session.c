@@ -61,7 +61,7 @@ mt_err mt_session_load(struct mt_session *s, const struct mt_model_options *opti
                        const struct mt_string_list *freeze) {
   struct mt_params params;
   mt_err err;
-  MT_TRY(mt_params_build(&s->checkpoint.config, &params));
+  MT_TRY(mt_params_build(&s->checkpoint.config, NULL, &params));
   if (freeze) MT_GO(mt_hf_freeze(&s->checkpoint.config, &params, freeze->item, freeze->count));
   MT_GO(mt_model_create(&s->model, &s->checkpoint.config, &params, s->recipe, &s->be, options));
   MT_GO(mt_hf_load(&s->checkpoint, &s->model.params, &s->be));

@@ -10,7 +10,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
   struct mt_params p;
   mt_log_set_level(MT_LOG_ERROR);
   if (mt_hf_config_parse((const char *)data, size, "fuzz", &c, NULL)) return 0;
-  if (mt_params_build(&c, &p) == MT_OK) {
+  if (mt_params_build(&c, NULL, &p) == MT_OK) {
     for (int i = 0; i < p.count; i++) {
       if (mt_param_count(&p.row[i]) <= 0) __builtin_trap();
     }

@@ -103,7 +103,7 @@ static void open_case(struct golden *g, const struct bounds *b, struct mt_model_
   OK(mt_path_join(path, g->dir, "model"));
   OK(mt_hf_open(path, &g->checkpoint));
   OK(mt_backend_create(&g->be, b->backend, 2));
-  OK(mt_params_build(&g->checkpoint.config, &params));
+  OK(mt_params_build(&g->checkpoint.config, NULL, &params));
   options.training = true;
   options.token_capacity = g->batch.token_count;
   options.sequence_capacity = g->samples;

@@ -53,7 +53,7 @@ static void loads_what_transformers_holds(void **state) {
   struct mt_backend be = host();
   OK(mt_hf_open(TINY, &h));
   OK(mt_st_open(MT_SOURCE_DIR "/tests/golden/mixtral-tiny/fused_names.safetensors", &want));
-  OK(mt_params_build(&h.config, &params));
+  OK(mt_params_build(&h.config, NULL, &params));
   for (int i = 0; i < params.count; i++) {
     struct mt_param *p = &params.row[i];
     size_t n = (size_t)mt_param_count(p);
@@ -158,7 +158,7 @@ static void export_of_a_model(void **state) {
   OK(mt_path_join(out, dir, "out"));
   OK(mt_hf_open(AUX, &h));
   OK(mt_backend_create(&be, "cpu", 1));
-  OK(mt_params_build(&h.config, &params));
+  OK(mt_params_build(&h.config, NULL, &params));
   OK(mt_hf_freeze(&h.config, &params, frozen, 2));
   OK(mt_model_create(&m, &h.config, &params, mt_recipe_find("bf16"), &be, &o));
   OK(mt_hf_load(&h, &m.params, &be));
@@ -197,7 +197,7 @@ static void freezing(void **state) {
   struct mt_hf_checkpoint h;
   struct mt_params p;
   OK(mt_hf_open(AUX, &h));
-  OK(mt_params_build(&h.config, &p));
+  OK(mt_params_build(&h.config, NULL, &p));
   FAILS(mt_hf_freeze(&h.config, &p, (const char *[]){"nothing"}, 1), MT_EINVAL, "nothing");
   FAILS(mt_hf_freeze(&h.config, &p, (const char *[]){"*q_proj*"}, 1), MT_EUNSUPPORTED, "together");
   FAILS(mt_hf_freeze(&h.config, &p, (const char *[]){"*experts.1.w1*"}, 1), MT_EUNSUPPORTED,

@@ -104,7 +104,7 @@ static inline void small_open(struct small_model *s, const char *backend, const 
                               const struct mt_config *config, struct mt_model_options options) {
   struct mt_params params;
   OK(mt_backend_create(&s->be, backend, 2));
-  OK(mt_params_build(config, &params));
+  OK(mt_params_build(config, NULL, &params));
   options.token_capacity = SMALL_TOKENS;
   options.sequence_capacity = SMALL_SEQUENCES;
   OK(mt_model_create(&s->m, config, &params, mt_recipe_find(recipe), &s->be, &options));

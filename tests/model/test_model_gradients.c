@@ -181,7 +181,7 @@ static void frozen_parameters(void **state) {
   struct mt_loss loss;
   small_batch(&batch, config.vocab, 4);
   OK(mt_backend_create(&be, "cpu", 2));
-  OK(mt_params_build(&config, &params));
+  OK(mt_params_build(&config, NULL, &params));
   for (int i = 0; i < params.count; i++)
     params.row[i].learns = params.row[i].kind == MT_PARAM_ROUTER;
   struct mt_model_options o = {.experts = MT_EXPERTS_GROUPED,

@@ -21,7 +21,7 @@ static void memory_equals_the_plan(void **state) {
         struct mt_params params;
         struct mt_memory planned, taken;
         small_open(&s, "cpu", recipes[r], &c, way_of(way, mode));
-        OK(mt_params_build(&c, &params));
+        OK(mt_params_build(&c, NULL, &params));
         OK(mt_model_plan(&c, &params, s.m.recipe, &s.be, &s.m.options, &planned));
         taken = mt_model_memory(&s.m);
         assert_memory_equal(&planned, &taken, sizeof planned);
@@ -56,7 +56,7 @@ static void mixtral_width_fits(void **state) {
     struct mt_model_options o = way_of(3, mode);
     o.token_capacity = 16384;
     o.sequence_capacity = 2;
-    OK(mt_params_build(&c, &params));
+    OK(mt_params_build(&c, NULL, &params));
     OK(mt_model_plan(&c, &params, mt_recipe_find("bf16-states"), &be, &o, &m));
     double all = (double)(m.parameters + m.gradients + m.optimizer + m.activations) / (1 << 30);
     print_message("  recompute %d: %.2f GiB, %.2f of them activations\n", mode, all,

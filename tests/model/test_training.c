@@ -95,7 +95,7 @@ static void memory_equals_the_plan(void **state) {
     struct mt_memory planned, taken;
     mo.training = way < 3;
     small_open(&s, "cpu", recipe, &c, mo);
-    OK(mt_params_build(&c, &params));
+    OK(mt_params_build(&c, NULL, &params));
     OK(mt_model_plan(&c, &params, s.m.recipe, &s.be, &s.m.options, &planned));
     taken = mt_model_memory(&s.m);
     assert_memory_equal(&planned, &taken, sizeof planned);
@@ -194,7 +194,7 @@ static void the_norm_is_of_the_gradients(void **state) {
     c.tied_head = way >> 1 & 1;
     mo.token_capacity = SMALL_TOKENS, mo.sequence_capacity = SMALL_SEQUENCES;
     OK(mt_backend_create(&s.be, "cpu", 2));
-    OK(mt_params_build(&c, &params));
+    OK(mt_params_build(&c, NULL, &params));
     if (way & 4) mt_params_find(&params, MT_PARAM_DOWN, 1)->learns = false;
     OK(mt_model_create(&s.m, &c, &params, mt_recipe_find(way & 8 ? "bf16-states" : "fp32"), &s.be,
                        &mo));
