@@ -45,11 +45,11 @@ struct mt_exchange {
   mt_err (*combine_bwd)(struct mt_exchange *x, struct mt_backend *be, const struct mt_route *route,
                         const struct mt_tensor *dy, const struct mt_tensor *prob,
                         struct mt_tensor *ys, struct mt_tensor *dprob);
-  /* Auxiliary loss: adds up aux_prob [E] F32, aux_count [E] and *valid_count over all ranks whose
-   * tokens are one micro-batch. NULL: this rank's are all. */
+  /* What the auxiliary loss is made of, added up over all ranks whose tokens are one micro-batch:
+   * aux_prob [E] and aux_count [E] in place; *valid_count becomes another pointer to one number.
+   * NULL: this rank's tokens are all. */
   mt_err (*share_aux)(struct mt_exchange *x, struct mt_backend *be, struct mt_tensor *aux_prob,
-                      int32_t *aux_count, int32_t *valid_count);
-  bool over_ranks;
+                      int32_t *aux_count, const int32_t **valid_count);
   void *impl;
 };
 

@@ -100,7 +100,8 @@ static mt_err gather(struct moe *o, int64_t begin, int64_t rows, const int32_t *
 
 /* Routing probabilities of some rows, where there are any. */
 static struct mt_tensor prob_rows(const struct mt_tensor *t, int64_t begin, int64_t rows) {
-  return t->data ? mt_rows(t, begin, rows) : *t;
+  if (!t->data) return *t;
+  return mt_vec((char *)t->data + (size_t)begin * mt_dtype_bytes(t->dtype), t->dtype, rows);
 }
 
 /* SwiGLU inside the grouped products that it stands between. */

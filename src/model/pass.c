@@ -72,9 +72,13 @@ static mt_err forward(struct mt_model *m, const struct mt_view *v) {
   }
   MT_TRY(mt_phase_enter(m, MT_PHASE_HEAD));
   MT_TRY(mt_stream_close(m, v));
+  const int32_t *valid_count = a->valid_count;
+  if (m->exchange.share_aux) {
+    MT_TRY(m->exchange.share_aux(&m->exchange, m->be, &a->aux_prob, a->aux_count, &valid_count));
+  }
   return m->be->ops.aux_loss(m->be, &(struct mt_aux_loss_args){.aux_prob = a->aux_prob,
                                                                .aux_count = a->aux_count,
-                                                               .valid_count = a->valid_count,
+                                                               .valid_count = valid_count,
                                                                .layer_count = m->config.layers,
                                                                .coef = &a->values->aux_coef,
                                                                .loss = a->aux_loss,
