@@ -321,15 +321,17 @@ mt_err mt_exchange_over(struct mt_model *m, struct mt_comm *expert, struct mt_co
   s->ranks = expert->size;
   s->held = held;
   s->experts = m->config.experts;
-  m->exchange = (struct mt_exchange){.plan = plan,
-                                     .dispatch = dispatch,
-                                     .dispatch_bwd = dispatch_bwd,
-                                     .dispatch_prob = dispatch_prob,
-                                     .dispatch_prob_bwd = dispatch_prob_bwd,
-                                     .combine = combine,
-                                     .combine_bwd = combine_bwd,
-                                     .share_aux = share_aux,
-                                     .impl = s};
+  if (expert->size > 1) {
+    m->exchange = (struct mt_exchange){.plan = plan,
+                                       .dispatch = dispatch,
+                                       .dispatch_bwd = dispatch_bwd,
+                                       .dispatch_prob = dispatch_prob,
+                                       .dispatch_prob_bwd = dispatch_prob_bwd,
+                                       .combine = combine,
+                                       .combine_bwd = combine_bwd};
+  }
+  m->exchange.share_aux = share_aux;
+  m->exchange.impl = s;
   mt_err err = open_state(s, m);
   if (err) mt_exchange_close(m);
   return err;

@@ -14,9 +14,9 @@
 #include "model/model.h"
 #include "par/comm.h"
 
-/* Gives the model (created with its shard of experts) an exchange over `expert`, and over `readers`
- * the sums of the auxiliary loss. Both communicators outlive it. Errors: MT_ENOMEM; MT_EINVAL where
- * the shard is not what the group's member holds. */
+/* Gives the model (created with its shard of experts) an exchange over `expert` (of one member: the
+ * local one), and over `readers` the sums of the auxiliary loss. Both communicators outlive it.
+ * Errors: MT_ENOMEM; MT_EINVAL where the shard is not what the group's member holds. */
 mt_err mt_exchange_over(struct mt_model *m, struct mt_comm *expert, struct mt_comm *readers);
 /* The model has a local one again. */
 void mt_exchange_close(struct mt_model *m);

@@ -1,6 +1,7 @@
 #include "train/step.h"
 
 #include <math.h>
+#include <stdlib.h>
 
 /* A slot's two marks on the backend's clock. */
 static int begin_stamp(const struct mt_step_queue *q, const struct mt_step_slot *s) {
@@ -65,7 +66,7 @@ mt_err mt_step_begin(struct mt_step_queue *q) {
   return mt_phase_begin(q->model, MT_PHASE_DATA);
 }
 
-static mt_err count_step(struct mt_batch *const *micro, int micro_count, struct mt_step_result *r) {
+static void count_step(struct mt_batch *const *micro, int micro_count, struct mt_step_result *r) {
   for (int i = 0; i < micro_count; i++) {
     const struct mt_batch *b = micro[i];
     r->target_count += b->target_count;
@@ -74,16 +75,29 @@ static mt_err count_step(struct mt_batch *const *micro, int micro_count, struct 
       r->lines[r->line_count++] = b->lines[k];
     }
   }
+}
+
+/* Targets of each micro-batch, of all ranks, and of the step; tokens likewise. */
+static mt_err count_targets(struct mt_ranks *ranks, struct mt_batch *const *micro, int micro_count,
+                            int64_t *targets, struct mt_step_result *r) {
+  count_step(micro, micro_count, r);
+  for (int i = 0; i < micro_count; i++) targets[i] = micro[i]->target_count;
+  targets[micro_count] = r->token_count;
+  if (ranks) MT_TRY(mt_ranks_sum_counts(ranks, targets, micro_count + 1));
+  r->token_count = targets[micro_count];
+  r->target_count = 0;
+  for (int i = 0; i < micro_count; i++) r->target_count += targets[i];
   if (r->target_count > 0) return MT_OK;
   return mt_fail(MT_EFORMAT, "no token of this step is a target of the loss");
 }
 
-static struct mt_pass micro_pass(const struct mt_step_result *r, struct mt_batch *const *micro,
-                                 int micro_count, int i) {
+/* targets: of each micro-batch, of all ranks. */
+static struct mt_pass micro_pass(const struct mt_step_result *r, const int64_t *targets,
+                                 struct mt_batch *const *micro, int micro_count, int i) {
   double share = 1.0 / (double)r->target_count;
   return (struct mt_pass){.batch = micro[i],
                           .loss_scale = share,
-                          .aux_weight = share * micro[i]->target_count,
+                          .aux_weight = share * (double)targets[i],
                           .accumulate = i > 0,
                           .sum_squares = micro_count == 1};
 }
@@ -107,7 +121,10 @@ static mt_err launch_update(void *context) {
   mt_model_say_summed(m, p->pass.sum_squares);
   MT_TRY(mt_phase_enter(m, MT_PHASE_OPTIMIZER));
   mt_acts_enter(&m->acts, m->be, MT_ROOM_ENDS);
-  MT_TRY(mt_optimizer_norm(q->optimizer));
+  if (q->ranks)
+    MT_TRY(mt_ranks_gradients(q->ranks, q->optimizer->grad_sumsq));
+  else
+    MT_TRY(mt_optimizer_norm(q->optimizer));
   return mt_optimizer_update(q->optimizer);
 }
 
@@ -120,7 +137,8 @@ static mt_err send_report(struct mt_step_queue *q, struct mt_step_slot *s) {
   return be->stamp(be, end_stamp(q, s));
 }
 
-mt_err mt_step_launch(struct mt_step_queue *q, struct mt_batch *const *micro, int micro_count) {
+static mt_err launch_all(struct mt_step_queue *q, struct mt_batch *const *micro, int micro_count,
+                         int64_t *targets) {
   struct mt_step_slot *s = next_slot(q);
   struct mt_step_result *r = &s->result;
   bool several = micro_count > 1;
@@ -129,11 +147,12 @@ mt_err mt_step_launch(struct mt_step_queue *q, struct mt_batch *const *micro, in
   bool replayed;
   *r = (struct mt_step_result){.step = q->optimizer->step + 1,
                                .load = (const int32_t *)(s->report + 1)};
-  MT_TRY(count_step(micro, micro_count, r));
+  MT_TRY(count_targets(q->ranks, micro, micro_count, targets, r));
   r->lr = mt_optimizer_prepare(q->optimizer);
   r->replayed = true;
   for (int i = 0; i < micro_count; i++) {
-    part.pass = micro_pass(r, micro, micro_count, i);
+    part.pass = micro_pass(r, targets, micro, micro_count, i);
+    part.pass.sum_squares &= !q->ranks; /* a sum over ranks comes behind */
     const struct mt_graph_key pass = {micro[i]->token_count, part.pass.accumulate, several};
     MT_TRY(mt_model_pass_load(q->model, &part.pass));
     MT_TRY(mt_graphs_run(&q->graphs, pass, launch_pass, &part, &replayed));
@@ -150,6 +169,28 @@ mt_err mt_step_launch(struct mt_step_queue *q, struct mt_batch *const *micro, in
   return MT_OK;
 }
 
+mt_err mt_step_launch(struct mt_step_queue *q, struct mt_batch *const *micro, int micro_count) {
+  int64_t *targets = calloc((size_t)micro_count + 1, sizeof *targets);
+  if (!targets) return mt_fail(MT_ENOMEM, "%d micro-batches", micro_count);
+  mt_err err = launch_all(q, micro, micro_count, targets);
+  free(targets);
+  return err;
+}
+
+/* A report's sums over the ranks that read data; the auxiliary loss is of all of them already. */
+static mt_err sum_reports(struct mt_step_queue *q, struct mt_step_report *report) {
+  int32_t *load = (int32_t *)(report + 1);
+  int n = q->model->config.layers * q->model->config.experts;
+  int64_t *wide = calloc((size_t)n, sizeof *wide);
+  if (!wide) return mt_fail(MT_ENOMEM, "load of %d experts", n);
+  for (int i = 0; i < n; i++) wide[i] = load[i];
+  mt_err err = mt_ranks_sum(q->ranks, report->sums, 2);
+  if (!err) err = mt_ranks_sum_counts(q->ranks, wide, n);
+  for (int i = 0; !err && i < n; i++) load[i] = (int32_t)wide[i];
+  free(wide);
+  return err;
+}
+
 mt_err mt_step_take(struct mt_step_queue *q, struct mt_step_result *out) {
   struct mt_step_slot *s = &q->slot[q->first];
   struct mt_step_result *r = &s->result;
@@ -162,7 +203,8 @@ mt_err mt_step_take(struct mt_step_queue *q, struct mt_step_result *out) {
   MT_TRY(be->stamp_read(be, begin_stamp(q, s), end_stamp(q, s), &seconds));
   q->taken++;
   q->replayed += r->replayed;
-  const struct mt_step_report *report = s->report;
+  struct mt_step_report *report = s->report;
+  if (q->ranks) MT_TRY(sum_reports(q, report));
   for (int p = 0; p < MT_PHASE_COUNT; p++) r->phase_s[p] = 1e-9 * (double)report->clock.phase_ns[p];
   r->ms = seconds * 1e3;
   r->cross_entropy = report->sums[0] / (double)r->target_count;
@@ -186,16 +228,20 @@ mt_err mt_step_run(struct mt_step_queue *q, struct mt_batch *const *micro, int m
 mt_err mt_step_gradients(struct mt_model *m, struct mt_batch *const *micro, int micro_count,
                          struct mt_step_result *out) {
   *out = (struct mt_step_result){0};
-  MT_TRY(count_step(micro, micro_count, out));
-  for (int i = 0; i < micro_count; i++) {
-    struct mt_pass pass = micro_pass(out, micro, micro_count, i);
+  int64_t *targets = calloc((size_t)micro_count + 1, sizeof *targets);
+  if (!targets) return mt_fail(MT_ENOMEM, "%d micro-batches", micro_count);
+  mt_err err = count_targets(NULL, micro, micro_count, targets, out);
+  for (int i = 0; !err && i < micro_count; i++) {
+    struct mt_pass pass = micro_pass(out, targets, micro, micro_count, i);
     pass.sum_squares = false;
     struct mt_loss loss;
-    MT_TRY(mt_model_train_pass(m, &pass, &loss));
+    err = mt_model_train_pass(m, &pass, &loss);
+    if (err) break;
     out->cross_entropy += loss.cross_entropy_sum * pass.loss_scale;
     out->aux += loss.aux * pass.aux_weight;
     out->correct_count += loss.correct_count;
   }
+  free(targets);
   out->loss = out->cross_entropy + m->options.aux_coef * out->aux;
-  return MT_OK;
+  return err;
 }

@@ -4,6 +4,7 @@
 #define MT_TRAIN_STEP_H
 
 #include "backend/batch.h"
+#include "par/ranks.h"
 #include "train/graphs.h"
 #include "train/optimizer.h"
 
@@ -39,6 +40,7 @@ struct mt_step_queue {
   struct mt_step_slot slot[MT_STEP_DEPTH];
   struct mt_graphs graphs;
   int64_t taken, replayed; /* steps, and those of them that were */
+  struct mt_ranks *ranks;  /* that make the step together, or NULL; set by the owner */
 };
 
 /* Errors: MT_ENOMEM. The optimizer's model is the queue's; both outlive it. graphs: steps are
@@ -59,9 +61,9 @@ mt_err mt_step_wait(const struct mt_step_queue *q, int stay);
 mt_err mt_step_begin(struct mt_step_queue *q);
 
 /* Forward and backward over every micro-batch, one norm, one update. The loss is the mean over all
- * targets of all micro-batches: their counts are added first and divided by once. The batches are
- * free again on return. A gradient that is not finite updates nothing.
- * Errors: MT_EFORMAT when no position of the step is a target. */
+ * targets of all micro-batches (of all ranks: each calls this with as many, of its own): their
+ * counts are added first and divided by once. The batches are free again on return. A gradient that
+ * is not finite updates nothing. Errors: MT_EFORMAT when no position of the step is a target. */
 mt_err mt_step_launch(struct mt_step_queue *q, struct mt_batch *const *micro, int micro_count);
 
 /* Waits for the oldest step: *out (=). Errors: MT_ENUMERIC when its loss or gradient is not finite;

@@ -1,66 +1,9 @@
 /* Experts over ranks: each rank with a batch of its own, against one rank that takes all batches
  * one after another. Losses, gradients of dense parameters (summed over ranks) and of experts. */
-#include "dist/dist.h"
-#undef OK
-#include "model/small.h"
+#include "dist/sharded.h"
 #include "par/exchange.h"
 
-enum { EXPERTS = 24, PASSES = 2 };
-
-static struct mt_config config(void) {
-  struct mt_config c = small_config();
-  c.experts = EXPERTS;
-  c.aux_coef = 0.1;
-  return c;
-}
-
-/* Different batches of different lengths; that of rank 1 has no token at all but one. */
-static void batch_of(struct small_batch *s, int vocab, int rank, int pass) {
-  small_batch(s, vocab, (uint64_t)(rank * 10 + pass + 1));
-  if (rank % 3 != 1) return;
-  int keep = pass == 0 ? 10 : 9;
-  s->b.valid_count = s->cu[2] = s->cu[3] = keep;
-  s->b.target_count = 0;
-  for (int i = 0; i < SMALL_TOKENS; i++) {
-    if (i >= keep) s->ids[i] = s->positions[i] = 0, s->labels[i] = MT_IGNORE;
-    s->b.target_count += s->labels[i] != MT_IGNORE;
-  }
-}
-
-struct run {
-  struct mt_backend be;
-  struct mt_model m;
-};
-
-static void open_run(struct run *r, const char *recipe, struct mt_model_options options,
-                     const struct mt_config *c, const struct mt_shard *shard) {
-  struct mt_params params;
-  OK(mt_backend_create(&r->be, strcmp(recipe, "fp64") == 0 ? "ref" : "cpu", 1));
-  OK(mt_params_build(c, shard, &params));
-  options.token_capacity = SMALL_TOKENS;
-  options.sequence_capacity = SMALL_SEQUENCES;
-  if (shard) options.shard = *shard;
-  OK(mt_model_create(&r->m, c, &params, mt_recipe_find(recipe), &r->be, &options));
-}
-
-static void close_run(struct run *r) {
-  mt_model_destroy(&r->m);
-  mt_backend_destroy(&r->be);
-}
-
-/* The shard's slices of a whole model's weights. */
-static void take_weights(struct run *to, const struct run *whole) {
-  for (int i = 0; i < to->m.params.count; i++) {
-    struct mt_param *p = &to->m.params.row[i];
-    const struct mt_param *w = mt_params_find(&whole->m.params, p->kind, p->layer);
-    size_t skip = mt_bytes(&w->compute) / (size_t)w->dim[0] * (size_t)p->first;
-    memcpy(p->compute.data, (const char *)w->compute.data + skip, mt_bytes(&p->compute));
-  }
-}
-
-static double at(const struct mt_tensor *t, int64_t i) {
-  return t->dtype == MT_F64 ? ((const double *)t->data)[i] : (double)((const float *)t->data)[i];
-}
+enum { PASSES = 2 };
 
 /* Relative L2 of mine, at rows from `first` on, against all. */
 static double off_by(const struct mt_param *whole, const double *mine, int64_t first, int64_t n) {
@@ -132,7 +75,7 @@ static void equal_to_one(const char *recipe, struct mt_model_options options, in
   small_weights(&whole.m, 3);
   open_run(&mine, recipe, options, &c, &shard);
   take_weights(&mine, &whole);
-  if (ep > 1) OK(mt_exchange_over(&mine.m, &expert, &dense));
+  OK(mt_exchange_over(&mine.m, &expert, &dense));
   double want = alone(&whole, mesh.dp * mesh.ep), got = 0;
   for (int pass = 0; pass < PASSES; pass++) {
     struct small_batch b;
@@ -151,7 +94,7 @@ static void equal_to_one(const char *recipe, struct mt_model_options options, in
   for (int r = 0; r < dense.size; r++) got += sums[r];
   if (!(fabs(got - want) <= bound * fabs(want))) fail_msg("loss %.12g, alone %.12g", got, want);
   compare(&mine, &whole, &data, &dense, bound);
-  if (ep > 1) mt_exchange_close(&mine.m);
+  mt_exchange_close(&mine.m);
   close_run(&mine);
   close_run(&whole);
   mt_comm_destroy(&expert);

@@ -1,0 +1,43 @@
+/* A model that is trained by many ranks: its mesh, the communicators of its groups, and what they
+ * do together once a step: count targets, add up gradients, take their norm.
+ *
+ * Dense parameters are the same on all ranks of a stage and their gradients are summed over DP x
+ * EP; experts are held by DP ranks each and summed over those. A sum is an exchange of parts, an
+ * addition in the order of ranks (float32; float64 of F64) and a gathering of the results: 2
+ * (n-1)/n of a gradient's bytes leave each of n ranks, and every rank has the same bits. */
+#ifndef MT_PAR_RANKS_H
+#define MT_PAR_RANKS_H
+
+#include "model/model.h"
+#include "par/world.h"
+
+struct mt_ranks {
+  struct mt_world *world;
+  struct mt_mesh mesh;
+  struct mt_comm comm[MT_GROUP_COUNT];
+  struct mt_model *model;
+  struct mt_tensor *views; /* room for the gradients that a norm reads */
+  void *parts;             /* what other ranks send of a bucket */
+  size_t parts_bytes;
+  int64_t bucket_elements; /* summed at a time, at most */
+};
+
+/* Communicators of every group of the mesh. Collective. Errors: MT_ECOMM, MT_ENOMEM. */
+mt_err mt_ranks_open(struct mt_ranks *r, struct mt_world *world, const struct mt_mesh *mesh);
+/* Joins a model that was created with the mesh's shard: exchange and gradients. Errors: MT_ENOMEM.
+ */
+mt_err mt_ranks_join(struct mt_ranks *r, struct mt_model *m);
+void mt_ranks_close(struct mt_ranks *r); /* before the model's end */
+
+/* What of the model this rank holds. */
+struct mt_shard mt_ranks_shard(const struct mt_mesh *mesh);
+
+/* n numbers summed over the ranks that read data, in place; the same on each. */
+mt_err mt_ranks_sum_counts(struct mt_ranks *r, int64_t *numbers, int n);
+mt_err mt_ranks_sum(struct mt_ranks *r, double *numbers, int n);
+
+/* After the backward of a step's last pass: every gradient (=) its sum over the ranks that hold the
+ * parameter, and *sumsq (=) the sum of squares of all gradients of the whole model. */
+mt_err mt_ranks_gradients(struct mt_ranks *r, double *sumsq);
+
+#endif
