@@ -37,6 +37,7 @@ void mt_step_queue_destroy(struct mt_step_queue *q) {
   for (int i = 0; i < MT_STEP_DEPTH && q->model; i++) {
     if (q->slot[i].report) q->model->be->host_free(q->model->be, q->slot[i].report);
   }
+  free(q->targets);
   *q = (struct mt_step_queue){0};
 }
 
@@ -169,12 +170,18 @@ static mt_err launch_all(struct mt_step_queue *q, struct mt_batch *const *micro,
   return MT_OK;
 }
 
+/* Room for a number of each micro-batch and one more; taken anew only when they get more. */
+static mt_err reserve_targets(struct mt_step_queue *q, int micro_count) {
+  if (q->target_capacity > micro_count) return MT_OK;
+  free(q->targets);
+  q->targets = calloc((size_t)micro_count + 1, sizeof *q->targets);
+  q->target_capacity = q->targets ? micro_count + 1 : 0;
+  return q->targets ? MT_OK : mt_fail(MT_ENOMEM, "%d micro-batches", micro_count);
+}
+
 mt_err mt_step_launch(struct mt_step_queue *q, struct mt_batch *const *micro, int micro_count) {
-  int64_t *targets = calloc((size_t)micro_count + 1, sizeof *targets);
-  if (!targets) return mt_fail(MT_ENOMEM, "%d micro-batches", micro_count);
-  mt_err err = launch_all(q, micro, micro_count, targets);
-  free(targets);
-  return err;
+  MT_TRY(reserve_targets(q, micro_count));
+  return launch_all(q, micro, micro_count, q->targets);
 }
 
 /* A report's sums over the ranks that read data; the auxiliary loss is of all of them already. */

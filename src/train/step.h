@@ -41,6 +41,8 @@ struct mt_step_queue {
   struct mt_graphs graphs;
   int64_t taken, replayed; /* steps, and those of them that were */
   struct mt_ranks *ranks;  /* that make the step together, or NULL; set by the owner */
+  int64_t *targets;        /* of each micro-batch; and how many there is room for */
+  int target_capacity;
 };
 
 /* Errors: MT_ENOMEM. The optimizer's model is the queue's; both outlive it. graphs: steps are
