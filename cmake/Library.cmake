@@ -57,7 +57,7 @@ foreach(source ${example_sources})
     RUNTIME_OUTPUT_DIRECTORY ${CMAKE_BINARY_DIR}/examples OUTPUT_NAME ${name})
   target_compile_options(example_${name} PRIVATE -Wall -Wextra -Wpedantic
     $<$<BOOL:${MOETUNE_WERROR}>:-Werror>)
-  target_link_libraries(example_${name} PRIVATE moetune_shared)
+  target_link_libraries(example_${name} PRIVATE moetune_shared m)
   if(MOETUNE_SANITIZE)
     target_link_options(example_${name} PRIVATE -fsanitize=address,undefined)
   endif()

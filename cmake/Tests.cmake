@@ -54,6 +54,9 @@ endforeach()
 # A runner that cannot fail proves nothing: this program fails, and the test is that it is noticed.
 set_tests_properties(unit/test_runner_fails PROPERTIES WILL_FAIL TRUE)
 
+# Threads of several tuners and programs: those that wait must not spin on another's core.
+set_property(TEST api/test_tuner api/test_install APPEND PROPERTY ENVIRONMENT
+  "OMP_WAIT_POLICY=passive")
 # tests/api/*.sh compile programs of their own against what is installed.
 set(sanitizer_flags $<$<BOOL:${MOETUNE_SANITIZE}>:-fsanitize=address,undefined>)
 set_property(TEST api/test_install APPEND PROPERTY ENVIRONMENT

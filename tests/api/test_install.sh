@@ -45,9 +45,9 @@ cd "$work"
 # FLAGS and pkg-config's words are several.
 for source in "$here"/examples/*.c; do
   name=$(basename "$source" .c)
-  $CC -std=c17 -O1 $FLAGS "$source" -o "$name-shared" $(pkg-config --cflags --libs moetune)
+  $CC -std=c17 -O1 $FLAGS "$source" -o "$name-shared" $(pkg-config --cflags --libs moetune) -lm
   static=$(pkg-config --static --cflags --libs moetune | sed 's/-lmoetune/-l:libmoetune.a/')
-  $CC -std=c17 -O1 $FLAGS "$source" -o "$name-static" $static
+  $CC -std=c17 -O1 $FLAGS "$source" -o "$name-static" $static -lm
   readelf -d "$name-shared" | grep -q 'NEEDED.*libmoetune\.so' || fail "$name is not linked with the .so"
   readelf -d "$name-static" | grep -q 'NEEDED.*libmoetune' && fail "$name-static needs the .so"
 done
@@ -68,6 +68,12 @@ for kind in shared static; do
       if (!ok) { printf "before %s after %s reopened %s\n", loss["before"], loss["after"], loss["reopened"]; exit 1 }
     }' "$kind.txt" || { cat "$kind.txt" >&2; fail "finetune-$kind did not learn"; }
 done
+for kind in shared static; do
+  ./moe_layer-$kind cpu >layer-$kind.txt || { cat layer-$kind.txt >&2; fail "moe_layer-$kind failed"; }
+  grep -qx "fused chains 1" layer-$kind.txt || fail "no fused chain"
+  [ "$(grep -c ' error ' layer-$kind.txt)" = 8 ] || fail "not all gradients were checked"
+done
+cat layer-shared.txt
 cmp shared.txt static.txt || fail "the two libraries' results differ"
 cat shared.txt
 status=0
