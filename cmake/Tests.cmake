@@ -13,7 +13,7 @@ foreach(source ${test_sources})
   set_tests_properties(${label}/${name} PROPERTIES LABELS ${label} TIMEOUT 600
     ENVIRONMENT "XDG_CACHE_HOME=${CMAKE_BINARY_DIR}/test-cache" # not the developer's own
     SKIP_RETURN_CODE 77) # what tests/gpu give where no GPU is
-  if(label STREQUAL "cli") # these start the program
+  if(label MATCHES "^(cli|api)$") # these start the program
     add_dependencies(${name} moetune_cli)
     target_compile_definitions(${name} PRIVATE MT_CLI_PATH="$<TARGET_FILE:moetune_cli>")
   endif()
@@ -53,3 +53,13 @@ endforeach()
 
 # A runner that cannot fail proves nothing: this program fails, and the test is that it is noticed.
 set_tests_properties(unit/test_runner_fails PROPERTIES WILL_FAIL TRUE)
+
+# Threads of several tuners and programs: those that wait must not spin on another's core.
+set_property(TEST api/test_tuner api/test_install APPEND PROPERTY ENVIRONMENT
+  "OMP_WAIT_POLICY=passive")
+# tests/api/*.sh compile programs of their own against what is installed.
+set(sanitizer_flags $<$<BOOL:${MOETUNE_SANITIZE}>:-fsanitize=address,undefined>)
+set_property(TEST api/test_install APPEND PROPERTY ENVIRONMENT
+  "CC=${CMAKE_C_COMPILER}" "CMAKE=${CMAKE_COMMAND}" "FLAGS=${sanitizer_flags}"
+  "CUDA_LIB_DIR=${cuda_lib_dir}"
+  "XDG_CACHE_HOME=${CMAKE_BINARY_DIR}/test-cache")

@@ -25,9 +25,11 @@ BEGIN {
   down["par"] = "model quant backend base"
   down["train"] = "par hf data io model quant backend base"
   down["report"] = "train data base"
+  down["api"] = "train par hf data io model quant backend base"
   down["cli"] = "report train par hf data io model quant backend base"
   # single headers beyond that
   door["train kernels/registry.h"] = door["cli kernels/registry.h"] = 1
+  door["api kernels/registry.h"] = door["base moetune/error.h"] = 1
   split("strcpy strcat sprintf vsprintf gets atoi atol atof strtok alloca system popen tmpnam " \
         "mktemp abort", b, " ")
   for (i in b) banned[b[i]] = 1
@@ -46,7 +48,8 @@ FNR == 1 {
   if (index(target, "/")) {
     other = target
     sub(/\/.*/, "", other)
-    if (other == "moetune") other = room == "cli" ? room : "the public interface"
+    if (other == "moetune")
+      other = room == "cli" || room == "api" ? room : "the public interface"
     allowed = other == room || (room " " target) in door ||
               index(" " down[room] " ", " " other " ")
     if (!allowed) bad(room " must not include " target)

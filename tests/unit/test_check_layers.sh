@@ -31,6 +31,12 @@ train/a.c|#include "kernels/registry.h"|passes
 train/a.c|#include "kernels/cpu/cpu.h"|train must not include kernels/cpu/cpu.h
 cli/a.c|#include "train/options.h"|passes
 train/a.c|#include "cli/options.h"|train must not include cli/options.h
+api/a.c|#include "moetune/moetune.h"|passes
+api/a.c|#include "train/step.h"|passes
+api/a.c|#include "cli/options.h"|api must not include cli/options.h
+train/a.c|#include "moetune/moetune.h"|train must not include moetune/moetune.h
+train/a.c|#include "api/api.h"|train must not include api/api.h
+base/a.h|#include "moetune/error.h"|passes
 kernels/cpu/a.c|#include "model/model.h"|kernels must not include model/model.h
 quant/a.c|#include <cuda_runtime.h>|CUDA header outside kernels/cuda
 kernels/cuda/a.cu|#include <cuda_runtime.h>|passes
