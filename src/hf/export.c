@@ -135,7 +135,10 @@ static mt_err write_index(const struct export *x, const char *dir) {
   for (int i = 0; i < x->item_count; i++) {
     struct mt_st_entry e = item_entry(&x->items[i]);
     shard_name(name, x->items[i].shard, x->shard_count);
-    json_object_set_new(map, e.name, json_string(name));
+    if (json_object_set_new(map, e.name, json_string(name)) != 0) {
+      json_decref(map);
+      return mt_fail(MT_ENOMEM, "index of %d tensors", x->item_count);
+    }
     total += e.size_bytes;
   }
   json_t *root =
@@ -183,8 +186,8 @@ static mt_err copy_config(const struct mt_hf_checkpoint *h, const char *from, co
   const char *was = json_string_value(json_object_get(h->json, key));
   if (was && strcmp(was, names[dtype]) == 0) return mt_file_copy(from, to);
   json_t *json = json_copy(h->json);
-  json_object_set_new(json, key, json_string(names[dtype]));
-  char *text = shortest_json(json);
+  bool set = json_object_set_new(json, key, json_string(names[dtype])) == 0;
+  char *text = set ? shortest_json(json) : NULL;
   json_decref(json);
   if (!text) return mt_fail(MT_ENOMEM, "config.json");
   mt_err err = mt_file_write_atomic(to, text, strlen(text));

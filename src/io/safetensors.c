@@ -178,7 +178,11 @@ const struct mt_st_tensor *mt_st_find(const struct mt_st_file *file, const char 
 
 static json_t *entry_json(const struct mt_st_entry *e, size_t begin) {
   json_t *shape = json_array();
-  for (int i = 0; i < e->rank; i++) json_array_append_new(shape, json_integer(e->dim[i]));
+  for (int i = 0; i < e->rank; i++) {
+    if (json_array_append_new(shape, json_integer(e->dim[i])) == 0) continue;
+    json_decref(shape);
+    return NULL;
+  }
   return json_pack("{s:s, s:o, s:[I,I]}", "dtype", e->dtype_name, "shape", shape, "data_offsets",
                    (json_int_t)begin, (json_int_t)(begin + e->size_bytes));
 }

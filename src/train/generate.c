@@ -87,13 +87,15 @@ done:
 static mt_err ask(struct generation *g, const char *text, bool first) {
   if (g->o->chat) {
     json_t *messages = json_array();
+    int bad = 0;
     if (first && g->o->system) {
-      json_array_append_new(messages,
-                            json_pack("{s:s,s:s}", "role", "system", "content", g->o->system));
+      bad |= json_array_append_new(
+          messages, json_pack("{s:s,s:s}", "role", "system", "content", g->o->system));
     }
-    json_array_append_new(messages, json_pack("{s:s,s:s}", "role", "user", "content", text));
-    mt_err err = mt_render_question(g->s.chat, g->encoder, messages, first,
-                                    g->s.checkpoint.config.eos_id, &g->prompt);
+    bad |= json_array_append_new(messages, json_pack("{s:s,s:s}", "role", "user", "content", text));
+    mt_err err = bad ? mt_fail(MT_EINVAL, "a message is no UTF-8")
+                     : mt_render_question(g->s.chat, g->encoder, messages, first,
+                                          g->s.checkpoint.config.eos_id, &g->prompt);
     json_decref(messages);
     if (err) return err;
   } else {
