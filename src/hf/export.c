@@ -5,6 +5,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 
+#include "base/json.h"
 #include "base/rng.h"
 #include "hf/source.h"
 
@@ -143,7 +144,7 @@ static mt_err write_index(const struct export *x, const char *dir) {
   }
   json_t *root =
       json_pack("{s:{s:I}, s:o}", "metadata", "total_size", (json_int_t)total, "weight_map", map);
-  char *text = json_dumps(root, JSON_INDENT(2));
+  char *text = mt_json_text(root, JSON_INDENT(2));
   json_decref(root);
   if (!text) return mt_fail(MT_ENOMEM, "index of %d tensors", x->item_count);
   mt_err err = mt_path_join(path, dir, "model.safetensors.index.json");
@@ -167,7 +168,7 @@ static bool carried(const char *name) {
 /* Text with the fewest digits that read back as the same numbers, so that 1e-05 stays one. */
 static char *shortest_json(const json_t *json) {
   for (size_t digits = 6; digits <= 17; digits++) {
-    char *text = json_dumps(json, JSON_INDENT(2) | JSON_REAL_PRECISION(digits));
+    char *text = mt_json_text(json, JSON_INDENT(2) | JSON_REAL_PRECISION(digits));
     json_t *back = text ? json_loads(text, 0, NULL) : NULL;
     bool same = back && json_equal(json, back);
     json_decref(back);

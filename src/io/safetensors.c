@@ -7,6 +7,8 @@
 #include <stdlib.h>
 #include <unistd.h>
 
+#include "base/json.h"
+
 enum { HEADER_LIMIT = 100 * 1000 * 1000 };
 
 static int by_name(const void *a, const void *b) {
@@ -199,7 +201,7 @@ static mt_err header_text(const struct mt_st_entry *entries, size_t count, char 
     if (json_object_set_new(header, entries[i].name, entry_json(&entries[i], at))) goto done;
     at += entries[i].size_bytes;
   }
-  text = json_dumps(header, JSON_COMPACT);
+  text = mt_json_text(header, JSON_COMPACT);
   if (!text) goto done;
   size_t length = strlen(text), padded = (length + 7) / 8 * 8;
   char *all = malloc(8 + padded);

@@ -3,6 +3,8 @@
 #include <math.h>
 #include <stdlib.h>
 
+#include "base/json.h"
+
 static json_t *files(void) {
   return json_pack("{s:s, s:s, s:s, s:s, s:s, s:s}", "model/", "the fine-tuned checkpoint",
                    "metrics.jsonl", "one line a step, and one an evaluation", "samples.jsonl",
@@ -107,7 +109,7 @@ mt_err mt_facts_write(const struct mt_run_facts *f, const struct mt_run_result *
   if (f->eval_data) bad |= json_object_set_new(root, "eval_data", data(f->eval_data));
   bad |= json_object_set_new(root, "device", device);
   bad |= json_object_set_new(root, "memory_bytes", memory);
-  char *text = bad ? NULL : json_dumps(root, JSON_INDENT(2));
+  char *text = bad ? NULL : mt_json_text(root, JSON_INDENT(2));
   json_decref(root);
   if (!text) return mt_fail(MT_ENOMEM, "run.json");
   mt_err err = mt_path_join(path, f->options->out, "run.json");

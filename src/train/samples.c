@@ -3,6 +3,7 @@
 #include <errno.h>
 #include <stdlib.h>
 
+#include "base/json.h"
 #include "base/log.h"
 #include "train/metrics.h"
 
@@ -165,7 +166,7 @@ static mt_err write_line(struct mt_samples *x, int64_t step, int index) {
                         (int)x->said.count);
   bool whole =
       o && (!p->expected.size || json_object_set_new(o, "expected", text_value(&p->expected)) == 0);
-  char *line = whole ? json_dumps(o, JSON_COMPACT) : NULL;
+  char *line = whole ? mt_json_text(o, JSON_COMPACT) : NULL;
   json_decref(o);
   if (!line) return mt_fail(MT_ENOMEM, "a sample's line");
   fprintf(x->file, "%s\n", line);

@@ -9,6 +9,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "base/json.h"
 #include "base/log.h"
 #include "train/checksums.h"
 
@@ -99,7 +100,7 @@ static mt_err save_facts(const struct mt_optimizer *o, const struct mt_loader *l
                 (json_int_t)o->step, "epoch", (json_int_t)l->next.epoch, "index",
                 (json_int_t)l->next.index, "samples", (json_int_t)mt_dataset_stats(l->data).samples,
                 "options", shared_options(options, o->model->recipe));
-  char *text = json_dumps(root, JSON_INDENT(2));
+  char *text = mt_json_text(root, JSON_INDENT(2));
   json_decref(root);
   if (!text) return mt_fail(MT_ENOMEM, "training state");
   mt_err err = mt_file_write_atomic(path, text, strlen(text));
