@@ -10,6 +10,7 @@ foreach(source ${fuzz_sources})
   get_filename_component(name ${source} NAME_WE)
   add_executable(${name} ${source})
   target_link_libraries(${name} PRIVATE moetune)
+  target_include_directories(${name} PRIVATE ${CMAKE_SOURCE_DIR}/tests)
   target_compile_options(${name} PRIVATE -Wno-missing-prototypes) # LLVMFuzzerTestOneInput
   target_link_options(${name} PRIVATE -fsanitize=fuzzer)
   # Proof that the note on OpenMP in CMakeLists.txt holds.

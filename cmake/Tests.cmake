@@ -13,9 +13,13 @@ foreach(source ${test_sources})
   set_tests_properties(${label}/${name} PROPERTIES LABELS ${label} TIMEOUT 600
     ENVIRONMENT "XDG_CACHE_HOME=${CMAKE_BINARY_DIR}/test-cache" # not the developer's own
     SKIP_RETURN_CODE 77) # what tests/gpu give where no GPU is
-  if(label MATCHES "^(cli|api)$") # these start the program
+  if(label MATCHES "^(cli|api|faults)$") # these start the program
     add_dependencies(${name} moetune_cli)
     target_compile_definitions(${name} PRIVATE MT_CLI_PATH="$<TARGET_FILE:moetune_cli>")
+  endif()
+  if(label STREQUAL "faults")
+    add_dependencies(${name} faults)
+    target_compile_definitions(${name} PRIVATE MT_FAULTS_PATH="$<TARGET_FILE:faults>")
   endif()
 endforeach()
 
@@ -63,3 +67,11 @@ set_property(TEST api/test_install APPEND PROPERTY ENVIRONMENT
   "CC=${CMAKE_C_COMPILER}" "CMAKE=${CMAKE_COMMAND}" "FLAGS=${sanitizer_flags}"
   "CUDA_LIB_DIR=${cuda_lib_dir}"
   "XDG_CACHE_HOME=${CMAKE_BINARY_DIR}/test-cache")
+
+# What tests/faults preloads; it never sees the sanitizers' flags, their run-time comes after it.
+add_library(faults MODULE tests/faults/faults.c)
+set_target_properties(faults PROPERTIES PREFIX "")
+target_compile_definitions(faults PRIVATE _GNU_SOURCE)
+target_compile_options(faults PRIVATE -Wall -Wextra -fno-omit-frame-pointer
+  $<$<BOOL:${MOETUNE_WERROR}>:-Werror>)
+target_link_libraries(faults PRIVATE ${CMAKE_DL_LIBS})

@@ -32,7 +32,7 @@ bool mt_path_is_dir(const char *path) {
 
 static mt_err open_regular(const char *path, int *fd, size_t *size_bytes) {
   struct stat st;
-  *fd = open(path, O_RDONLY | O_CLOEXEC);
+  *fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); /* a pipe nobody writes to: no waiting */
   if (*fd < 0) return system_error("cannot open", path);
   if (fstat(*fd, &st) != 0) {
     mt_err err = system_error("cannot stat", path);

@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include "base/log.h"
+#include "cli/json_memory.h"
 #include "cli/options.h"
 
 enum { EXIT_OK, EXIT_FAILED, EXIT_USAGE };
@@ -78,5 +79,6 @@ static int run(int argc, char **argv) {
 }
 
 int main(int argc, char **argv) {
+  mt_json_memory_reserve();
   return finish_output(run(argc, argv));
 }

@@ -5,6 +5,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 
+#include "base/json.h"
 #include "base/rng.h"
 #include "hf/source.h"
 
@@ -135,12 +136,15 @@ static mt_err write_index(const struct export *x, const char *dir) {
   for (int i = 0; i < x->item_count; i++) {
     struct mt_st_entry e = item_entry(&x->items[i]);
     shard_name(name, x->items[i].shard, x->shard_count);
-    json_object_set_new(map, e.name, json_string(name));
+    if (json_object_set_new(map, e.name, json_string(name)) != 0) {
+      json_decref(map);
+      return mt_fail(MT_ENOMEM, "index of %d tensors", x->item_count);
+    }
     total += e.size_bytes;
   }
   json_t *root =
       json_pack("{s:{s:I}, s:o}", "metadata", "total_size", (json_int_t)total, "weight_map", map);
-  char *text = json_dumps(root, JSON_INDENT(2));
+  char *text = mt_json_text(root, JSON_INDENT(2));
   json_decref(root);
   if (!text) return mt_fail(MT_ENOMEM, "index of %d tensors", x->item_count);
   mt_err err = mt_path_join(path, dir, "model.safetensors.index.json");
@@ -164,7 +168,7 @@ static bool carried(const char *name) {
 /* Text with the fewest digits that read back as the same numbers, so that 1e-05 stays one. */
 static char *shortest_json(const json_t *json) {
   for (size_t digits = 6; digits <= 17; digits++) {
-    char *text = json_dumps(json, JSON_INDENT(2) | JSON_REAL_PRECISION(digits));
+    char *text = mt_json_text(json, JSON_INDENT(2) | JSON_REAL_PRECISION(digits));
     json_t *back = text ? json_loads(text, 0, NULL) : NULL;
     bool same = back && json_equal(json, back);
     json_decref(back);
@@ -183,8 +187,8 @@ static mt_err copy_config(const struct mt_hf_checkpoint *h, const char *from, co
   const char *was = json_string_value(json_object_get(h->json, key));
   if (was && strcmp(was, names[dtype]) == 0) return mt_file_copy(from, to);
   json_t *json = json_copy(h->json);
-  json_object_set_new(json, key, json_string(names[dtype]));
-  char *text = shortest_json(json);
+  bool set = json_object_set_new(json, key, json_string(names[dtype])) == 0;
+  char *text = set ? shortest_json(json) : NULL;
   json_decref(json);
   if (!text) return mt_fail(MT_ENOMEM, "config.json");
   mt_err err = mt_file_write_atomic(to, text, strlen(text));

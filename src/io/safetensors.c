@@ -7,6 +7,8 @@
 #include <stdlib.h>
 #include <unistd.h>
 
+#include "base/json.h"
+
 enum { HEADER_LIMIT = 100 * 1000 * 1000 };
 
 static int by_name(const void *a, const void *b) {
@@ -178,7 +180,11 @@ const struct mt_st_tensor *mt_st_find(const struct mt_st_file *file, const char 
 
 static json_t *entry_json(const struct mt_st_entry *e, size_t begin) {
   json_t *shape = json_array();
-  for (int i = 0; i < e->rank; i++) json_array_append_new(shape, json_integer(e->dim[i]));
+  for (int i = 0; i < e->rank; i++) {
+    if (json_array_append_new(shape, json_integer(e->dim[i])) == 0) continue;
+    json_decref(shape);
+    return NULL;
+  }
   return json_pack("{s:s, s:o, s:[I,I]}", "dtype", e->dtype_name, "shape", shape, "data_offsets",
                    (json_int_t)begin, (json_int_t)(begin + e->size_bytes));
 }
@@ -195,7 +201,7 @@ static mt_err header_text(const struct mt_st_entry *entries, size_t count, char 
     if (json_object_set_new(header, entries[i].name, entry_json(&entries[i], at))) goto done;
     at += entries[i].size_bytes;
   }
-  text = json_dumps(header, JSON_COMPACT);
+  text = mt_json_text(header, JSON_COMPACT);
   if (!text) goto done;
   size_t length = strlen(text), padded = (length + 7) / 8 * 8;
   char *all = malloc(8 + padded);

@@ -247,7 +247,7 @@ static mt_err read_lines(struct mt_run *r, struct mt_tail *t, FILE *f, bool *cha
     *changed = true;
     MT_GO(take_line(r, t, line, (size_t)n));
   }
-  if (ferror(f)) err = mt_fail(MT_EIO, "cannot read '%s': %s", t->path, strerror(errno));
+  if (!feof(f)) err = mt_fail(MT_EIO, "cannot read '%s': %s", t->path, strerror(errno));
 done:
   free(line);
   return err;

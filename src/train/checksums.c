@@ -8,6 +8,7 @@
 
 #include "base/files.h"
 #include "base/hash.h"
+#include "base/json.h"
 
 enum { LIST_VERSION = 1, LIST_LIMIT = 16 << 20 };
 
@@ -15,7 +16,7 @@ static const char list_name[] = "moetune-checksums.json";
 
 /* Of the list's own lines, so that a damaged list is not taken for damaged files. */
 static mt_err hash_list(const json_t *files, char out[MT_HASH_TEXT]) {
-  char *text = json_dumps(files, JSON_COMPACT | JSON_SORT_KEYS);
+  char *text = mt_json_text(files, JSON_COMPACT | JSON_SORT_KEYS);
   if (!text) return mt_fail(MT_ENOMEM, "%s", list_name);
   mt_hash_text(mt_hash_bytes(text, strlen(text)), out);
   free(text);
@@ -56,7 +57,7 @@ mt_err mt_checksums_write(const char *dir) {
   MT_GO(list_files(dir, files));
   MT_GO(hash_list(files, own));
   root = json_pack("{s:i, s:O, s:s}", "version", LIST_VERSION, "files", files, "list", own);
-  text = json_dumps(root, JSON_INDENT(2) | JSON_SORT_KEYS);
+  text = mt_json_text(root, JSON_INDENT(2) | JSON_SORT_KEYS);
   if (!text) {
     err = mt_fail(MT_ENOMEM, "%s", list_name);
     goto done;

@@ -1,6 +1,9 @@
 #include "train/facts.h"
 
+#include <math.h>
 #include <stdlib.h>
+
+#include "base/json.h"
 
 static json_t *files(void) {
   return json_pack("{s:s, s:s, s:s, s:s, s:s, s:s}", "model/", "the fine-tuned checkpoint",
@@ -31,12 +34,15 @@ static json_t *options(const struct mt_run_facts *f) {
                 (json_int_t)o->save_every, "patience", o->patience, "min-delta", o->min_delta,
                 "train-on-prompt", o->train_on_prompt, "keep-last", o->keep_last);
   json_t *freeze = json_array();
+  bool whole = root && numbers && freeze;
   for (int i = 0; i < o->freeze.count; i++)
-    json_array_append_new(freeze, json_string(o->freeze.item[i]));
-  json_object_update(root, numbers);
-  json_object_set_new(root, "freeze", freeze);
+    whole &= json_array_append_new(freeze, json_string(o->freeze.item[i])) == 0;
+  whole = whole && json_object_update(root, numbers) == 0;
+  whole &= json_object_set_new(root, "freeze", freeze) == 0;
   json_decref(numbers);
-  return root;
+  if (whole) return root;
+  json_decref(root);
+  return NULL;
 }
 
 static json_t *model(const struct mt_session *s) {
@@ -58,19 +64,27 @@ static json_t *data(const struct mt_dataset *d) {
                    (json_int_t)n.dropped, "bad_lines", (json_int_t)n.bad_lines);
 }
 
+/* JSON has no NaN: such a number is left out. */
+static bool set_real(json_t *object, const char *key, double x) {
+  return !isfinite(x) || json_object_set_new(object, key, json_real(x)) == 0;
+}
+
 static json_t *result(const struct mt_run_result *r) {
   json_t *root =
       json_pack("{s:s, s:I, s:f, s:f, s:s*}", "status", r->status, "step", (json_int_t)r->step,
                 "seconds", r->seconds, "median_step_ms", r->median_step_ms, "error", r->error);
-  if (root && r->evaluated) {
-    json_object_set_new(root, "loss_before", json_real(r->loss_before));
-    json_object_set_new(root, "loss_after", json_real(r->loss_after));
+  bool whole = root != NULL;
+  if (whole && r->evaluated) {
+    whole = set_real(root, "loss_before", r->loss_before) &&
+            set_real(root, "loss_after", r->loss_after);
   }
-  if (root && r->best.any) {
-    json_object_set_new(root, "best_step", json_integer(r->best.step));
-    json_object_set_new(root, "best_loss", json_real((double)r->best.loss));
+  if (whole && r->best.any) {
+    whole = json_object_set_new(root, "best_step", json_integer(r->best.step)) == 0 &&
+            set_real(root, "best_loss", (double)r->best.loss);
   }
-  return root;
+  if (whole) return root;
+  json_decref(root);
+  return NULL;
 }
 
 mt_err mt_facts_write(const struct mt_run_facts *f, const struct mt_run_result *r) {
@@ -78,23 +92,24 @@ mt_err mt_facts_write(const struct mt_run_facts *f, const struct mt_run_result *
   struct mt_memory m = mt_model_memory(&f->session->model);
   char path[MT_PATH_MAX];
   json_t *root = json_object();
-  json_object_set_new(root, "moetune", json_string(MOETUNE_VERSION));
-  json_object_set_new(root, "started", json_integer(f->started));
-  json_object_set_new(root, "first_step", json_integer(f->first_step));
-  json_object_set_new(root, "result", result(r));
-  json_object_set_new(root, "files", files());
-  json_object_set_new(root, "options", options(f));
-  json_object_set_new(root, "model", model(f->session));
-  json_object_set_new(root, "data", data(f->data));
-  if (f->eval_data) json_object_set_new(root, "eval_data", data(f->eval_data));
-  json_object_set_new(root, "device",
-                      json_pack("{s:s, s:s, s:i}", "backend", be->name, "description",
-                                be->description, "threads", be->thread_count));
-  json_object_set_new(root, "memory_bytes",
-                      json_pack("{s:I, s:I, s:I, s:I}", "parameters", (json_int_t)m.parameters,
-                                "gradients", (json_int_t)m.gradients, "optimizer",
-                                (json_int_t)m.optimizer, "activations", (json_int_t)m.activations));
-  char *text = json_dumps(root, JSON_INDENT(2));
+  json_t *device = json_pack("{s:s, s:s, s:i}", "backend", be->name, "description", be->description,
+                             "threads", be->thread_count);
+  json_t *memory = json_pack("{s:I, s:I, s:I, s:I}", "parameters", (json_int_t)m.parameters,
+                             "gradients", (json_int_t)m.gradients, "optimizer",
+                             (json_int_t)m.optimizer, "activations", (json_int_t)m.activations);
+  /* A value that could not be made is refused. */
+  int bad = json_object_set_new(root, "moetune", json_string(MOETUNE_VERSION));
+  bad |= json_object_set_new(root, "started", json_integer(f->started));
+  bad |= json_object_set_new(root, "first_step", json_integer(f->first_step));
+  bad |= json_object_set_new(root, "result", result(r));
+  bad |= json_object_set_new(root, "files", files());
+  bad |= json_object_set_new(root, "options", options(f));
+  bad |= json_object_set_new(root, "model", model(f->session));
+  bad |= json_object_set_new(root, "data", data(f->data));
+  if (f->eval_data) bad |= json_object_set_new(root, "eval_data", data(f->eval_data));
+  bad |= json_object_set_new(root, "device", device);
+  bad |= json_object_set_new(root, "memory_bytes", memory);
+  char *text = bad ? NULL : mt_json_text(root, JSON_INDENT(2));
   json_decref(root);
   if (!text) return mt_fail(MT_ENOMEM, "run.json");
   mt_err err = mt_path_join(path, f->options->out, "run.json");

@@ -26,7 +26,10 @@ static mt_err converse(struct mt_generation *g) {
   for (ssize_t n; !err; first = false) {
     if (g->o->chat) fputs("> ", stderr);
     n = getline(&line, &capacity, stdin);
-    if (n < 0) break;
+    if (n < 0) {
+      if (!feof(stdin)) err = mt_fail(MT_EIO, "cannot read standard input");
+      break;
+    }
     if (n > 0 && line[n - 1] == '\n') line[n - 1] = '\0';
     if (*line) err = ask(g, line, first);
     if (!g->o->chat) g->cache.length = 0; /* each line is a prompt of its own */

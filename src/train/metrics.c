@@ -7,6 +7,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "base/json.h"
 #include "train/health.h"
 
 /* Step of a complete line; -1 where it has none or is cut short. */
@@ -24,7 +25,7 @@ static mt_err copy_lines(FILE *from, FILE *to, const char *path, int64_t last_st
     if (step >= 0 && step <= last_step) fwrite(line, 1, (size_t)n, to);
   }
   free(line);
-  if (ferror(from)) return mt_fail(MT_EIO, "cannot read '%s': %s", path, strerror(errno));
+  if (!feof(from)) return mt_fail(MT_EIO, "cannot read '%s': %s", path, strerror(errno));
   if (fflush(to) == 0 && !ferror(to) && fsync(fileno(to)) == 0) return MT_OK;
   return mt_fail(MT_EIO, "cannot write beside '%s': %s", path, strerror(errno));
 }
@@ -50,7 +51,8 @@ mt_err mt_metrics_best(const char *dir, int64_t last_step, double min_delta, str
   *best = (struct mt_best){0};
   MT_TRY(mt_path_join(path, dir, "metrics.jsonl"));
   FILE *f = fopen(path, "re");
-  if (!f) return MT_OK;
+  if (!f && errno == ENOENT) return MT_OK;
+  if (!f) return mt_fail(MT_EIO, "cannot read '%s': %s", path, strerror(errno));
   for (ssize_t n; (n = getline(&line, &capacity, f)) >= 0;) {
     double loss;
     int64_t step = line_step(line, n);
@@ -58,9 +60,10 @@ mt_err mt_metrics_best(const char *dir, int64_t last_step, double min_delta, str
     if (sscanf(line, "{\"step\":%*d,\"eval_loss\":%lf", &loss) != 1) continue;
     mt_best_update(best, step, loss, min_delta);
   }
+  mt_err err = feof(f) ? MT_OK : mt_fail(MT_EIO, "cannot read '%s': %s", path, strerror(errno));
   free(line);
   fclose(f);
-  return MT_OK;
+  return err;
 }
 
 mt_err mt_metrics_open(struct mt_metrics *m, const char *dir, int64_t keep_steps, bool resume,
@@ -218,7 +221,7 @@ mt_err mt_metrics_evaluation(struct mt_metrics *m, int64_t step, const struct mt
 
 mt_err mt_metrics_warning(struct mt_metrics *m, int64_t step, const char *text) {
   json_t *value = json_string(text);
-  char *quoted = value ? json_dumps(value, JSON_ENCODE_ANY) : NULL;
+  char *quoted = value ? mt_json_text(value, JSON_ENCODE_ANY) : NULL;
   json_decref(value);
   if (!quoted) return mt_fail(MT_ENOMEM, "a warning's line");
   fprintf(m->file, "{\"step\":%lld,\"warning\":%s}\n", (long long)step, quoted);

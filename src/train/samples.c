@@ -3,6 +3,7 @@
 #include <errno.h>
 #include <stdlib.h>
 
+#include "base/json.h"
 #include "base/log.h"
 #include "train/metrics.h"
 
@@ -163,8 +164,9 @@ static mt_err write_line(struct mt_samples *x, int64_t step, int index) {
   json_t *o = json_pack("{s:I, s:i, s:o, s:o, s:i}", "step", (json_int_t)step, "index", index,
                         "prompt", text_value(&p->text), "answer", text_value(&x->answer), "tokens",
                         (int)x->said.count);
-  if (o && p->expected.size) json_object_set_new(o, "expected", text_value(&p->expected));
-  char *line = o ? json_dumps(o, JSON_COMPACT) : NULL;
+  bool whole =
+      o && (!p->expected.size || json_object_set_new(o, "expected", text_value(&p->expected)) == 0);
+  char *line = whole ? mt_json_text(o, JSON_COMPACT) : NULL;
   json_decref(o);
   if (!line) return mt_fail(MT_ENOMEM, "a sample's line");
   fprintf(x->file, "%s\n", line);

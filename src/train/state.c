@@ -2,10 +2,14 @@
 
 #include <dirent.h>
 #include <errno.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
+#include "base/json.h"
 #include "base/log.h"
 #include "train/checksums.h"
 
@@ -96,7 +100,7 @@ static mt_err save_facts(const struct mt_optimizer *o, const struct mt_loader *l
                 (json_int_t)o->step, "epoch", (json_int_t)l->next.epoch, "index",
                 (json_int_t)l->next.index, "samples", (json_int_t)mt_dataset_stats(l->data).samples,
                 "options", shared_options(options, o->model->recipe));
-  char *text = json_dumps(root, JSON_INDENT(2));
+  char *text = mt_json_text(root, JSON_INDENT(2));
   json_decref(root);
   if (!text) return mt_fail(MT_ENOMEM, "training state");
   mt_err err = mt_file_write_atomic(path, text, strlen(text));
@@ -120,6 +124,9 @@ mt_err mt_state_save(struct mt_session *s, const struct mt_optimizer *o, const s
   MT_GO(save_facts(o, l, options, file));
   MT_GO(mt_checksums_write(txn.temp));
   MT_GO(mt_dir_commit(&txn));
+  /* The next export copies the small files from here: the checkpoint that the run was resumed from
+   * may be removed by then. */
+  snprintf(s->checkpoint.dir, sizeof s->checkpoint.dir, "%s", path);
 done:
   mt_dir_abort(&txn);
   return err;
@@ -156,6 +163,37 @@ mt_err mt_state_retain(const char *out, int64_t step, int keep) {
     if (n >= 0 && kept >= keep) MT_TRY(remove_checkpoint(out, n));
   }
   return MT_OK;
+}
+
+/* PREFIX.tmp-PID and the like, whose process is gone (or had this one's number). */
+static bool stale(const char *name) {
+  static const char *const ours[] = {"checkpoint-",    "model.",    "best.",       "metrics.jsonl.",
+                                     "samples.jsonl.", "run.json.", "report.html."};
+  const char *tail = strrchr(name, '.');
+  size_t i = 0;
+  int used = 0;
+  long pid = 0;
+  while (i < sizeof ours / sizeof *ours && strncmp(name, ours[i], strlen(ours[i])) != 0) i++;
+  if (i == sizeof ours / sizeof *ours || !tail) return false;
+  if (sscanf(tail, ".tmp-%ld%n", &pid, &used) != 1 && sscanf(tail, ".gone-%ld%n", &pid, &used) != 1)
+    return false;
+  if (tail[used] || pid <= 0 || pid > INT32_MAX) return false;
+  return pid == getpid() || (kill((pid_t)pid, 0) != 0 && errno == ESRCH);
+}
+
+void mt_state_sweep(const char *out) {
+  DIR *d = opendir(out);
+  for (struct dirent *e; d && (e = readdir(d));) {
+    char path[MT_PATH_MAX];
+    if (!stale(e->d_name) || mt_path_join(path, out, e->d_name)) continue;
+    struct stat st;
+    bool dir = lstat(path, &st) == 0 && S_ISDIR(st.st_mode);
+    if (dir ? mt_dir_remove(path) != MT_OK : unlink(path) != 0)
+      mt_warn("%s is left of a run that was killed and cannot be removed", path);
+    else
+      mt_info("removed  %s, left of a run that was killed", path);
+  }
+  if (d) closedir(d);
 }
 
 mt_err mt_state_find(const struct mt_train_options *options, char path[MT_PATH_MAX]) {
@@ -230,7 +268,7 @@ static mt_err check_options(const char *path, const json_t *root,
   json_t *mine = shared_options(options, recipe), *value;
   const json_t *theirs = json_object_get(root, "options");
   const char *key;
-  mt_err err = MT_OK;
+  mt_err err = mine ? MT_OK : mt_fail(MT_ENOMEM, "%s: options", path);
   json_object_foreach(mine, key, value) {
     const json_t *their = json_object_get(theirs, key);
     /* Checkpoints of before there was a choice have float32 states. */

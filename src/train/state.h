@@ -6,13 +6,17 @@
 #include "train/session.h"
 
 /* Writes OUT/checkpoint-STEP, which appears whole, with the checksums of its files. path (=) its
- * name. */
+ * name. Later exports take the checkpoint's small files from there. */
 mt_err mt_state_save(struct mt_session *s, const struct mt_optimizer *o, const struct mt_loader *l,
                      const struct mt_train_options *options, char path[MT_PATH_MAX]);
 
 /* Removes OUT/checkpoint-N of N below the `keep` largest up to `step`; keep 0: none. Whoever looks
  * sees a checkpoint whole or not at all. Errors: MT_EIO naming the path. */
 mt_err mt_state_retain(const char *out, int64_t step, int keep);
+
+/* Removes what killed runs left in out: their temporary files and directories, as long as no
+ * process of that number lives. What cannot be removed is told of. */
+void mt_state_sweep(const char *out);
 
 /* The checkpoint to resume from: `resume` itself, or the newest under out when it is "".
  * MT_ENOENT when there is none. */

@@ -373,28 +373,54 @@ static mt_err open_records(struct run *r, bool resume) {
   return write_facts(r, "running", NULL);
 }
 
-static mt_err train(struct run *r) {
+/* All up to the first step; a signal ends it between two of its stages. from (=) the checkpoint
+ * that the run goes on from, "" when it is a fresh one. */
+static mt_err prepare(struct run *r, char from[MT_PATH_MAX]) {
   const struct mt_train_options *o = r->o;
-  char from[MT_PATH_MAX] = "";
   if (o->resume) {
     MT_TRY(mt_state_find(o, from));
     MT_TRY(mt_state_verify(from));
   }
   MT_TRY(mt_dir_create(o->out));
+  mt_state_sweep(o->out);
+  if (stop_signal) return MT_OK;
   MT_TRY(mt_session_open(&r->s, *from ? from : o->model, &o->device, o->chat_template));
   MT_TRY(open_data(r, o->data, &r->data)); /* tokenised while the weights are read */
   if (o->eval_data) MT_TRY(open_data(r, o->eval_data, &r->eval_data));
+  if (stop_signal) return MT_OK;
   MT_TRY(open_model(r));
+  if (stop_signal) return MT_OK;
   MT_TRY(open_loaders(r));
+  if (stop_signal) return MT_OK;
   MT_TRY(open_optimizer(r));
   if (*from) {
     MT_TRY(mt_state_load(from, &r->s, &r->optimizer, &r->loader, o));
     snprintf(r->last_checkpoint, sizeof r->last_checkpoint, "%s", from);
     mt_info("resuming %s at step %lld", from, (long long)r->optimizer.step);
   }
-  MT_TRY(open_records(r, *from != '\0'));
-  MT_TRY(look(r));
+  if (stop_signal) return MT_OK;
+  return open_records(r, *from != '\0');
+}
+
+static void tell_stopped_early(const char *from) {
+  if (*from)
+    mt_info("stopped by signal %d before a step was taken; go on with --resume %s",
+            (int)stop_signal, from);
+  else
+    mt_info("stopped by signal %d before a step was taken: there is nothing to resume, start it "
+            "again the same way",
+            (int)stop_signal);
+}
+
+static mt_err train(struct run *r) {
+  char from[MT_PATH_MAX] = "";
   catch_signals();
+  MT_TRY(prepare(r, from));
+  if (!r->recorded) {
+    tell_stopped_early(from);
+    return MT_OK;
+  }
+  MT_TRY(look(r));
   MT_TRY(steps(r));
   if (r->optimizer.step == r->total_steps || patience_is_over(r)) return finish(r);
   MT_TRY(save(r));
