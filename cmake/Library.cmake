@@ -35,7 +35,7 @@ if(MPI_C_FOUND)
   list(APPEND private_libs ${MPI_C_LIBRARIES})
 endif()
 if(CUBLASLT_LIBRARY AND CUDART_LIBRARY)
-  list(APPEND private_libs ${CUBLASLT_LIBRARY} ${CUDART_LIBRARY} -ldl -lrt)
+  list(APPEND private_libs ${CUBLASLT_LIBRARY} ${CUDART_LIBRARY} -ldl -lrt -lstdc++) # launches are C++
   if(NOT MOETUNE_RELOCATABLE)
     set_target_properties(moetune_shared PROPERTIES INSTALL_RPATH ${cuda_lib_dir})
   endif()
