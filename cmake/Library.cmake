@@ -34,8 +34,9 @@ set(private_libs ${DNNL_LIBRARY} ${OpenMP_C_FLAGS} -lpthread -lm)
 if(MPI_C_FOUND)
   list(APPEND private_libs ${MPI_C_LIBRARIES})
 endif()
-if(cuda_lib_dir) # set by Cuda.cmake in this configuration, where the libraries may be cached from another
-  list(APPEND private_libs ${CUBLASLT_LIBRARY} ${CUDART_LIBRARY} -ldl -lrt)
+# cuda_lib_dir is of this configuration, where the libraries may be cached from another.
+if(cuda_lib_dir)
+  list(APPEND private_libs ${CUBLASLT_LIBRARY} ${CUDART_LIBRARY} -ldl -lrt -lstdc++) # launches are C++
   if(NOT MOETUNE_RELOCATABLE)
     set_target_properties(moetune_shared PROPERTIES INSTALL_RPATH ${cuda_lib_dir})
   endif()
