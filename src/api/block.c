@@ -116,7 +116,7 @@ static const struct mt_block_kind kind_norm = {
     .name = "norm", .forward = norm_forward, .backward = norm_backward, .release = norm_release};
 
 mt_err mt_norm_create(mt_space *s, int width, double eps, mt_block **out) {
-  struct mt_block *b;
+  struct mt_block *b = NULL;
   if (!(eps > 0 && eps < 1)) return mt_fail(MT_EINVAL, "norm: eps %g", eps);
   MT_TRY(mt_block_make(s, &kind_norm, sizeof(struct norm), width, width, 1, &b));
   ((struct norm *)b)->eps = eps;
@@ -157,7 +157,7 @@ const struct mt_block_kind mt_kind_grouped_linear = {.name = "grouped linear",
                                                      .needs_offsets = true};
 
 mt_err mt_grouped_linear_create(mt_space *s, int groups, int in, int out_width, mt_block **out) {
-  struct mt_block *b;
+  struct mt_block *b = NULL;
   MT_TRY(mt_block_make(s, &mt_kind_grouped_linear, sizeof *b, in, out_width, groups, &b));
   return mt_block_finish(
       b, mt_weight_create(s, &b->weight[b->weight_count++], 3, groups, out_width, in, 0), out);
@@ -196,7 +196,7 @@ const struct mt_block_kind mt_kind_scaled_swiglu = {.name = "scaled SwiGLU",
                                                     .takes_scale = true};
 
 mt_err mt_scaled_swiglu_create(mt_space *s, int groups, int ffn, mt_block **out) {
-  struct mt_block *b;
+  struct mt_block *b = NULL;
   MT_TRY(mt_block_make(s, &mt_kind_scaled_swiglu, sizeof *b, 2 * (int64_t)ffn, ffn, groups, &b));
   *out = b;
   return MT_OK;

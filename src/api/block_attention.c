@@ -182,7 +182,7 @@ static mt_err check_shape(const struct mt_attention_shape *s) {
 }
 
 mt_err mt_attention_create(mt_space *s, const struct mt_attention_shape *shape, mt_block **out) {
-  struct mt_block *b;
+  struct mt_block *b = NULL;
   mt_err err;
   MT_TRY(check_shape(shape));
   MT_TRY(mt_block_make(s, &kind_attention, sizeof(struct attention), shape->hidden, shape->hidden,

@@ -169,7 +169,7 @@ static mt_err check_blocks(const mt_space *s, mt_block *const *blocks, int count
 
 mt_err mt_sequence_create(mt_space *s, mt_block *const *blocks, int count, int fuse,
                           mt_block **out) {
-  struct mt_block *b;
+  struct mt_block *b = NULL;
   MT_TRY(check_blocks(s, blocks, count));
   MT_TRY(mt_block_make(s, &mt_kind_sequence, sizeof(struct sequence), blocks[0]->in,
                        blocks[count - 1]->out, 1, &b));

@@ -20,6 +20,8 @@ mt_err mt_space_open(const char *device, int threads, mt_space **out) {
   }
   bool reference = strcmp(name, "ref") == 0;
   s->full = reference ? MT_F64 : MT_F32;
+  s->limits = (struct mt_limits){
+      .experts = 1, .top_k = 1, .vocab = 1, .heads = 1, .kv_heads = 1, .head_dim = 2};
   s->recipe[0] = mt_recipe_find(reference ? "fp64" : "fp32");
   *out = s;
   return MT_OK;
@@ -48,25 +50,29 @@ mt_err mt_recipe_end(mt_space *s) {
   return MT_OK;
 }
 
-static int64_t larger(int64_t a, int64_t b) {
-  return a > b ? a : b;
+/* Raises *most to n, and says so in *grown. */
+static void raise_to(int64_t *most, int64_t n, bool *grown) {
+  if (n <= *most) return;
+  *most = n;
+  *grown = true;
 }
 
 mt_err mt_space_reserve(struct mt_space *s, const struct mt_limits *l) {
   struct mt_limits *m = &s->limits, old = *m;
   struct mt_backend *be = &s->be;
-  int64_t rows = larger(l->rows, l->tokens), width = larger(l->hidden, l->ffn);
-  m->tokens = larger(m->tokens, rows);
-  m->rows = larger(m->rows, rows);
-  m->hidden = larger(m->hidden, width);
-  m->ffn = larger(m->ffn, width);
-  m->experts = larger(m->experts, larger(l->experts, 1));
-  m->top_k = larger(m->top_k, larger(l->top_k, 1));
-  m->heads = larger(m->heads, larger(l->heads, 1));
-  m->kv_heads = larger(m->kv_heads, larger(l->kv_heads, 1));
-  m->head_dim = larger(m->head_dim, larger(l->head_dim, 2));
-  m->vocab = 1;
-  if (memcmp(&old, m, sizeof old) == 0) return MT_OK;
+  int64_t rows = l->rows > l->tokens ? l->rows : l->tokens;
+  int64_t width = l->hidden > l->ffn ? l->hidden : l->ffn;
+  bool grown = false;
+  raise_to(&m->tokens, rows, &grown);
+  raise_to(&m->rows, rows, &grown);
+  raise_to(&m->hidden, width, &grown);
+  raise_to(&m->ffn, width, &grown);
+  raise_to(&m->experts, l->experts, &grown);
+  raise_to(&m->top_k, l->top_k, &grown);
+  raise_to(&m->heads, l->heads, &grown);
+  raise_to(&m->kv_heads, l->kv_heads, &grown);
+  raise_to(&m->head_dim, l->head_dim, &grown);
+  if (!grown) return MT_OK;
   const enum mt_dtype formats[] = {s->full, s->full == MT_F64 ? MT_F64 : MT_BF16};
   size_t need = 0;
   for (int i = 0; i < 2; i++) {
