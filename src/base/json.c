@@ -1,6 +1,5 @@
 #include "base/json.h"
 
-#include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -34,4 +33,22 @@ char *mt_json_text(const json_t *json, size_t flags) {
   if (json && json_dump_callback(json, append, &t, flags) == 0 && !t.failed) return t.data;
   free(t.data);
   return NULL;
+}
+
+bool mt_json_bearable(const char *text, size_t size) {
+  size_t brackets = 0, commas = 0;
+  bool quoted = false;
+  if (size <= (size_t)1 << 20) return true;
+  for (size_t i = 0; i < size; i++) {
+    char c = text[i];
+    if (c == '"')
+      quoted = !quoted;
+    else if (quoted)
+      i += c == '\\';
+    else if (c == '{' || c == '[')
+      brackets++;
+    else if (c == ',')
+      commas++;
+  }
+  return brackets <= size / 8 && commas <= size / 4;
 }

@@ -8,6 +8,8 @@
 #include <unistd.h>
 #include <xxhash.h>
 
+#include "base/json.h"
+
 enum { PIECE_BYTES = 1 << 20, LINE_LIMIT = 64 << 20, MAX_THREADS = 64 };
 
 /* Whole lines of the file, and what became of them. */
@@ -178,6 +180,8 @@ static mt_err refuse(const struct mt_dataset_options *o, struct piece *p, mt_err
 static mt_err read_line(const struct mt_dataset_options *o, struct piece *p, struct mt_encoder *e,
                         struct mt_rendered *r, const char *text, size_t size, int64_t line) {
   json_error_t why;
+  if (!mt_json_bearable(text, size))
+    return refuse(o, p, mt_fail(MT_EFORMAT, "far more brackets or commas than text"), line);
   json_t *record = json_loadb(text, size, JSON_REJECT_DUPLICATES, &why);
   mt_err err;
   if (!record)

@@ -6,6 +6,7 @@
 #include <utf8proc.h>
 #include <xxhash.h>
 
+#include "base/json.h"
 #include "data/tokenizer_impl.h"
 
 enum { MAX_VOCAB = 1 << 24, MAX_STAGES = 64 };
@@ -471,9 +472,14 @@ mt_err mt_tokenizer_parse(const char *json, size_t size_bytes, const char *name,
   mt_err err;
   *out = NULL;
   struct loader l = {calloc(1, sizeof *l.t), name};
-  json_t *root = json_loadb(json, size_bytes, JSON_REJECT_DUPLICATES, &why);
+  bool bearable = mt_json_bearable(json, size_bytes);
+  json_t *root = bearable ? json_loadb(json, size_bytes, JSON_REJECT_DUPLICATES, &why) : NULL;
   if (!l.t) {
     err = mt_fail(MT_ENOMEM, "%s", name);
+    goto done;
+  }
+  if (!bearable) {
+    err = mt_fail(MT_EFORMAT, "%s: far more brackets or commas than a tokenizer needs", name);
     goto done;
   }
   l.t->unk = -1;

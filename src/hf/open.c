@@ -2,6 +2,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 
+#include "base/json.h"
 #include "hf/checkpoint.h"
 #include "hf/source.h"
 
@@ -51,6 +52,10 @@ static mt_err open_index(struct mt_hf_checkpoint *h, const char *path) {
   json_error_t why;
   mt_err err;
   MT_GO(mt_file_read(path, INDEX_LIMIT, &text, &size));
+  if (!mt_json_bearable(text, size)) {
+    err = mt_fail(MT_EFORMAT, "%s: far more brackets or commas than an index needs", path);
+    goto done;
+  }
   root = json_loadb(text, size, JSON_REJECT_DUPLICATES, &why);
   json_t *map = json_object_get(root, "weight_map");
   if (!json_is_object(map)) {

@@ -124,6 +124,10 @@ mt_err mt_st_parse(const uint8_t *data, size_t size_bytes, const char *name,
             (unsigned long long)length, size_bytes);
     goto done;
   }
+  if (!mt_json_bearable((const char *)data + 8, length)) {
+    mt_fail(err, "%s: header: far more brackets or commas than tensors need", name);
+    goto done;
+  }
   header = json_loadb((const char *)data + 8, length, JSON_REJECT_DUPLICATES, &why);
   if (!json_is_object(header)) {
     mt_fail(err, "%s: header: %s", name, header ? "is no object" : why.text);

@@ -84,6 +84,10 @@ header '{"t":{"dtype":"F32","shape":[2],"data_offsets":[8,0]}}'
 refused 'lie outside'
 header "$(awk 'BEGIN { for (i = 0; i < 5000; i++) printf "["; }')"
 refused 'header: '
+fresh
+{ printf '\0\0\0\3\0\0\0\0{"t":['
+  head -c 50331642 /dev/zero | tr '\0' x | sed 's/xxx/{},/g'; } >"$dir/m/model.safetensors"
+refused 'brackets'
 fresh && rm "$dir/m/model.safetensors" && mkfifo "$dir/m/model.safetensors"
 refused 'regular file'
 fresh && rm "$dir/m/config.json" && mkfifo "$dir/m/config.json"

@@ -5,11 +5,13 @@
 #include <stdint.h>
 #include <cmocka.h>
 #include <math.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "base/arena.h"
 #include "base/dtype.h"
 #include "base/error.h"
+#include "base/json.h"
 #include "base/rng.h"
 
 static void error_messages(void **state) {
@@ -52,6 +54,37 @@ static void arena_plan_equals_use(void **state) {
   assert_non_null(strstr(mt_error_message(), "real"));
   assert_int_equal(mt_arena_alloc(&plan, SIZE_MAX - 10, &p), MT_ENOMEM);
   assert_true(peak <= sizeof memory);
+}
+
+/* What large files look like passes; what costs far more memory than it has bytes does not. */
+static void bearable_json(void **state) {
+  static const struct {
+    const char *piece;
+    bool good;
+  } cases[] = {
+      {"\"a\":{\"dtype\":\"U8\",\"shape\":[],\"data_offsets\":[0,0]},", true},
+      {"\"a\":{\"dtype\":\"U8\",\"shape\":[1,1,1,1,1,1,1,1],\"data_offsets\":[0,1]},", true},
+      {"\"a\":\"b\",", true},
+      {"[\"a\",\"b\"],", true},
+      {"\"a\":1,", true},
+      {"\"{[,\\\"{[,{[,\",", true},
+      {"{},", false},
+      {"[],", false},
+      {"1,", false},
+      {"[", false},
+      {"\"\",", false},
+  };
+  enum { SIZE = 2 << 20 };
+  char *text = malloc(SIZE + 256);
+  (void)state;
+  assert_non_null(text);
+  for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+    size_t n = strlen(cases[i].piece), size = 0;
+    for (; size < SIZE; size += n) memcpy(text + size, cases[i].piece, n);
+    if (mt_json_bearable(text, size) != cases[i].good) fail_msg("%s", cases[i].piece);
+    assert_true(mt_json_bearable(text, 1 << 20));
+  }
+  free(text);
 }
 
 /* Known-answer vectors of Random123 (kat_vectors, philox4x32-10). */
@@ -137,9 +170,10 @@ static void convert_formats(void **state) {
 
 int main(void) {
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test(error_messages),        cmocka_unit_test(arena_plan_equals_use),
-      cmocka_unit_test(philox_known_answers),  cmocka_unit_test(rng_statistics),
-      cmocka_unit_test(formats_round_to_even), cmocka_unit_test(convert_formats),
+      cmocka_unit_test(error_messages),        cmocka_unit_test(bearable_json),
+      cmocka_unit_test(arena_plan_equals_use), cmocka_unit_test(philox_known_answers),
+      cmocka_unit_test(rng_statistics),        cmocka_unit_test(formats_round_to_even),
+      cmocka_unit_test(convert_formats),
   };
   return cmocka_run_group_tests(tests, NULL, NULL);
 }
