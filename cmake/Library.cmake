@@ -18,11 +18,13 @@ target_include_directories(moetune_shared INTERFACE ${CMAKE_SOURCE_DIR}/include)
 # One object in which the names that are hidden, and whatever else the compiler made, have become
 # local (-d: OpenMP's locks too, which GCC leaves for the linker to allocate).
 set(static_library ${public_dir}/libmoetune.a)
+find_program(GNU_LD NAMES ld.bfd ld REQUIRED) # whatever linker and tools the compiler brings along
+find_program(GNU_OBJCOPY NAMES objcopy REQUIRED)
 add_custom_command(OUTPUT ${static_library} DEPENDS moetune VERBATIM
   COMMAND ${CMAKE_COMMAND} -E make_directory ${public_dir}
-  COMMAND ${CMAKE_LINKER} -r -d --force-group-allocation --whole-archive $<TARGET_FILE:moetune>
+  COMMAND ${GNU_LD} -r -d --force-group-allocation --whole-archive $<TARGET_FILE:moetune>
     -o ${public_dir}/moetune.o
-  COMMAND ${CMAKE_OBJCOPY} --localize-hidden --wildcard --localize-symbol=!mt_*
+  COMMAND ${GNU_OBJCOPY} --localize-hidden --wildcard --localize-symbol=!mt_*
     --localize-symbol=* ${public_dir}/moetune.o
   COMMAND ${CMAKE_COMMAND} -E rm -f ${static_library}
   COMMAND ${CMAKE_AR} rcs ${static_library} ${public_dir}/moetune.o
