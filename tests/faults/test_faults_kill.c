@@ -53,7 +53,8 @@ static void kill_often(int kills, uint64_t seed) {
 static void stop_politely(int signal, int times, uint64_t seed) {
   struct mt_rng rng = mt_rng_make(seed, (uint64_t)signal);
   int early = 0, saved = 0, ended = 0, before_all = failures;
-  for (int n = 0; n < times; n++) {
+  /* Until one was stopped between steps, too: a start may take longer than all of them. */
+  for (int n = 0; n < times || (saved == 0 && n < 8 * times); n++) {
     char what[64], *told;
     struct faults_run r = {.signal = signal,
                            .steps = n % 2 ? FINAL_STEP : 2000,
