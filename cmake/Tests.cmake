@@ -39,7 +39,7 @@ foreach(source ${dist_sources})
         COMMAND ${MPIEXEC_EXECUTABLE} --allow-run-as-root --oversubscribe --bind-to none
           -n ${ranks} $<TARGET_FILE:${name}>)
       set_tests_properties(dist/${name}_${ranks} PROPERTIES LABELS dist TIMEOUT 600
-        ENVIRONMENT "OMP_NUM_THREADS=1;OMP_WAIT_POLICY=passive;OMPI_MCA_btl_vader_single_copy_mechanism=none;LSAN_OPTIONS=detect_leaks=0")
+        ENVIRONMENT "OMP_NUM_THREADS=1;OMP_WAIT_POLICY=passive;OMPI_MCA_btl_vader_single_copy_mechanism=none;ASAN_OPTIONS=leak_check_at_exit=0;LSAN_OPTIONS=suppressions=${CMAKE_SOURCE_DIR}/tests/dist/mpi.supp")
     endforeach()
   endif()
 endforeach()

@@ -123,44 +123,45 @@ static mt_err mpi_all_gather(struct mt_comm *c, void *buf, struct mt_parts parts
                                  group_of(c)->comm, &s->request));
 }
 
+/* A message about to be started. */
+struct message {
+  struct slot *s;
+  MPI_Datatype type;
+  int count;
+  MPI_Comm comm;
+};
+
 /* MPI counts in int: a message of 2 GiB or more is one of pages. */
-static mt_err message(const struct mt_comm *c, size_t size_bytes, int *count, MPI_Datatype *type) {
+static mt_err open_message(const struct mt_comm *c, struct mt_transfer *t, size_t size_bytes,
+                           struct message *m) {
   size_t unit = size_bytes <= INT32_MAX ? 1 : 4096;
+  *m = (struct message){.count = (int)(size_bytes / unit), .comm = group_of(c)->comm};
   if (size_bytes % unit != 0) {
     return mt_fail(MT_ECOMM, "%s group: a message of %zu bytes", c->name, size_bytes);
   }
-  *count = (int)(size_bytes / unit);
-  return unit_type(c, unit, type);
+  MT_TRY(unit_type(c, unit, &m->type));
+  return take_slot(c, t, &m->s);
 }
 
 static mt_err mpi_broadcast(struct mt_comm *c, void *buf, size_t size_bytes, int root,
                             struct mt_transfer *t) {
-  struct slot *s = NULL;
-  MPI_Datatype type = MPI_DATATYPE_NULL;
-  int count = 0;
-  MT_TRY(message(c, size_bytes, &count, &type));
-  MT_TRY(take_slot(c, t, &s));
-  return started(c, t, MPI_Ibcast(buf, count, type, root, group_of(c)->comm, &s->request));
+  struct message m;
+  MT_TRY(open_message(c, t, size_bytes, &m));
+  return started(c, t, MPI_Ibcast(buf, m.count, m.type, root, m.comm, &m.s->request));
 }
 
 static mt_err mpi_send(struct mt_comm *c, const void *buf, size_t size_bytes, int to,
                        struct mt_transfer *t) {
-  struct slot *s = NULL;
-  MPI_Datatype type = MPI_DATATYPE_NULL;
-  int count = 0;
-  MT_TRY(message(c, size_bytes, &count, &type));
-  MT_TRY(take_slot(c, t, &s));
-  return started(c, t, MPI_Isend(buf, count, type, to, 0, group_of(c)->comm, &s->request));
+  struct message m;
+  MT_TRY(open_message(c, t, size_bytes, &m));
+  return started(c, t, MPI_Isend(buf, m.count, m.type, to, 0, m.comm, &m.s->request));
 }
 
 static mt_err mpi_recv(struct mt_comm *c, void *buf, size_t size_bytes, int from,
                        struct mt_transfer *t) {
-  struct slot *s = NULL;
-  MPI_Datatype type = MPI_DATATYPE_NULL;
-  int count = 0;
-  MT_TRY(message(c, size_bytes, &count, &type));
-  MT_TRY(take_slot(c, t, &s));
-  return started(c, t, MPI_Irecv(buf, count, type, from, 0, group_of(c)->comm, &s->request));
+  struct message m;
+  MT_TRY(open_message(c, t, size_bytes, &m));
+  return started(c, t, MPI_Irecv(buf, m.count, m.type, from, 0, m.comm, &m.s->request));
 }
 
 static mt_err mpi_barrier(struct mt_comm *c, struct mt_transfer *t) {

@@ -15,6 +15,9 @@ struct mt_shard mt_ranks_shard(const struct mt_mesh *mesh) {
 mt_err mt_ranks_open(struct mt_ranks *r, struct mt_world *world, const struct mt_mesh *mesh) {
   mt_err err = MT_OK;
   *r = (struct mt_ranks){.world = world, .mesh = *mesh, .bucket_elements = BUCKET_ELEMENTS};
+  if (mesh->pp > 1) {
+    return mt_fail(MT_EUNSUPPORTED, "--pp-size %d: a model is not cut into stages yet", mesh->pp);
+  }
   for (int g = 0; g < MT_GROUP_COUNT; g++) {
     MT_GO(mt_world_group(world, mesh, (enum mt_group)g, &r->comm[g]));
   }
@@ -32,6 +35,10 @@ void mt_ranks_close(struct mt_ranks *r) {
 }
 
 mt_err mt_ranks_join(struct mt_ranks *r, struct mt_model *m) {
+  if (m->be->memory_used) {
+    return mt_fail(MT_EUNSUPPORTED, "%s: ranks exchange what is in the host's memory alone yet",
+                   m->be->name);
+  }
   r->views = calloc((size_t)m->params.count, sizeof *r->views);
   if (!r->views) return mt_fail(MT_ENOMEM, "%d gradients", m->params.count);
   r->model = m;

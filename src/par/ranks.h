@@ -22,10 +22,11 @@ struct mt_ranks {
   int64_t bucket_elements; /* summed at a time, at most */
 };
 
-/* Communicators of every group of the mesh. Collective. Errors: MT_ECOMM, MT_ENOMEM. */
+/* Communicators of every group of the mesh. Collective. Errors: MT_ECOMM, MT_ENOMEM;
+ * MT_EUNSUPPORTED for a pipeline of several stages. */
 mt_err mt_ranks_open(struct mt_ranks *r, struct mt_world *world, const struct mt_mesh *mesh);
-/* Joins a model that was created with the mesh's shard: exchange and gradients. Errors: MT_ENOMEM.
- */
+/* Joins a model that was created with the mesh's shard: exchange and gradients. Errors: MT_ENOMEM;
+ * MT_EUNSUPPORTED for a backend whose memory is not the host's. */
 mt_err mt_ranks_join(struct mt_ranks *r, struct mt_model *m);
 void mt_ranks_close(struct mt_ranks *r); /* before the model's end */
 

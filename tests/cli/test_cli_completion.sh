@@ -103,7 +103,10 @@ if command -v man >/dev/null && command -v groff >/dev/null; then
   grep -q 'moetune inspect train.jsonl' "$dir/page" || bad "the page lacks an example"
 fi
 if command -v mandoc >/dev/null; then
-  said=$(mandoc -Tlint -W warning "$dir/moetune.1" | grep -v 'missing date' || true)
+  status=0
+  mandoc -Tlint -W warning "$dir/moetune.1" >"$dir/lint" 2>&1 || status=$?
+  [ $status -le 2 ] || bad "mandoc ends with $status"
+  said=$(sed '/missing date/d' "$dir/lint")
   [ -z "$said" ] || bad "mandoc: $said"
 fi
 [ $failures = 0 ] && echo "completion and manual page: fine"

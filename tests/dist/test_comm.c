@@ -135,7 +135,7 @@ static void test_time_out(void **state) {
   (void)state;
   struct mt_config config_ = config();
   struct mt_mesh m;
-  struct mt_comm c;
+  static struct mt_comm c; /* stays, see below */
   if (world.size == 1) skip();
   OK(mt_mesh_make(&config_, world.size, world.rank, 1, 1, &m));
   OK(mt_world_group(&world, &m, MT_GROUP_WORLD, &c));

@@ -132,6 +132,31 @@ static void same_numbers(const struct numbers *a, const struct numbers *b, doubl
   }
 }
 
+/* Bytes of a sync class's stretch of the gradients, as they are summed. */
+static int64_t class_bytes(const struct mt_model *m, enum mt_sync sync) {
+  char *begin = NULL, *end = NULL;
+  for (int i = 0; i < m->params.count; i++) {
+    const struct mt_param *p = &m->params.row[i];
+    if (p->sync != sync) continue;
+    if (!begin) begin = p->grad.data;
+    end = (char *)p->grad.data + mt_bytes(&p->grad);
+  }
+  return end - begin;
+}
+
+/* What docs/parallelism.md says leaves the ranks for the gradients of n of them: (n-1)/n of the
+ * bytes each when the parts go out, so (n-1) times them in all; and as many when the sums come
+ * back. */
+static void bytes_are_those_of_the_formulas(struct run *mine, struct mt_ranks *r) {
+  const struct mt_comm *dense = &r->comm[MT_GROUP_DENSE], *data = &r->comm[MT_GROUP_DATA];
+  int64_t sent[] = {dense->sent[MT_COMM_ALL_TO_ALL].bytes, data->sent[MT_COMM_ALL_TO_ALL].bytes,
+                    data->sent[MT_COMM_ALL_GATHER].bytes};
+  int64_t d = class_bytes(&mine->m, MT_SYNC_DENSE), x = class_bytes(&mine->m, MT_SYNC_EXPERT);
+  OK(mt_ranks_sum_counts(r, sent, 3));
+  assert_int_equal(sent[0], STEPS * d * (dense->size - 1));
+  for (int i = 1; i < 3; i++) assert_int_equal(sent[i], STEPS * x * (data->size - 1) * r->mesh.ep);
+}
+
 static void equal_to_one(const char *recipe, struct mt_model_options options, int ep, double bound,
                          double off_bound) {
   struct mt_config c = config();
@@ -160,6 +185,7 @@ static void equal_to_one(const char *recipe, struct mt_model_options options, in
     run_together(&mine, &ranks, n);
     same_numbers(n, &want, bound);
     if (run == 1) assert_memory_equal(got.loss, again.loss, sizeof got.loss);
+    bytes_are_those_of_the_formulas(&mine, &ranks);
     double off = parameters_off(&mine, &whole, &before);
     if (!(off <= off_bound)) fail_msg("parameters are off by %.2g of what they moved", off);
     mt_ranks_close(&ranks);
@@ -192,6 +218,35 @@ static void float32_equals_one_rank(void **state) {
   on_every_mesh("fp32", 1e-5, 1e-4);
 }
 
+static size_t some_memory(const struct mt_backend *be) {
+  (void)be;
+  return 1;
+}
+
+/* What would run and be wrong. */
+static void what_is_not_there_is_refused(void **state) {
+  (void)state;
+  static const struct mt_model_options options = {.experts = MT_EXPERTS_GROUPED, .training = true};
+  struct mt_config c = config();
+  struct mt_mesh mesh;
+  struct mt_ranks ranks;
+  struct run mine;
+  if (world.size % 2 == 0) {
+    OK(mt_mesh_make(&c, world.size, world.rank, 1, 2, &mesh));
+    assert_int_equal(mt_ranks_open(&ranks, &world, &mesh), MT_EUNSUPPORTED);
+    assert_non_null(strstr(mt_error_message(), "--pp-size 2"));
+  }
+  OK(mt_mesh_make(&c, world.size, world.rank, 1, 1, &mesh));
+  open_run(&mine, "fp32", options, &c, NULL);
+  mine.be.memory_used = some_memory;
+  OK(mt_ranks_open(&ranks, &world, &mesh));
+  assert_int_equal(mt_ranks_join(&ranks, &mine.m), MT_EUNSUPPORTED);
+  mt_ranks_close(&ranks);
+  mine.be.memory_used = NULL;
+  close_run(&mine);
+}
+
 static const struct CMUnitTest tests[] = {cmocka_unit_test(reference_equals_one_rank),
-                                          cmocka_unit_test(float32_equals_one_rank)};
+                                          cmocka_unit_test(float32_equals_one_rank),
+                                          cmocka_unit_test(what_is_not_there_is_refused)};
 DIST_MAIN(tests)
