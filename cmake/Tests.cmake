@@ -32,6 +32,10 @@ foreach(source ${dist_sources})
   target_link_libraries(${name} PRIVATE moetune PkgConfig::CMOCKA)
   target_include_directories(${name} PRIVATE ${CMAKE_SOURCE_DIR}/tests)
   target_compile_definitions(${name} PRIVATE MT_SOURCE_DIR="${CMAKE_SOURCE_DIR}")
+  # Alone MPI is never started, so leaks are our own; under mpirun plug-ins that are unloaded again
+  # leave some that have no name.
+  add_test(NAME dist/${name}_alone COMMAND ${name} WORKING_DIRECTORY ${CMAKE_BINARY_DIR})
+  set_tests_properties(dist/${name}_alone PROPERTIES LABELS dist TIMEOUT 600)
   if(MPI_C_FOUND)
     target_link_libraries(${name} PRIVATE MPI::MPI_C)
     foreach(ranks 1 2 3 4 6 8)
@@ -39,7 +43,7 @@ foreach(source ${dist_sources})
         COMMAND ${MPIEXEC_EXECUTABLE} --allow-run-as-root --oversubscribe --bind-to none
           -n ${ranks} $<TARGET_FILE:${name}>)
       set_tests_properties(dist/${name}_${ranks} PROPERTIES LABELS dist TIMEOUT 600
-        ENVIRONMENT "OMP_NUM_THREADS=1;OMP_WAIT_POLICY=passive;OMPI_MCA_btl_vader_single_copy_mechanism=none;ASAN_OPTIONS=leak_check_at_exit=0;LSAN_OPTIONS=suppressions=${CMAKE_SOURCE_DIR}/tests/dist/mpi.supp")
+        ENVIRONMENT "OMP_NUM_THREADS=1;OMP_WAIT_POLICY=passive;OMPI_MCA_btl_vader_single_copy_mechanism=none;LSAN_OPTIONS=detect_leaks=0")
     endforeach()
   endif()
 endforeach()

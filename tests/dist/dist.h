@@ -20,10 +20,6 @@ static struct mt_world world;
     if (ok_err_) fail_msg("rank %d: %s: %s", world.rank, #call, mt_error_message());               \
   } while (0)
 
-/* Leaks, while MPI's plug-ins are still loaded and can be told from our own code (mpi.supp); at
- * exit they no longer can. Not 0 where there are any; absent without AddressSanitizer. */
-int __lsan_do_recoverable_leak_check(void) __attribute__((weak));
-
 /* A rank that fails brings the others down: they would wait for it. */
 #define DIST_MAIN(tests)                                                                           \
   int main(void) {                                                                                 \
@@ -33,9 +29,6 @@ int __lsan_do_recoverable_leak_check(void) __attribute__((weak));
     }                                                                                              \
     if (world.rank != 0 && !freopen("/dev/null", "w", stdout)) return 1;                           \
     int failed = cmocka_run_group_tests(tests, NULL, NULL);                                        \
-    if (!failed && __lsan_do_recoverable_leak_check) {                                             \
-      failed = __lsan_do_recoverable_leak_check();                                                 \
-    }                                                                                              \
     if (failed) mt_world_abort(&world, "tests failed");                                            \
     mt_world_close(&world);                                                                        \
     return failed;                                                                                 \
