@@ -81,6 +81,8 @@ void mt_batch_begin(struct mt_batch *b);
 mt_err mt_batch_add(struct mt_batch *b, const struct mt_sample *s);
 /* To the next multiple within the capacity. */
 void mt_batch_finish(struct mt_batch *b, int pad_multiple);
+/* A batch without a sample becomes so many tokens of padding: operations want some. */
+void mt_batch_pad(struct mt_batch *b, int pad_multiple);
 
 struct mt_loader_options {
   int batch_size;    /* samples a micro-batch */
@@ -88,11 +90,12 @@ struct mt_loader_options {
   int max_seq_length, pad_multiple;
   int lengths; /* padded lengths of a row are to be at most so many; 0: any */
   uint64_t seed;
-  int rank, world; /* data-parallel: this rank takes every world-th sample */
+  int rank, world; /* that read data: this rank takes every world-th sample */
   bool shuffle;    /* anew each epoch, by (seed, epoch) alone */
 };
 
-/* Where the next sample comes from: all the state a resumed run needs. */
+/* Where the next sample of rank 0 comes from, those of the others right behind it: all the state a
+ * resumed run needs, on any number of ranks. */
 struct mt_position {
   int64_t epoch, index;
 };
@@ -120,9 +123,11 @@ mt_err mt_loader_create(struct mt_loader *l, const struct mt_dataset *d,
                         const struct mt_loader_options *options);
 void mt_loader_destroy(struct mt_loader *l);
 /* Fills the step's micro-batches: l->list[0..micro_batches). A step that an epoch's end cuts short
- * goes on with the next epoch's beginning, so every step is full. Allocates nothing. */
+ * goes on with the next epoch's beginning, so every step is full. The samples of a step (of its
+ * micro-batches on all ranks) depend on their number alone. Allocates nothing. */
 mt_err mt_loader_next(struct mt_loader *l);
-/* One batch in file order; MT_EEND behind the last (the last may be short). For evaluation. */
+/* One batch in file order; MT_EEND behind the last (the last may be short). For evaluation: all
+ * ranks get as many, some of which may be padding alone. */
 mt_err mt_loader_next_once(struct mt_loader *l, struct mt_batch **out);
 /* Steps in one epoch, rounded up. */
 int64_t mt_loader_steps_per_epoch(const struct mt_loader *l);

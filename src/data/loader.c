@@ -54,8 +54,7 @@ mt_err mt_batch_add(struct mt_batch *b, const struct mt_sample *s) {
   return MT_OK;
 }
 
-void mt_batch_finish(struct mt_batch *b, int pad_multiple) {
-  int padded = (b->valid_count + pad_multiple - 1) / pad_multiple * pad_multiple;
+static void pad(struct mt_batch *b, int padded) {
   if (padded > b->token_capacity) padded = b->token_capacity;
   for (int i = b->valid_count; i < padded; i++) {
     b->ids[i] = b->positions[i] = 0;
@@ -64,29 +63,35 @@ void mt_batch_finish(struct mt_batch *b, int pad_multiple) {
   b->token_count = padded;
 }
 
+void mt_batch_finish(struct mt_batch *b, int pad_multiple) {
+  pad(b, (b->valid_count + pad_multiple - 1) / pad_multiple * pad_multiple);
+}
+
+void mt_batch_pad(struct mt_batch *b, int pad_multiple) {
+  pad(b, pad_multiple);
+}
+
 int mt_loader_token_capacity(const struct mt_loader_options *o) {
   int64_t tokens = (int64_t)o->batch_size * o->max_seq_length;
   tokens = (tokens + o->pad_multiple - 1) / o->pad_multiple * o->pad_multiple;
   return tokens > INT_MAX ? -1 : (int)tokens;
 }
 
-/* Samples of an epoch that are this rank's: a world's last incomplete round is left out, so that
- * all ranks have the same number. */
-static int64_t share(const struct mt_loader *l) {
-  return mt_dataset_stats(l->data).samples / l->options.world;
-}
-
+/* The epochs' samples are one endless row, of which each round takes one for every rank: so the
+ * samples of a step depend on how many it takes alone, not on the number of ranks. */
 static struct mt_sample take(struct mt_loader *l) {
   uint32_t n = (uint32_t)mt_dataset_stats(l->data).samples;
-  if (l->next.index >= share(l)) l->next = (struct mt_position){l->next.epoch + 1, 0};
-  if (l->order_epoch != l->next.epoch) {
+  while (l->next.index >= n) l->next = (struct mt_position){l->next.epoch + 1, l->next.index - n};
+  struct mt_position at = {l->next.epoch, l->next.index + l->options.rank};
+  if (at.index >= n) at = (struct mt_position){at.epoch + 1, at.index - n};
+  if (l->order_epoch != at.epoch) {
     for (uint32_t i = 0; i < n; i++) l->order[i] = i;
-    struct mt_rng rng = mt_rng_make(l->options.seed, 0x64617461u + (uint64_t)l->next.epoch);
+    struct mt_rng rng = mt_rng_make(l->options.seed, 0x64617461u + (uint64_t)at.epoch);
     if (l->options.shuffle) mt_rng_shuffle(&rng, l->order, n);
-    l->order_epoch = l->next.epoch;
+    l->order_epoch = at.epoch;
   }
-  int64_t i = l->next.index++ * l->options.world + l->options.rank;
-  return mt_dataset_sample(l->data, l->order[i]);
+  l->next.index += l->options.world;
+  return mt_dataset_sample(l->data, l->order[at.index]);
 }
 
 static void finish(const struct mt_loader *l, struct mt_batch *b) {
@@ -227,17 +232,25 @@ mt_err mt_loader_next(struct mt_loader *l) {
 }
 
 mt_err mt_loader_next_once(struct mt_loader *l, struct mt_batch **out) {
+  int64_t n = mt_dataset_stats(l->data).samples;
   *out = &l->batch[0];
   mt_batch_begin(*out);
-  for (int i = 0; i < l->options.batch_size && l->next.index < share(l); i++) {
+  if (l->next.index >= n) return MT_EEND;
+  for (int i = 0; i < l->options.batch_size && l->next.index < n; i++) {
+    if (l->next.index + l->options.rank >= n) {
+      l->next.index = n;
+      break;
+    }
     struct mt_sample s = take(l);
     MT_TRY(mt_batch_add(*out, &s));
   }
   finish(l, *out);
-  return (*out)->sequence_count > 0 ? MT_OK : MT_EEND;
+  /* Other ranks have some: padding joins them. */
+  if ((*out)->sequence_count == 0) mt_batch_pad(*out, l->options.pad_multiple);
+  return MT_OK;
 }
 
 int64_t mt_loader_steps_per_epoch(const struct mt_loader *l) {
-  int64_t step = (int64_t)l->options.batch_size * l->options.micro_batches;
-  return (share(l) + step - 1) / step;
+  int64_t step = (int64_t)l->options.batch_size * l->options.micro_batches * l->options.world;
+  return (mt_dataset_stats(l->data).samples + step - 1) / step;
 }

@@ -326,6 +326,76 @@ static void order_is_a_function_of_the_position(void **state) {
   mt_dataset_close(d);
 }
 
+enum { STEPS = 5, STEP_SAMPLES = 6 };
+
+/* Lines of the samples of each step, of all ranks, sorted within a step; those of the epochs' ends
+ * among them. */
+static void lines_of_steps(struct mt_dataset *d, int world, int batch, int micro,
+                           int64_t lines[STEPS][STEP_SAMPLES]) {
+  struct mt_loader_options o = {.batch_size = batch,
+                                .micro_batches = micro,
+                                .max_seq_length = 64,
+                                .pad_multiple = 1,
+                                .seed = 9,
+                                .world = world,
+                                .shuffle = true};
+  for (o.rank = 0; o.rank < world; o.rank++) {
+    struct mt_loader l;
+    OK(mt_loader_create(&l, d, &o));
+    for (int step = 0; step < STEPS; step++) {
+      OK(mt_loader_next(&l));
+      for (int i = 0; i < batch * micro; i++)
+        lines[step][i * world + o.rank] = l.batch[i / batch].lines[i % batch];
+    }
+    mt_loader_destroy(&l);
+  }
+}
+
+/* What a step takes does not depend on how many ranks take it, not across an epoch's end either. */
+static void steps_are_the_same_on_any_number_of_ranks(void **state) {
+  struct fixture *f = *state;
+  struct mt_dataset *d = many(f, 10);
+  int64_t one[STEPS][STEP_SAMPLES], other[STEPS][STEP_SAMPLES];
+  const int ways[][3] = {{2, 3, 1}, {3, 2, 1}, {6, 1, 1}, {3, 1, 2}, {2, 1, 3}, {1, 2, 3}};
+  lines_of_steps(d, 1, 6, 1, one);
+  for (size_t w = 0; w < sizeof ways / sizeof *ways; w++) {
+    lines_of_steps(d, ways[w][0], ways[w][1], ways[w][2], other);
+    assert_memory_equal(one, other, sizeof one);
+  }
+  mt_dataset_close(d);
+}
+
+/* Ranks share a pass without overlap and come to its end after as many batches, the last of which
+ * may be padding. */
+static void once_through_on_ranks(void **state) {
+  struct fixture *f = *state;
+  struct mt_dataset *d = many(f, 10);
+  for (int world = 1; world <= 4; world++) {
+    int seen[11] = {0}, rounds = (10 + 3 * world - 1) / (3 * world);
+    for (int rank = 0; rank < world; rank++) {
+      struct mt_loader l;
+      struct mt_batch *b;
+      struct mt_loader_options o = {.batch_size = 3,
+                                    .micro_batches = 1,
+                                    .max_seq_length = 64,
+                                    .pad_multiple = 2,
+                                    .rank = rank,
+                                    .world = world};
+      int count = 0;
+      OK(mt_loader_create(&l, d, &o));
+      for (; mt_loader_next_once(&l, &b) == MT_OK; count++) {
+        for (int i = 0; i < b->sequence_count; i++) seen[b->lines[i]]++;
+        if (b->sequence_count == 0) assert_int_equal(b->target_count + b->valid_count, 0);
+        assert_true(b->token_count >= 2);
+      }
+      assert_int_equal(count, rounds);
+      mt_loader_destroy(&l);
+    }
+    for (int i = 1; i <= 10; i++) assert_int_equal(seen[i], 1);
+  }
+  mt_dataset_close(d);
+}
+
 static void once_through(void **state) {
   struct fixture *f = *state;
   struct mt_dataset *d = many(f, 10);
@@ -381,6 +451,8 @@ int main(void) {
       T(rows_are_padded_to_few_lengths),
       T(order_is_a_function_of_the_position),
       T(once_through),
+      T(once_through_on_ranks),
+      T(steps_are_the_same_on_any_number_of_ranks),
       T(templates),
   };
   return cmocka_run_group_tests(tests, NULL, NULL);
