@@ -2,7 +2,9 @@
  * waited for by asking, so that a peer that has died or hangs is noticed in time. */
 #include "par/world.h"
 
+#include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include "base/log.h"
 
@@ -12,7 +14,19 @@
 #include <sched.h>
 #include <time.h>
 
-enum { UNITS = 8, SLOTS = 64 };
+enum { UNITS = 8, SLOTS = 64, PLACE_BYTES = 160 };
+enum { TAG_ASK = 1, TAG_ANSWER };
+
+/* What the ranks tell each other where a call takes too long: who waits where. Who does not answer
+ * is the one that all wait for. */
+struct mt_watch {
+  MPI_Comm comm;
+  int rank, size;
+  double patience_s; /* beyond the time-out, for work of a known size */
+  char doing[64];
+  char mine[PLACE_BYTES];     /* what is being sent */
+  char (*place)[PLACE_BYTES]; /* of each rank, as it answered; "": it has not */
+};
 
 /* A transfer under way. */
 struct slot {
@@ -32,6 +46,8 @@ struct group {
     MPI_Datatype type;
   } unit[UNITS];
   int unit_count;
+  struct mt_watch *watch;
+  int first, stride; /* member p is rank first + p * stride of the world */
 };
 
 static struct group *group_of(const struct mt_comm *c) {
@@ -176,18 +192,79 @@ static double now_s(void) {
   return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
+static void tell(struct mt_watch *w, int to, int tag) {
+  MPI_Request request;
+  if (MPI_Isend(w->mine, PLACE_BYTES, MPI_CHAR, to, tag, w->comm, &request) == MPI_SUCCESS)
+    MPI_Request_free(&request);
+}
+
+/* Answers who asks, and notes answers. */
+static void listen(struct mt_watch *w, const struct mt_comm *c, const char *what) {
+  for (int there = 1; there;) {
+    MPI_Status status;
+    char text[PLACE_BYTES];
+    if (MPI_Iprobe(MPI_ANY_SOURCE, MPI_ANY_TAG, w->comm, &there, &status) || !there) return;
+    if (MPI_Recv(text, PLACE_BYTES, MPI_CHAR, status.MPI_SOURCE, status.MPI_TAG, w->comm,
+                 MPI_STATUS_IGNORE))
+      return;
+    text[PLACE_BYTES - 1] = '\0';
+    snprintf(w->place[status.MPI_SOURCE], PLACE_BYTES, "%s", text);
+    snprintf(w->mine, PLACE_BYTES, "%s of the %s group%s%s", what, c->name, *w->doing ? ", " : "",
+             w->doing);
+    if (status.MPI_TAG == TAG_ASK) tell(w, status.MPI_SOURCE, TAG_ANSWER);
+  }
+}
+
+/* Asks everyone where they wait, for a few seconds, and says who does not answer: first of this
+ * group, else of the world; where all do, somebody who waits elsewhere. */
+static void call_roll(struct mt_comm *c, const char *what, char *out, size_t size_bytes) {
+  struct group *g = group_of(c);
+  struct mt_watch *w = g->watch;
+  double begin = now_s(), limit = c->timeout_s < 3 ? c->timeout_s : 3;
+  snprintf(w->mine, PLACE_BYTES, "%s of the %s group%s%s", what, c->name, *w->doing ? ", " : "",
+           w->doing);
+  for (int p = 0; p < w->size; p++) {
+    if (p != w->rank) tell(w, p, TAG_ASK);
+  }
+  while (now_s() - begin < limit) {
+    listen(w, c, what);
+    nanosleep(&(struct timespec){.tv_nsec = 1000000}, NULL);
+  }
+  snprintf(w->place[w->rank], PLACE_BYTES, "%s", w->mine);
+  for (int p = 0; p < c->size + w->size; p++) {
+    int rank = p < c->size ? g->first + p * g->stride : p - c->size;
+    if (*w->place[rank]) continue;
+    snprintf(out, size_bytes, "rank %d does not answer: it is gone or hangs", rank);
+    return;
+  }
+  for (int p = 0; p < w->size; p++) {
+    if (strcmp(w->place[p], w->mine) == 0) continue;
+    snprintf(out, size_bytes, "rank %d waits elsewhere, in %.120s", p, w->place[p]);
+    return;
+  }
+  snprintf(out, size_bytes, "all ranks are there");
+}
+
+static mt_err too_late(struct mt_comm *c, const char *what, double waited) {
+  char who[256];
+  const struct mt_watch *w = group_of(c)->watch;
+  call_roll(c, what, who, sizeof who);
+  return mt_fail(MT_ECOMM, "%s%s%s group, member %d of %d: %s not done after %.0f s: %s", w->doing,
+                 *w->doing ? ": " : "", c->name, c->rank, c->size, what, waited, who);
+}
+
 static mt_err mpi_wait(struct mt_comm *c, struct mt_transfer *t) {
   struct slot *s = t->impl;
-  double begin = now_s();
+  struct mt_watch *w = group_of(c)->watch;
+  double begin = now_s(), listened = begin;
   for (int done = 0;;) {
     MT_TRY(mpi_check(c, MPI_Test(&s->request, &done, MPI_STATUS_IGNORE), t->what));
     if (done) break;
-    double waited = now_s() - begin;
-    if (waited > c->timeout_s) {
-      return mt_fail(MT_ECOMM,
-                     "%s group, member %d of %d: %s not done after %.0f s: a rank is gone "
-                     "or hangs",
-                     c->name, c->rank, c->size, t->what, waited);
+    double now = now_s(), waited = now - begin;
+    if (waited > c->timeout_s + w->patience_s) return too_late(c, t->what, waited);
+    if (now - listened > 0.05) {
+      listen(w, c, t->what);
+      listened = now;
     }
     /* Ranks may be more than cores; who waits long leaves them to the others. */
     if (waited < 1e-3)
@@ -230,6 +307,9 @@ mt_err mt_world_group(const struct mt_world *w, const struct mt_mesh *mesh, enum
   mt_err err = MT_ENOMEM;
   if (g) {
     g->comm = MPI_COMM_NULL;
+    g->watch = w->watch;
+    g->first = span.first;
+    g->stride = span.stride;
     g->ints = calloc((size_t)SLOTS * 4 * (size_t)span.count, sizeof *g->ints);
   }
   if (!g || !g->ints) {
@@ -256,26 +336,64 @@ static bool launched(void) {
   return false;
 }
 
+static mt_err open_watch(struct mt_world *w) {
+  struct mt_comm all = {.name = "world", .rank = w->rank, .size = w->size};
+  struct mt_watch *watch = calloc(1, sizeof *watch);
+  if (!watch) return mt_fail(MT_ENOMEM, "watch over %d ranks", w->size);
+  *watch = (struct mt_watch){.comm = MPI_COMM_NULL, .rank = w->rank, .size = w->size};
+  w->watch = watch;
+  watch->place = calloc((size_t)w->size, sizeof *watch->place);
+  if (!watch->place) return mt_fail(MT_ENOMEM, "watch over %d ranks", w->size);
+  MT_TRY(mpi_check(&all, MPI_Comm_dup(MPI_COMM_WORLD, &watch->comm), "start"));
+  MPI_Comm_set_errhandler(watch->comm, MPI_ERRORS_RETURN);
+  return MT_OK;
+}
+
 mt_err mt_world_open(struct mt_world *w, double timeout_s) {
-  int threads;
-  *w = (struct mt_world){.size = 1, .timeout_s = timeout_s};
+  int threads, ended = 0;
+  mt_err err;
+  *w = (struct mt_world){.size = 1, .timeout_s = timeout_s, .all = mt_comm_self("world")};
   if (!launched()) return MT_OK;
   struct mt_comm all = {.name = "world", .size = 1};
+  MPI_Finalized(&ended);
+  if (ended) return mt_fail(MT_ECOMM, "MPI has ended: a process can be one of many ranks once");
   MT_TRY(mpi_check(&all, MPI_Init_thread(NULL, NULL, MPI_THREAD_FUNNELED, &threads), "start"));
   w->mpi = true;
   MPI_Comm_set_errhandler(MPI_COMM_WORLD, MPI_ERRORS_RETURN);
-  MT_TRY(mpi_check(&all, MPI_Comm_rank(MPI_COMM_WORLD, &w->rank), "start"));
-  return mpi_check(&all, MPI_Comm_size(MPI_COMM_WORLD, &w->size), "start");
+  MT_GO(mpi_check(&all, MPI_Comm_rank(MPI_COMM_WORLD, &w->rank), "start"));
+  MT_GO(mpi_check(&all, MPI_Comm_size(MPI_COMM_WORLD, &w->size), "start"));
+  MT_GO(open_watch(w));
+  struct mt_mesh flat = {
+      .world = w->size, .dp = w->size, .ep = 1, .pp = 1, .rank = w->rank, .dp_rank = w->rank};
+  MT_GO(mt_world_group(w, &flat, MT_GROUP_WORLD, &w->all));
+done:
+  if (err) mt_world_close(w);
+  return err;
 }
 
 void mt_world_close(struct mt_world *w) {
+  mt_comm_destroy(&w->all);
+  if (w->watch) {
+    if (w->watch->comm != MPI_COMM_NULL) MPI_Comm_free(&w->watch->comm);
+    free(w->watch->place);
+    free(w->watch);
+  }
   if (w->mpi) MPI_Finalize();
-  *w = (struct mt_world){.size = 1};
+  *w = (struct mt_world){.size = 1, .all = mt_comm_self("world")};
+}
+
+void mt_world_doing(struct mt_world *w, const char *what) {
+  if (w && w->watch) snprintf(w->watch->doing, sizeof w->watch->doing, "%s", what);
+}
+
+void mt_world_patience(struct mt_world *w, double seconds) {
+  if (w && w->watch) w->watch->patience_s = seconds;
 }
 
 void mt_world_abort(const struct mt_world *w, const char *message) {
   if (!w->mpi || w->size == 1) return;
-  mt_log(MT_LOG_ERROR, "rank %d: %s", w->rank, message);
+  fprintf(stderr, "moetune: error: rank %d: %s\n", w->rank, message);
+  fflush(NULL);
   MPI_Abort(MPI_COMM_WORLD, 1);
 }
 
@@ -284,7 +402,7 @@ void mt_world_abort(const struct mt_world *w, const char *message) {
 mt_err mt_world_open(struct mt_world *w, double timeout_s) {
   const char *size = getenv("OMPI_COMM_WORLD_SIZE");
   if (!size) size = getenv("PMI_SIZE");
-  *w = (struct mt_world){.size = 1, .timeout_s = timeout_s};
+  *w = (struct mt_world){.size = 1, .timeout_s = timeout_s, .all = mt_comm_self("world")};
   if (!size || strtol(size, NULL, 10) <= 1) return MT_OK;
   return mt_fail(MT_EUNSUPPORTED,
                  "started on %s ranks, but this build has no MPI: install it "
@@ -293,7 +411,15 @@ mt_err mt_world_open(struct mt_world *w, double timeout_s) {
 }
 
 void mt_world_close(struct mt_world *w) {
-  *w = (struct mt_world){.size = 1};
+  *w = (struct mt_world){.size = 1, .all = mt_comm_self("world")};
+}
+
+void mt_world_doing(struct mt_world *w, const char *what) {
+  (void)w, (void)what;
+}
+
+void mt_world_patience(struct mt_world *w, double seconds) {
+  (void)w, (void)seconds;
 }
 
 mt_err mt_world_group(const struct mt_world *w, const struct mt_mesh *mesh, enum mt_group group,

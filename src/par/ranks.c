@@ -90,6 +90,10 @@ mt_err mt_ranks_sum(struct mt_ranks *r, double *numbers, int n) {
   return err;
 }
 
+mt_err mt_ranks_token(struct mt_ranks *r, int32_t *id) {
+  return r ? mt_comm_broadcast(&r->comm[MT_GROUP_WORLD], id, sizeof *id, 0) : MT_OK;
+}
+
 /* Parts of equal size but for the last; part i is elements [start[i], start[i] + count[i]). */
 static void cut(int64_t n, int ranks, int64_t *count, int64_t *start) {
   int64_t each = (n + ranks - 1) / ranks;

@@ -37,6 +37,9 @@ struct mt_shard mt_ranks_shard(const struct mt_mesh *mesh);
 mt_err mt_ranks_sum_counts(struct mt_ranks *r, int64_t *numbers, int n);
 mt_err mt_ranks_sum(struct mt_ranks *r, double *numbers, int n);
 
+/* Rank 0's token for everyone: who generates together must go on alike. *id (=); r may be NULL. */
+mt_err mt_ranks_token(struct mt_ranks *r, int32_t *id);
+
 /* After the backward of a step's last pass: every gradient (=) its sum over the ranks that hold the
  * parameter, and *sumsq (=) the sum of squares of all gradients of the whole model. */
 mt_err mt_ranks_gradients(struct mt_ranks *r, double *sumsq);

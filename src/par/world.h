@@ -6,18 +6,41 @@
 #include "par/comm.h"
 #include "par/mesh.h"
 
-/* Starts MPI where a launcher has started this process (its environment tells) or `force` says so,
- * and gives rank and size; otherwise a world of one, for which MPI is never touched. timeout_s: how
- * long any call waits for its peers. Errors: MT_EUNSUPPORTED in a build without MPI under a
- * launcher of several ranks, MT_ECOMM. */
 struct mt_world {
   int rank, size;
   double timeout_s;
   bool mpi;
+  struct mt_comm all;     /* everyone, before there is a mesh */
+  struct mt_watch *watch; /* the communicators' */
 };
+/* Starts MPI where a launcher has started this process (its environment tells), and gives rank and
+ * size; otherwise a world of one, for which MPI is never touched. timeout_s: how long any call
+ * waits for its peers. Once a process. Errors: MT_EUNSUPPORTED in a build without MPI under a
+ * launcher of several ranks, MT_ECOMM. */
 mt_err mt_world_open(struct mt_world *w, double timeout_s);
-/* Ends MPI. Every communicator must be gone. */
+/* Ends MPI. Every other communicator must be gone. */
 void mt_world_close(struct mt_world *w);
+
+/* What this rank is at, for the messages of calls that take too long. w may be NULL. */
+void mt_world_doing(struct mt_world *w, const char *what);
+/* Peers may take so much longer than the time-out from now on: what they do (reading, writing) is
+ * known to take its time. 0: no longer. w may be NULL. */
+void mt_world_patience(struct mt_world *w, double seconds);
+
+/* Everyone brings its error, MT_OK mostly, and what it wants, and all leave with the same: *wish
+ * (= , may be NULL) the largest of them; the error of the lowest rank that has one, which its
+ * message names unless all have the same. Collective; w may be NULL or one rank: err it is. What
+ * failed in a communicator (MT_ECOMM) does not meet and returns at once: others may never come. */
+mt_err mt_world_meet(struct mt_world *w, mt_err err, int *wish);
+
+/* Refuses a rank whose lines ("name: value\n") are not rank 0's, naming the first that differs.
+ * Collective. Errors, on all ranks: MT_EINVAL. */
+mt_err mt_world_same(struct mt_world *w, const char *what, const char *lines);
+
+/* The end of a run, collective where all is well. Who brings an error waits a few seconds for the
+ * others to bring theirs: then rank 0 keeps the message, which is told once, and the others get an
+ * empty one. If they do not come, prints it with this rank's name and brings all down. */
+mt_err mt_world_end(struct mt_world *w, mt_err err);
 
 /* A host communicator of a group of the mesh. Collective over the world. Errors: MT_ECOMM. */
 mt_err mt_world_group(const struct mt_world *w, const struct mt_mesh *mesh, enum mt_group group,
