@@ -219,7 +219,7 @@ mt_err mt_tuner_evaluate(mt_tuner *t, mt_corpus *c, struct mt_tuner_eval_result 
   struct mt_evaluation e;
   struct mt_loader *l;
   MT_TRY(mt_corpus_loader(c, t, false, &l));
-  MT_TRY(mt_evaluate(&t->s.model, l, NULL, &e));
+  MT_TRY(mt_evaluate(&t->s.model, NULL, l, NULL, &e));
   *out = (struct mt_tuner_eval_result){.loss = e.cross_entropy,
                                        .perplexity = e.perplexity,
                                        .accuracy = e.accuracy,

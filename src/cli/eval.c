@@ -1,4 +1,5 @@
 #include "cli/commands.h"
+#include "cli/ranks.h"
 #include "train/commands.h"
 
 #define S        struct mt_eval_options
@@ -18,6 +19,7 @@ static const struct mt_option rows[] = {
     MT_ROWS_CACHE(S),
     MT_ROW_CHAT_TEMPLATE(S),
     MT_ROWS_DEVICE(S),
+    MT_ROWS_RANKS(S, ),
     MT_ROW_JSON(S),
     {.group = "For comparison with other programs",
      .flag = "ids",
@@ -41,8 +43,15 @@ static mt_err finish(void *options, const struct mt_parsed *parsed) {
   return mt_check_micro_batch(o->batch_size, o->max_seq_length);
 }
 
+static mt_err run_rank(const void *options, struct mt_world *world) {
+  S o = *(const S *)options;
+  o.world = world;
+  return mt_eval_run(&o);
+}
+
 static mt_err run(const void *options) {
-  return mt_eval_run(options);
+  const S *o = options;
+  return mt_run_on_ranks(&mt_command_eval, options, o->comm_timeout_s, run_rank);
 }
 
 const struct mt_command mt_command_eval = {

@@ -1,4 +1,5 @@
 #include "cli/commands.h"
+#include "cli/ranks.h"
 #include "train/commands.h"
 
 struct generate_flags {
@@ -71,6 +72,7 @@ static const struct mt_option rows[] = {
      .initial_note = "stream",
      .help = "Print the answer at once when it is complete, not token by token."},
     MT_ROWS_DEVICE(S),
+    MT_ROWS_RANKS(struct generate_flags, run.),
 };
 
 static mt_err finish(void *options, const struct mt_parsed *parsed) {
@@ -84,9 +86,15 @@ static mt_err finish(void *options, const struct mt_parsed *parsed) {
   return MT_OK;
 }
 
+static mt_err run_rank(const void *options, struct mt_world *world) {
+  S o = ((const struct generate_flags *)options)->run;
+  o.world = world;
+  return mt_generate_run(&o);
+}
+
 static mt_err run(const void *options) {
   const struct generate_flags *f = options;
-  return mt_generate_run(&f->run);
+  return mt_run_on_ranks(&mt_command_generate, options, f->run.comm_timeout_s, run_rank);
 }
 
 const struct mt_command mt_command_generate = {

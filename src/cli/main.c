@@ -11,6 +11,7 @@ enum { EXIT_OK, EXIT_FAILED, EXIT_USAGE };
 
 static int fail(int status, const char *try_help) {
   fflush(stdout);
+  if (!*mt_error_message()) return status; /* another rank tells */
   fprintf(stderr, "moetune: error: %s\n", mt_error_message());
   if (try_help) fprintf(stderr, "Try 'moetune %s'.\n", try_help);
   return status;

@@ -1,5 +1,6 @@
 #include "base/log.h"
 #include "cli/commands.h"
+#include "cli/ranks.h"
 #include "report/report.h"
 #include "train/commands.h"
 
@@ -168,15 +169,7 @@ static const struct mt_option rows[] = {
     MT_ROWS_DEVICE(S),
     MT_ROW_OPTIM_STATE(S),
     MT_ROW_GRAPHS(S),
-    {.flag = "ep-size",
-     .type = MT_OPT_INT,
-     .offset = AT(ep_size),
-     .unit = "RANKS",
-     .initial = "1",
-     .min = 1,
-     .max = 65536,
-     .help = "Ranks over which the experts are spread. This version runs on one rank: 1 alone is "
-             "accepted."},
+    MT_ROWS_RANKS(S, ),
 
     {.group = "Reports and checkpoints",
      .flag = "log-every",
@@ -283,12 +276,6 @@ static const struct mt_option rows[] = {
 
 static mt_err finish(void *options, const struct mt_parsed *parsed) {
   S *o = options;
-  if (o->ep_size != 1) {
-    return mt_fail(MT_EINVAL,
-                   "--ep-size %d: this version runs on one rank, which holds all experts; the size "
-                   "can be 1 alone",
-                   o->ep_size);
-  }
   if (!mt_parsed_given(parsed, "experts")) {
     o->experts = o->improvement >= 2 ? MT_EXPERTS_GROUPED : MT_EXPERTS_LOOP;
   }
@@ -306,20 +293,27 @@ static mt_err finish(void *options, const struct mt_parsed *parsed) {
 }
 
 /* The page tells of a run that failed too, and its own failure is not the run's. */
-static mt_err run(const void *options) {
+static mt_err run_rank(const void *options, struct mt_world *world) {
   const struct train_flags *flags = options;
+  struct mt_train_options o = flags->run;
   char why[1024], page[MT_PATH_MAX], facts[MT_PATH_MAX];
-  mt_err err = mt_train_run(&flags->run);
-  bool recorded = !mt_path_join(facts, flags->run.out, "run.json") && mt_path_exists(facts);
-  if (!flags->report || !recorded) return err;
+  o.world = world;
+  mt_err err = mt_train_run(&o);
+  bool recorded = !mt_path_join(facts, o.out, "run.json") && mt_path_exists(facts);
+  if (!flags->report || !recorded || world->rank != 0) return err;
   snprintf(why, sizeof why, "%s", mt_error_message());
-  const char *dirs[] = {flags->run.out};
+  const char *dirs[] = {o.out};
   struct mt_report_options report = {.dirs = dirs, .dir_count = 1};
   if (mt_report_write(&report, page))
     mt_warn("no report: %s", mt_error_message());
   else
     mt_info("report   %s", page);
   return err ? mt_fail(err, "%s", why) : MT_OK;
+}
+
+static mt_err run(const void *options) {
+  const struct train_flags *flags = options;
+  return mt_run_on_ranks(&mt_command_train, options, flags->run.comm_timeout_s, run_rank);
 }
 
 const struct mt_command mt_command_train = {
@@ -330,12 +324,17 @@ const struct mt_command mt_command_train = {
         "Fine-tunes a Mixtral checkpoint and writes one in the same format. Samples are packed "
         "into rows without seeing each other; the loss is the mean cross-entropy of the answers' "
         "tokens.\n\n"
+        "Started by mpirun or srun, its ranks train one model together: --ep-size of them share "
+        "a layer's experts, and each reads --batch-size samples of its own.\n\n"
         "A run is --warmup-steps plus --train-steps optimizer steps. It ends with the number of "
         "steps and their median time. An interrupted run goes on with --resume.",
     .examples = "  moetune train --model mixtral --data train.jsonl --out runs/first\n"
                 "  moetune train --config run.yaml --lr 1e-5 --resume\n"
                 "  moetune train --model mixtral --data train.jsonl --out runs/head \\\n"
-                "    --freeze 'model.layers.*' --train-steps 100\n",
+                "    --freeze 'model.layers.*' --train-steps 100\n"
+                "  mpirun -n 8 moetune train --model mixtral --data train.jsonl --out runs/eight "
+                "\\\n"
+                "    --ep-size 2 --batch-size 12\n",
     .options = rows,
     .option_count = MT_ROW_COUNT(rows),
     .options_bytes = sizeof(struct train_flags),

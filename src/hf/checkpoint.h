@@ -32,8 +32,9 @@ mt_err mt_hf_check(const struct mt_hf_checkpoint *h);
 bool mt_hf_has_weights(const char *dir);
 void mt_hf_close(struct mt_hf_checkpoint *h);
 
-/* Fills `compute`, and `master` where it is memory of its own, of every row of params. Each byte of
- * the files is read once, through a staging buffer of at most 8 MiB, and its pages let go. */
+/* Fills `compute`, and `master` where it is memory of its own, of every row of params, which may be
+ * a shard's: then no more is read than that. Each byte of the files is read once, through a staging
+ * buffer of at most 8 MiB, and its pages let go. */
 mt_err mt_hf_load(const struct mt_hf_checkpoint *h, const struct mt_params *params,
                   struct mt_backend *be);
 
@@ -48,15 +49,28 @@ mt_err mt_hf_expert_norms(const struct mt_hf_checkpoint *h, const struct mt_para
 
 enum { MT_HF_KEEP = -1 };
 
+/* Where the rows come from when many ranks hold the model. All of them export together; one writes,
+ * the others hand over what they hold, piece by piece. */
+struct mt_hf_gather {
+  bool writes; /* this rank makes the directory */
+  /* Rows [row, row + count) of a learning parameter of the whole model: *dtype (=), and on the rank
+   * that writes out (=); elsewhere out is scratch. */
+  mt_err (*rows)(void *context, const struct mt_param *whole, int64_t row, int64_t count, void *out,
+                 enum mt_dtype *dtype);
+  void *context;
+};
+
 struct mt_hf_export_options {
   int layout;               /* enum mt_hf_layout, or MT_HF_KEEP */
   int dtype;                /* MT_F32, MT_BF16, MT_F16, or MT_HF_KEEP: each tensor as its source */
   uint64_t max_shard_bytes; /* 0: 5 GB */
+  const struct mt_hf_gather *gather; /* NULL: params holds all */
 };
 
 /* Writes a checkpoint directory, which appears whole under its name: weights (learning rows of
  * params from the backend, all others byte for byte from the source), tensors we do not know as
  * they are, config, tokenizer and other small files. params NULL: all from the source (conversion).
+ * With options->gather params is the table of the whole model, whose rows need no memory.
  * Errors: MT_EIO (disk full, not writable) naming the path; the source and an existing out_dir stay
  * whole. */
 mt_err mt_hf_export(const struct mt_hf_checkpoint *h, const struct mt_params *params,

@@ -25,6 +25,7 @@ struct export {
   const struct mt_config *config;
   struct mt_params names; /* rows to write; values by name from `model` */
   const struct mt_params *model;
+  const struct mt_hf_gather *gather;
   struct mt_backend *be;
   uint64_t seed;
   double init_range;
@@ -60,25 +61,34 @@ static mt_err fetch_rows(struct export *x, const struct mt_param *p, int64_t row
     if (out->count > most) out->count = most;
     return MT_OK;
   }
+  out->data = x->wide;
+  if (x->gather)
+    return x->gather->rows(x->gather->context, p, row, out->count, x->wide, &out->dtype);
   const struct mt_tensor *t = live->master.data ? &live->master : &live->compute;
   size_t row_bytes = (size_t)mt_param_row_elems(p) * mt_dtype_bytes(t->dtype);
-  out->data = x->wide;
   out->dtype = t->dtype;
   return x->be->download(x->be, x->wide, (const char *)t->data + (size_t)row * row_bytes,
                          (size_t)out->count * row_bytes);
 }
 
+static bool writes(const struct export *x) {
+  return !x->gather || x->gather->writes;
+}
+
+/* w is NULL on ranks that only hand over what they hold: they make the same way through the same
+ * items. */
 static mt_err write_item(struct export *x, struct mt_st_writer *w, const struct item *it) {
-  if (!it->param) return mt_st_write(w, it->raw->data, it->raw->size_bytes);
+  if (!it->param) return w ? mt_st_write(w, it->raw->data, it->raw->size_bytes) : MT_OK;
   int64_t n = mt_param_row_elems(it->param), most = STAGE_BYTES / (n * 8);
   if (most < 1) most = 1;
   for (int64_t b = 0; b < it->t.blocks; b++) {
     for (int64_t r = 0; r < it->t.block_rows;) {
       struct mt_hf_rows rows = {.count = it->t.block_rows - r < most ? it->t.block_rows - r : most};
       MT_TRY(fetch_rows(x, it->param, it->t.param_row + b * it->t.param_stride + r, &rows));
+      r += rows.count;
+      if (!w) continue;
       mt_dtype_convert(x->stage, it->dtype, rows.data, rows.dtype, (size_t)(rows.count * n));
       MT_TRY(mt_st_write(w, x->stage, (size_t)(rows.count * n) * mt_dtype_bytes(it->dtype)));
-      r += rows.count;
     }
   }
   return MT_OK;
@@ -104,6 +114,11 @@ static void shard_name(char out[64], int shard, int count) {
     snprintf(out, 64, "model.safetensors");
   else
     snprintf(out, 64, "model-%05d-of-%05d.safetensors", shard + 1, count);
+}
+
+static mt_err hand_over(struct export *x) {
+  for (int i = 0; i < x->item_count; i++) MT_TRY(write_item(x, NULL, &x->items[i]));
+  return MT_OK;
 }
 
 static mt_err write_shard(struct export *x, const char *dir, int shard) {
@@ -288,6 +303,10 @@ static mt_err run(struct export *x, const char *files_dir, const char *out_dir,
     err = mt_fail(MT_ENOMEM, "export buffers");
     goto done;
   }
+  if (!writes(x)) {
+    err = hand_over(x);
+    goto done;
+  }
   MT_GO(mt_dir_begin(&txn, out_dir));
   MT_GO(copy_files(x->h, files_dir, txn.temp, o->dtype));
   for (int s = 0; s < x->shard_count; s++) MT_GO(write_shard(x, txn.temp, s));
@@ -305,7 +324,8 @@ done:
 mt_err mt_hf_export(const struct mt_hf_checkpoint *h, const struct mt_params *params,
                     struct mt_backend *be, const char *out_dir,
                     const struct mt_hf_export_options *options) {
-  struct export x = {.h = h, .config = &h->config, .model = params, .be = be};
+  struct export x = {
+      .h = h, .config = &h->config, .model = params, .gather = options->gather, .be = be};
   return run(&x, h->dir, out_dir, options);
 }
 

@@ -1,11 +1,12 @@
 #include "train/data.h"
 
 #include <stdio.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "base/files.h"
+#include "base/hash.h"
 #include "base/log.h"
-#include "train/session.h"
 
 mt_err mt_data_open(const struct mt_tokenizer *tokenizer, struct mt_dataset_options *o,
                     const struct mt_cache_options *cache, struct mt_dataset **out) {
@@ -40,6 +41,51 @@ mt_err mt_data_wait(struct mt_dataset *d, const char *path) {
   }
   if (shown) fputs("\r\033[K", stderr);
   return mt_dataset_wait(d);
+}
+
+mt_err mt_data_begin(const struct mt_session *s, struct mt_dataset_options *o,
+                     const struct mt_cache_options *cache, struct mt_dataset **out) {
+  *out = NULL;
+  return mt_session_speaks(s) ? mt_data_open(s->tokenizer, o, cache, out) : MT_OK;
+}
+
+/* A line that tells data sets apart: every token of every sample counts. */
+static void fingerprint(const struct mt_dataset *d, const char *path, char *out, size_t size) {
+  struct mt_dataset_stats n = mt_dataset_stats(d);
+  struct mt_hash h[3] = {{0}};
+  char text[MT_HASH_TEXT];
+  for (int64_t i = 0; i < n.samples; i++) {
+    struct mt_sample one = mt_dataset_sample(d, i);
+    h[1] = mt_hash_bytes(one.ids, (size_t)one.count * sizeof *one.ids);
+    h[2] = mt_hash_bytes(one.learn, (size_t)one.count);
+    h[0] = mt_hash_bytes(h, sizeof h);
+  }
+  mt_hash_text(h[0], text);
+  snprintf(out, size, "%.200s: %lld samples, %lld tokens, hash %s\n", path, (long long)n.samples,
+           (long long)n.tokens, text);
+}
+
+/* Seconds that tokenising may take. */
+static double tokenising_s(const char *path) {
+  struct stat st;
+  return stat(path, &st) == 0 && S_ISREG(st.st_mode) ? 60 + (double)st.st_size / 1e6 : 1e6;
+}
+
+mt_err mt_data_finish(const struct mt_session *s, struct mt_dataset_options *o,
+                      const struct mt_cache_options *cache, struct mt_dataset **out) {
+  char line[512] = "";
+  mt_world_doing(s->world, "reading data");
+  mt_world_patience(s->world, tokenising_s(o->path));
+  mt_err err = *out ? mt_data_wait(*out, o->path) : MT_OK;
+  err = mt_world_meet(s->world, err, NULL);
+  if (!err && !*out) {
+    err = mt_data_open(s->tokenizer, o, cache, out);
+    if (!err) err = mt_dataset_wait(*out);
+  }
+  if (s->world && !err) fingerprint(*out, o->path, line, sizeof line);
+  err = mt_world_meet(s->world, err, NULL);
+  mt_world_patience(s->world, 0);
+  return err ? err : mt_world_same(s->world, "data file", line);
 }
 
 static void describe_origin(const struct mt_dataset *d) {

@@ -44,7 +44,8 @@ static mt_err evaluate_file(struct mt_session *s, const struct mt_eval_options *
                                 .micro_batches = 1,
                                 .max_seq_length = o->max_seq_length,
                                 .pad_multiple = s->recipe->pad_multiple,
-                                .world = 1};
+                                .rank = mt_session_reader(s),
+                                .world = mt_session_readers(s)};
   struct mt_model_options m = {.experts = MT_EXPERTS_GROUPED,
                                .blocks = MT_BLOCKS_FUSED,
                                .token_capacity = mt_loader_token_capacity(&l),
@@ -55,13 +56,15 @@ static mt_err evaluate_file(struct mt_session *s, const struct mt_eval_options *
   struct mt_routing routing = {0};
   mt_err err;
   if (m.token_capacity < 0) return mt_fail(MT_EINVAL, "batch-size x max-seq-length is too large");
-  MT_GO(mt_data_open(s->tokenizer, &d, &o->cache, &data));
+  MT_GO(mt_world_meet(s->world, mt_data_begin(s, &d, &o->cache, &data), NULL));
   MT_GO(mt_session_load(s, &m, NULL));
-  MT_GO(mt_data_wait(data, o->data));
-  MT_GO(mt_loader_create(&loader, data, &l));
-  MT_GO(mt_routing_create(&routing, &s->model));
-  MT_GO(mt_evaluate(&s->model, &loader, &routing, &e));
-  err = print_evaluation(o, &e, &routing);
+  MT_GO(mt_data_finish(s, &d, &o->cache, &data));
+  err = mt_loader_create(&loader, data, &l);
+  if (!err) err = mt_routing_create(&routing, &s->model);
+  MT_GO(mt_world_meet(s->world, err, NULL));
+  mt_world_doing(s->world, "evaluating");
+  MT_GO(mt_evaluate(&s->model, s->ranks, &loader, &routing, &e));
+  if (mt_session_speaks(s)) err = print_evaluation(o, &e, &routing);
 done:
   mt_routing_destroy(&routing);
   mt_loader_destroy(&loader);
@@ -133,7 +136,8 @@ static mt_err logits_of_ids(struct mt_session *s, const struct mt_eval_options *
   MT_GO(mt_session_load(s, &m, NULL));
   MT_GO(mt_model_eval_pass(&s->model, &b, &loss));
   MT_GO(mt_model_logits(&s->model, 0, n, logits));
-  err = write_logits(o->dump_logits, logits, n, s->checkpoint.config.vocab);
+  if (mt_session_speaks(s))
+    err = write_logits(o->dump_logits, logits, n, s->checkpoint.config.vocab);
 done:
   free(logits);
   mt_batch_destroy(&b);
@@ -146,8 +150,10 @@ mt_err mt_eval_run(const struct mt_eval_options *o) {
   if (!o->data == !o->ids || !o->ids != !o->dump_logits) {
     return mt_fail(MT_EINVAL, "eval takes either --data, or --ids with --dump-logits");
   }
-  MT_TRY(mt_session_open(&s, o->model, &o->device, o->chat_template));
-  mt_err err = o->data ? evaluate_file(&s, o) : logits_of_ids(&s, o);
+  mt_err err = mt_session_open(&s, o->model, &o->device, o->chat_template);
+  err = mt_world_meet(o->world, err, NULL);
+  if (!err) err = mt_session_join(&s, o->world, o->ep_size);
+  if (!err) err = o->data ? evaluate_file(&s, o) : logits_of_ids(&s, o);
   mt_session_close(&s);
   return err;
 }

@@ -79,8 +79,23 @@ static void finish_routing(struct mt_routing *r, const struct mt_model *m) {
     r->entropy[l] = known ? r->entropy[l] / (double)r->tokens : NAN;
 }
 
-mt_err mt_evaluate(struct mt_model *m, struct mt_loader *l, struct mt_routing *routing,
-                   struct mt_evaluation *out) {
+/* What each rank has found, added up. */
+static mt_err add_ranks(struct mt_ranks *ranks, struct mt_routing *routing,
+                        struct mt_evaluation *out, double *sum, int64_t *correct) {
+  int64_t counts[] = {*correct, out->samples, out->targets, routing ? routing->tokens : 0};
+  MT_TRY(mt_ranks_sum(ranks, sum, 1));
+  MT_TRY(mt_ranks_sum_counts(ranks, counts, 4));
+  *correct = counts[0];
+  out->samples = counts[1];
+  out->targets = counts[2];
+  if (!routing) return MT_OK;
+  routing->tokens = counts[3];
+  MT_TRY(mt_ranks_sum_counts(ranks, routing->load, (int)pair_count(routing)));
+  return mt_ranks_sum(ranks, routing->entropy, routing->layers);
+}
+
+mt_err mt_evaluate(struct mt_model *m, struct mt_ranks *ranks, struct mt_loader *l,
+                   struct mt_routing *routing, struct mt_evaluation *out) {
   double sum = 0;
   int64_t correct = 0;
   struct mt_batch *b;
@@ -98,6 +113,7 @@ mt_err mt_evaluate(struct mt_model *m, struct mt_loader *l, struct mt_routing *r
     out->targets += b->target_count;
   }
   if (err != MT_EEND) return err;
+  if (ranks) MT_TRY(add_ranks(ranks, routing, out, &sum, &correct));
   if (routing) finish_routing(routing, m);
   out->cross_entropy = sum / (double)out->targets;
   out->perplexity = exp(out->cross_entropy);

@@ -25,9 +25,11 @@ struct mt_routing {
 mt_err mt_routing_create(struct mt_routing *r, const struct mt_model *m);
 void mt_routing_destroy(struct mt_routing *r);
 
-/* *out (=), and *routing (=) unless NULL. Allocates nothing. */
-mt_err mt_evaluate(struct mt_model *m, struct mt_loader *l, struct mt_routing *routing,
-                   struct mt_evaluation *out);
+/* *out (=), and *routing (=) unless NULL, of all ranks' samples; ranks: NULL, or those that
+ * evaluate together, each with a loader of its own number. Collective then. Allocates nothing on
+ * one rank. */
+mt_err mt_evaluate(struct mt_model *m, struct mt_ranks *ranks, struct mt_loader *l,
+                   struct mt_routing *routing, struct mt_evaluation *out);
 
 /* Smallest and largest share of a layer's choices that one expert got, over all layers.
  * load: [layers,E]. Layers without a choice are passed over; both 0 where all are. */

@@ -94,6 +94,10 @@ mt_err mt_facts_write(const struct mt_run_facts *f, const struct mt_run_result *
   json_t *root = json_object();
   json_t *device = json_pack("{s:s, s:s, s:i}", "backend", be->name, "description", be->description,
                              "threads", be->thread_count);
+  struct mt_mesh mesh = {.world = 1, .dp = 1, .ep = 1, .pp = 1};
+  if (f->session->ranks) mesh = f->session->ranks->mesh;
+  json_t *ranks = json_pack("{s:i, s:i, s:i, s:i}", "world", mesh.world, "data", mesh.dp, "expert",
+                            mesh.ep, "pipeline", mesh.pp);
   json_t *memory = json_pack("{s:I, s:I, s:I, s:I}", "parameters", (json_int_t)m.parameters,
                              "gradients", (json_int_t)m.gradients, "optimizer",
                              (json_int_t)m.optimizer, "activations", (json_int_t)m.activations);
@@ -108,7 +112,8 @@ mt_err mt_facts_write(const struct mt_run_facts *f, const struct mt_run_result *
   bad |= json_object_set_new(root, "data", data(f->data));
   if (f->eval_data) bad |= json_object_set_new(root, "eval_data", data(f->eval_data));
   bad |= json_object_set_new(root, "device", device);
-  bad |= json_object_set_new(root, "memory_bytes", memory);
+  bad |= json_object_set_new(root, "ranks", ranks);
+  bad |= json_object_set_new(root, "memory_bytes", memory); /* of rank 0 */
   char *text = bad ? NULL : mt_json_text(root, JSON_INDENT(2));
   json_decref(root);
   if (!text) return mt_fail(MT_ENOMEM, "run.json");

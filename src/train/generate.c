@@ -14,8 +14,32 @@ static bool print(void *context, const char *bytes, size_t size_bytes) {
 
 static mt_err ask(struct mt_generation *g, const char *text, bool first) {
   MT_TRY(mt_generation_ask(g, text, first));
-  putchar('\n');
+  if (mt_session_speaks(g->s)) putchar('\n');
   return MT_OK;
+}
+
+/* The next line of standard input, which rank 0 alone reads, without its end; length -1: there is
+ * none. */
+static mt_err next_line(struct mt_generation *g, char **line, size_t *capacity, int64_t *length) {
+  struct mt_world *w = g->s->world;
+  mt_err err = MT_OK;
+  if (mt_session_speaks(g->s)) {
+    if (g->o->chat) fputs("> ", stderr);
+    *length = getline(line, capacity, stdin);
+    if (*length < 0 && !feof(stdin)) err = mt_fail(MT_EIO, "cannot read standard input");
+    if (*length > 0 && (*line)[*length - 1] == '\n') (*line)[--*length] = '\0';
+  }
+  if (!w || err) return err;
+  mt_world_patience(w, 1e9); /* a person types */
+  MT_TRY(mt_comm_broadcast(&w->all, length, sizeof *length, 0));
+  mt_world_patience(w, 0);
+  if (*length < 0) return MT_OK;
+  if (w->rank != 0) {
+    char *room = realloc(*line, (size_t)*length + 1);
+    if (!room) return mt_fail(MT_ENOMEM, "a line of %lld bytes", (long long)*length);
+    *line = room;
+  }
+  return mt_comm_broadcast(&w->all, *line, (size_t)*length + 1, 0);
 }
 
 static mt_err converse(struct mt_generation *g) {
@@ -23,17 +47,13 @@ static mt_err converse(struct mt_generation *g) {
   size_t capacity = 0;
   mt_err err = MT_OK;
   bool first = true;
-  for (ssize_t n; !err; first = false) {
-    if (g->o->chat) fputs("> ", stderr);
-    n = getline(&line, &capacity, stdin);
-    if (n < 0) {
-      if (!feof(stdin)) err = mt_fail(MT_EIO, "cannot read standard input");
-      break;
-    }
-    if (n > 0 && line[n - 1] == '\n') line[n - 1] = '\0';
+  for (int64_t n; !err; first = false) {
+    MT_GO(next_line(g, &line, &capacity, &n));
+    if (n < 0) break;
     if (*line) err = ask(g, line, first);
     if (!g->o->chat) g->cache.length = 0; /* each line is a prompt of its own */
   }
+done:
   free(line);
   return err;
 }
@@ -46,9 +66,11 @@ mt_err mt_generate_run(const struct mt_generate_options *o) {
                                .token_capacity = MT_PREFILL_TOKENS,
                                .sequence_capacity = 1};
   mt_err err;
-  MT_GO(mt_session_open(&s, o->model, &o->device, o->chat_template));
+  err = mt_session_open(&s, o->model, &o->device, o->chat_template);
+  MT_GO(mt_world_meet(o->world, err, NULL));
+  MT_GO(mt_session_join(&s, o->world, o->ep_size));
   MT_GO(mt_session_load(&s, &m, NULL));
-  MT_GO(mt_generation_open(&g, &s, o));
+  MT_GO(mt_world_meet(s.world, mt_generation_open(&g, &s, o), NULL));
   g.show = print;
   g.context = (void *)(uintptr_t)o;
   err = o->prompt ? ask(&g, o->prompt, true) : converse(&g);

@@ -35,7 +35,7 @@ static size_t showable(const struct mt_generation *g, bool *stopped) {
 
 /* false where the answer is to end. */
 static bool show(struct mt_generation *g, size_t till) {
-  if (till <= g->shown) return true;
+  if (till <= g->shown || !mt_session_speaks(g->s)) return true;
   size_t from = g->shown;
   g->shown = till;
   return g->show(g->context, g->said.text + from, till - from);
@@ -48,6 +48,7 @@ static mt_err answer(struct mt_generation *g) {
   g->said.size = g->shown = 0;
   for (int n = 0; n < g->o->max_new_tokens && !stopped; n++) {
     int32_t id = mt_sampler_pick(&g->sampler, g->o->temperature, g->o->top_p, &g->rng);
+    MT_GO(mt_ranks_token(g->s->ranks, &id));
     if (id < 0) {
       err = mt_fail(MT_ENUMERIC, "the model's logits are NaN");
       break;

@@ -30,10 +30,10 @@ mt_err mt_generation_open(struct mt_generation *g, struct mt_session *s,
                           const struct mt_generate_options *o);
 void mt_generation_close(struct mt_generation *g);
 
-/* Asks one thing and shows the answer. In a conversation (o->chat; first: its beginning) the cache
- * holds what was said before; otherwise set g->cache.length to 0 before asking again.
- * Errors: MT_EINVAL for a prompt that is empty or does not fit; MT_EFORMAT for one that is no
- * UTF-8; MT_ENUMERIC. */
+/* Asks one thing and shows the answer (rank 0 does; where there are others, all ask the same). In a
+ * conversation (o->chat; first: its beginning) the cache holds what was said before; otherwise set
+ * g->cache.length to 0 before asking again. Errors: MT_EINVAL for a prompt that is empty or does
+ * not fit; MT_EFORMAT for one that is no UTF-8; MT_ENUMERIC. */
 mt_err mt_generation_ask(struct mt_generation *g, const char *text, bool first);
 
 #endif

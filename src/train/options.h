@@ -10,6 +10,8 @@
 #include "model/model.h"
 #include "train/optimizer.h"
 
+struct mt_world;
+
 /* Where and in which format a command computes. */
 struct mt_device_options {
   const char *device;    /* "auto" (a GPU where there is one), "cpu", "cuda" */
@@ -38,19 +40,21 @@ struct mt_train_options {
   const char *model; /* checkpoint directory to start from */
   const char *data;  /* JSON lines */
   const char *eval_data;
-  const char *out;      /* run directory; the final checkpoint lies in it */
-  const char *resume;   /* NULL: fresh; "": the newest checkpoint under out; else that directory */
-  int improvement;      /* 0..2, the rung that preset experts and blocks */
-  int ep_size;          /* expert-parallel ranks: 1 */
-  int batch_size;       /* samples a rank and micro-batch */
-  int max_seq_length;   /* tokens; longer samples are truncated */
-  int64_t warmup_steps; /* before train_steps */
-  int64_t train_steps;  /* 0: as many as `epochs` gives, less the warm-up */
-  double epochs;        /* passes over the data when train_steps is 0; may be a fraction */
-  int grad_accum;       /* micro-batches a step */
-  double lr;            /* peak */
-  int lr_schedule;      /* enum mt_schedule */
-  double weight_decay;  /* on matrices alone */
+  const char *out;    /* run directory; the final checkpoint lies in it */
+  const char *resume; /* NULL: fresh; "": the newest checkpoint under out; else that directory */
+  int improvement;    /* 0..2, the rung that preset experts and blocks */
+  struct mt_world *world; /* the ranks that train together; NULL: this process alone */
+  int ep_size;            /* of them, those that share a layer's experts */
+  double comm_timeout_s;  /* how long they wait for each other */
+  int batch_size;         /* samples a rank and micro-batch */
+  int max_seq_length;     /* tokens; longer samples are truncated */
+  int64_t warmup_steps;   /* before train_steps */
+  int64_t train_steps;    /* 0: as many as `epochs` gives, less the warm-up */
+  double epochs;          /* passes over the data when train_steps is 0; may be a fraction */
+  int grad_accum;         /* micro-batches a step */
+  double lr;              /* peak */
+  int lr_schedule;        /* enum mt_schedule */
+  double weight_decay;    /* on matrices alone */
   double adam_beta1, adam_beta2, adam_eps;
   double grad_clip; /* global norm; 0: none */
   uint64_t seed;    /* order of samples */
@@ -82,6 +86,9 @@ struct mt_train_options {
 /* `moetune eval`: mean cross-entropy, perplexity and accuracy of a file's targets. */
 struct mt_eval_options {
   const char *model, *data;
+  struct mt_world *world; /* as in training */
+  int ep_size;
+  double comm_timeout_s;
   int batch_size, max_seq_length;
   struct mt_device_options device;
   bool train_on_prompt, skip_bad_lines;
@@ -95,6 +102,9 @@ struct mt_eval_options {
 /* `moetune generate`. */
 struct mt_generate_options {
   const char *model;
+  struct mt_world *world; /* as in training */
+  int ep_size;
+  double comm_timeout_s;
   const char *prompt;        /* NULL: standard input (chat: a conversation, line by line) */
   bool chat;                 /* wrap in the chat template */
   const char *system;        /* system message of a chat, or NULL */

@@ -94,9 +94,10 @@ static mt_err open_cache(struct mt_samples *x) {
     if (x->prompt[i].ids.count > longest) longest = x->prompt[i].ids.count;
   }
   mt_err err = mt_kv_cache_create(&x->cache, &x->s->model, (int64_t)longest + x->new_tokens);
-  if (!err) return MT_OK;
-  mt_warn("no samples: %s", mt_error_message());
-  forget_prompts(x);
+  int failed = err != MT_OK;
+  if (err) mt_warn("no samples: %s", mt_error_message());
+  MT_TRY(mt_world_meet(x->s->world, MT_OK, &failed)); /* all ask or none does */
+  if (failed) forget_prompts(x);
   return MT_OK;
 }
 
@@ -108,9 +109,10 @@ mt_err mt_samples_open(struct mt_samples *x, struct mt_session *s,
   mt_err err = MT_OK;
   *x = (struct mt_samples){.s = s, .new_tokens = options->sample_tokens};
   if (wanted > MT_SAMPLES_MAX) wanted = MT_SAMPLES_MAX;
+  bool writes = mt_session_speaks(s);
   MT_TRY(mt_path_join(path, options->out, "samples.jsonl"));
-  if (resume) MT_TRY(mt_lines_keep(path, first_step));
-  if (!resume && mt_path_exists(path)) MT_TRY(mt_file_write_atomic(path, "", 0));
+  if (writes && resume) MT_TRY(mt_lines_keep(path, first_step));
+  if (writes && !resume && mt_path_exists(path)) MT_TRY(mt_file_write_atomic(path, "", 0));
   if (wanted <= 0 || (!held_out && options->sample_prompts.count == 0)) return MT_OK;
   x->prompt = calloc((size_t)wanted, sizeof *x->prompt);
   if (!x->prompt) return mt_fail(MT_ENOMEM, "%d samples", wanted);
@@ -121,8 +123,8 @@ mt_err mt_samples_open(struct mt_samples *x, struct mt_session *s,
   if (x->count > 0) MT_GO(open_cache(x));
   if (x->count == 0) return MT_OK;
   MT_GO(mt_sampler_create(&x->sampler, s->checkpoint.config.vocab));
-  x->file = fopen(path, resume ? "ae" : "we");
-  if (!x->file) err = mt_fail(MT_EIO, "cannot write '%s': %s", path, strerror(errno));
+  if (writes) x->file = fopen(path, resume ? "ae" : "we");
+  if (writes && !x->file) err = mt_fail(MT_EIO, "cannot write '%s': %s", path, strerror(errno));
 done:
   if (err) mt_samples_close(x);
   return err;
@@ -146,6 +148,7 @@ static mt_err answer(struct mt_samples *x, const struct mt_sample_prompt *p) {
   MT_TRY(feed(x, &p->ids));
   for (int n = 0; n < x->new_tokens; n++) {
     int32_t id = mt_sampler_pick(&x->sampler, 0, 1, NULL);
+    MT_TRY(mt_ranks_token(x->s->ranks, &id));
     if (id < 0) return mt_fail(MT_ENUMERIC, "the model's logits are NaN");
     if (id == x->s->checkpoint.config.eos_id) break;
     MT_TRY(mt_ids_append(&x->said, id));
@@ -178,7 +181,7 @@ static mt_err write_line(struct mt_samples *x, int64_t step, int index) {
 mt_err mt_samples_take(struct mt_samples *x, int64_t step) {
   for (int i = 0; i < x->count; i++) {
     MT_TRY(answer(x, &x->prompt[i]));
-    MT_TRY(write_line(x, step, i));
+    if (x->file) MT_TRY(write_line(x, step, i));
   }
   return MT_OK;
 }

@@ -19,7 +19,7 @@ struct mt_sample_prompt {
 
 struct mt_samples {
   struct mt_session *s;
-  FILE *file;
+  FILE *file; /* NULL on ranks that do not write */
   struct mt_sample_prompt *prompt;
   int count; /* 0: nothing is asked */
   int new_tokens;
@@ -38,8 +38,8 @@ struct mt_samples {
 mt_err mt_samples_open(struct mt_samples *x, struct mt_session *s,
                        const struct mt_train_options *options, const struct mt_dataset *held_out,
                        int64_t first_step, bool resume);
-/* Answers every question with the model as it is. Changes nothing that training reads.
- * Errors: MT_ENUMERIC, MT_EIO. */
+/* Answers every question with the model as it is; many ranks do so together, and rank 0 writes.
+ * Changes nothing that training reads. Errors: MT_ENUMERIC, MT_EIO. */
 mt_err mt_samples_take(struct mt_samples *x, int64_t step);
 void mt_samples_close(struct mt_samples *x);
 

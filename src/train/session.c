@@ -57,21 +57,79 @@ done:
   return err;
 }
 
-mt_err mt_session_load(struct mt_session *s, const struct mt_model_options *options,
-                       const struct mt_string_list *freeze) {
-  struct mt_params params;
+mt_err mt_session_join(struct mt_session *s, struct mt_world *world, int ep_size) {
+  struct mt_mesh mesh;
+  int size = world ? world->size : 1;
+  s->world = size > 1 ? world : NULL;
+  if (size == 1 && ep_size > 1) {
+    return mt_fail(MT_EINVAL,
+                   "--ep-size %d on one rank: start it on a multiple of %d, as in mpirun -n %d "
+                   "moetune ...",
+                   ep_size, ep_size, ep_size);
+  }
+  if (size == 1) return MT_OK;
+  MT_TRY(mt_mesh_make(&s->checkpoint.config, size, world->rank, ep_size, 1, &mesh));
+  MT_TRY(mt_ranks_open(&s->members, world, &mesh));
+  s->ranks = &s->members;
+  return MT_OK;
+}
+
+bool mt_session_speaks(const struct mt_session *s) {
+  return !s->world || s->world->rank == 0;
+}
+
+int mt_session_readers(const struct mt_session *s) {
+  return s->ranks ? mt_mesh_readers(&s->ranks->mesh) : 1;
+}
+
+int mt_session_reader(const struct mt_session *s) {
+  return s->ranks ? mt_mesh_reader(&s->ranks->mesh) : 0;
+}
+
+static mt_err load(struct mt_session *s, const struct mt_model_options *options,
+                   const struct mt_string_list *freeze) {
+  const struct mt_config *c = &s->checkpoint.config;
+  struct mt_model_options o = *options;
+  struct mt_params params = {0};
   mt_err err;
-  MT_TRY(mt_params_build(&s->checkpoint.config, NULL, &params));
-  if (freeze) MT_GO(mt_hf_freeze(&s->checkpoint.config, &params, freeze->item, freeze->count));
-  MT_GO(mt_model_create(&s->model, &s->checkpoint.config, &params, s->recipe, &s->be, options));
+  if (s->ranks) o.shard = mt_ranks_shard(&s->ranks->mesh);
+  MT_GO(mt_params_build(c, NULL, &s->whole));
+  MT_GO(mt_params_build(c, s->ranks ? &o.shard : NULL, &params));
+  if (freeze) {
+    MT_GO(mt_hf_freeze(c, &s->whole, freeze->item, freeze->count));
+    MT_GO(mt_hf_freeze(c, &params, freeze->item, freeze->count));
+  }
+  MT_GO(mt_model_create(&s->model, c, &params, s->recipe, &s->be, &o));
   MT_GO(mt_hf_load(&s->checkpoint, &s->model.params, &s->be));
 done:
   mt_params_free(&params);
   return err;
 }
 
+/* Bytes a second that reading and writing may be expected to reach at least. */
+enum { SLOWEST_BYTES_S = 20 << 20 };
+
+double mt_session_patience_s(const struct mt_session *s) {
+  double elements = 0;
+  for (int i = 0; i < s->whole.count; i++) elements += (double)mt_param_count(&s->whole.row[i]);
+  return elements * 16 / SLOWEST_BYTES_S;
+}
+
+mt_err mt_session_load(struct mt_session *s, const struct mt_model_options *options,
+                       const struct mt_string_list *freeze) {
+  mt_world_doing(s->world, "loading the model");
+  mt_err err = load(s, options, freeze);
+  mt_world_patience(s->world, mt_session_patience_s(s));
+  err = mt_world_meet(s->world, err, NULL);
+  mt_world_patience(s->world, 0);
+  if (!err && s->ranks) err = mt_ranks_join(s->ranks, &s->model);
+  return err;
+}
+
 void mt_session_close(struct mt_session *s) {
+  if (s->ranks) mt_ranks_close(s->ranks);
   if (s->model.be) mt_model_destroy(&s->model);
+  mt_params_free(&s->whole);
   mt_backend_destroy(&s->be);
   mt_tokenizer_free(s->tokenizer);
   mt_hf_close(&s->checkpoint);
@@ -82,8 +140,8 @@ struct mt_parameter_counts mt_session_parameters(const struct mt_session *s) {
   const struct mt_config *c = &s->checkpoint.config;
   struct mt_parameter_counts n = {0};
   int64_t routed = 0;
-  for (int i = 0; i < s->model.params.count; i++) {
-    const struct mt_param *p = &s->model.params.row[i];
+  for (int i = 0; i < s->whole.count; i++) {
+    const struct mt_param *p = &s->whole.row[i];
     n.total += mt_param_count(p);
     if (p->learns) n.learning += mt_param_count(p);
     if (p->sync == MT_SYNC_EXPERT) routed += mt_param_count(p);
@@ -103,4 +161,8 @@ void mt_session_describe(const struct mt_session *s) {
     mt_info("device   %s: %s, %s", s->be.name, s->be.description, s->recipe->name);
   else
     mt_info("device   %s, %d threads, %s", s->be.name, s->be.thread_count, s->recipe->name);
+  if (!s->ranks) return;
+  const struct mt_mesh *m = &s->ranks->mesh;
+  mt_info("ranks    %d: %d x data, %d x expert, %d x pipeline; %lld of %d experts a layer each",
+          m->world, m->dp, m->ep, m->pp, (long long)(m->expert_end - m->expert_begin), c->experts);
 }

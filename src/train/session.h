@@ -4,6 +4,7 @@
 
 #include "data/dataset.h"
 #include "hf/checkpoint.h"
+#include "par/ranks.h"
 #include "train/options.h"
 
 struct mt_session {
@@ -13,6 +14,10 @@ struct mt_session {
   const struct mt_recipe *recipe;
   struct mt_backend be;
   struct mt_model model;
+  struct mt_params whole;  /* the table of all ranks' model, without memory */
+  struct mt_world *world;  /* NULL: this process is alone */
+  struct mt_ranks members; /* where there are several */
+  struct mt_ranks *ranks;  /* they, or NULL */
 };
 
 /* The recipe and the backend that options name. Errors: MT_EUNSUPPORTED naming what there is not.
@@ -27,10 +32,24 @@ bool mt_device_graphs(const struct mt_device_options *o);
  * and backend. Errors: those of the rooms; a tokenizer with more ids than the model has rows. */
 mt_err mt_session_open(struct mt_session *s, const char *model_dir,
                        const struct mt_device_options *device, const char *chat_template);
-/* Builds the model with the freeze patterns applied and loads the weights. */
+/* The place of this process among the ranks of world (which may be NULL: alone), before anything of
+ * the model is read. Collective. Errors: MT_EINVAL for sizes that do not go together;
+ * MT_EUNSUPPORTED. */
+mt_err mt_session_join(struct mt_session *s, struct mt_world *world, int ep_size);
+/* Is this the rank that writes files and speaks? */
+bool mt_session_speaks(const struct mt_session *s);
+/* How many ranks read data, and this one's number among them. */
+int mt_session_readers(const struct mt_session *s);
+int mt_session_reader(const struct mt_session *s);
+
+/* Builds the model, or this rank's part of it (options->shard is filled in), with the freeze
+ * patterns applied and loads the weights. Collective. */
 mt_err mt_session_load(struct mt_session *s, const struct mt_model_options *options,
                        const struct mt_string_list *freeze);
 void mt_session_close(struct mt_session *s);
+/* Seconds that reading or writing a model of this size with its state may take: what ranks must be
+ * ready to wait for one that does. */
+double mt_session_patience_s(const struct mt_session *s);
 
 /* What a token uses of all parameters, and what learns. */
 struct mt_parameter_counts {

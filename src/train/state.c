@@ -11,6 +11,7 @@
 
 #include "base/json.h"
 #include "base/log.h"
+#include "par/collect.h"
 #include "train/checksums.h"
 
 enum { STATE_VERSION = 1, STAGE_BYTES = 8 << 20, STATE_LIMIT = 1 << 20 };
@@ -18,69 +19,95 @@ enum { STATE_VERSION = 1, STAGE_BYTES = 8 << 20, STATE_LIMIT = 1 << 20 };
 static const char tensors_name[] = "moetune-state.safetensors";
 static const char facts_name[] = "moetune-state.json";
 
-/* The optimizer's copies of a parameter: X(suffix, field). */
-#define FORMS(X) X("master", master) X("m", m) X("v", v)
+/* The optimizer's copies of a parameter, and what they are called there. */
+static const struct {
+  const char *suffix;
+  enum mt_form form;
+} kept[] = {{"master", MT_FORM_MASTER}, {"m", MT_FORM_M}, {"v", MT_FORM_V}};
+enum { KEPT = sizeof kept / sizeof *kept };
 
 struct form {
   char name[64];
-  struct mt_tensor tensor;
+  const struct mt_param *whole;
+  enum mt_form form;
 };
 
-/* Lists what must be kept; *out is freed by the caller. */
-static mt_err list_forms(const struct mt_params *params, struct form **out, int *count) {
-  struct form *f = calloc((size_t)params->count * 3, sizeof *f);
+/* Lists what must be kept, of the whole model; *out is freed by the caller. */
+static mt_err list_forms(const struct mt_params *whole, struct form **out, int *count) {
+  struct form *f = calloc((size_t)whole->count * KEPT, sizeof *f);
   if (!f) return mt_fail(MT_ENOMEM, "training state");
   int n = 0;
-  for (int i = 0; i < params->count; i++) {
-    const struct mt_param *p = &params->row[i];
-    if (!p->learns) continue;
-#define X(suffix, field)                                                                           \
-  snprintf(f[n].name, sizeof f[n].name, "%s." suffix, p->name);                                    \
-  f[n++].tensor = p->field;
-    FORMS(X)
-#undef X
+  for (int i = 0; i < whole->count; i++) {
+    const struct mt_param *p = &whole->row[i];
+    for (int k = 0; p->learns && k < KEPT; k++) {
+      f[n] = (struct form){.whole = p, .form = kept[k].form};
+      snprintf(f[n++].name, sizeof f->name, "%s.%s", p->name, kept[k].suffix);
+    }
   }
   *out = f;
   *count = n;
   return MT_OK;
 }
 
+/* Elements [begin, begin + n) of a form of the whole model: out (=) on the rank that writes. */
+static mt_err fetch(struct mt_session *s, const struct form *f, int64_t begin, int64_t n,
+                    void *out) {
+  if (s->ranks) return mt_ranks_collect(s->ranks, f->whole, f->form, begin, n, out);
+  const struct mt_param *p = mt_params_find(&s->model.params, f->whole->kind, f->whole->layer);
+  struct mt_tensor t = mt_param_form(p, f->form);
+  size_t item = mt_dtype_bytes(t.dtype);
+  return s->be.download(&s->be, out, (const char *)t.data + (size_t)begin * item, (size_t)n * item);
+}
+
+/* w: NULL on a rank that hands over only. */
+static mt_err save_form(struct mt_session *s, const struct form *f, struct mt_st_writer *w,
+                        void *stage) {
+  size_t item = mt_dtype_bytes(s->recipe->state);
+  int64_t all = mt_param_count(f->whole), most = STAGE_BYTES / (int64_t)item;
+  for (int64_t at = 0; at < all; at += most) {
+    int64_t n = all - at < most ? all - at : most;
+    MT_TRY(fetch(s, f, at, n, stage));
+    if (w) MT_TRY(mt_st_write(w, stage, (size_t)n * item));
+  }
+  return MT_OK;
+}
+
+static mt_err create_tensors(const struct mt_session *s, const struct form *forms, int count,
+                             const char *path, struct mt_st_writer *w) {
+  struct mt_st_entry *entries = calloc((size_t)count + 1, sizeof *entries);
+  if (!entries) return mt_fail(MT_ENOMEM, "training state");
+  for (int i = 0; i < count; i++) {
+    const struct mt_param *p = forms[i].whole;
+    entries[i] = (struct mt_st_entry){.name = forms[i].name,
+                                      .dtype_name = mt_dtype_name(s->recipe->state),
+                                      .rank = p->rank,
+                                      .dim = {p->dim[0], p->dim[1], p->dim[2]},
+                                      .size_bytes = (size_t)mt_param_count(p) *
+                                                    mt_dtype_bytes(s->recipe->state)};
+  }
+  mt_err err = mt_st_create(w, path, entries, (size_t)count);
+  free(entries);
+  return err;
+}
+
+/* path: NULL on a rank that hands over only. */
 static mt_err save_tensors(struct mt_session *s, const char *path) {
-  struct form *forms;
-  struct mt_st_entry *entries = NULL;
+  struct form *forms = NULL;
   struct mt_st_writer w = {.fd = -1};
-  char *stage = NULL;
   int count;
-  mt_err err;
-  MT_TRY(list_forms(&s->model.params, &forms, &count));
-  entries = calloc((size_t)count + 1, sizeof *entries);
-  stage = malloc(STAGE_BYTES);
-  if (!entries || !stage) {
+  mt_err err = MT_OK;
+  MT_TRY(list_forms(&s->whole, &forms, &count));
+  void *stage = malloc(STAGE_BYTES);
+  if (!stage) {
     err = mt_fail(MT_ENOMEM, "training state");
     goto done;
   }
-  for (int i = 0; i < count; i++) {
-    const struct mt_tensor *t = &forms[i].tensor;
-    entries[i] = (struct mt_st_entry){.name = forms[i].name,
-                                      .dtype_name = mt_dtype_name(t->dtype),
-                                      .rank = t->rank,
-                                      .dim = {t->dim[0], t->dim[1], t->dim[2]},
-                                      .size_bytes = mt_bytes(t)};
-  }
-  MT_GO(mt_st_create(&w, path, entries, (size_t)count));
-  for (int i = 0; i < count; i++) {
-    size_t bytes = mt_bytes(&forms[i].tensor);
-    for (size_t at = 0; at < bytes; at += STAGE_BYTES) {
-      size_t n = bytes - at < STAGE_BYTES ? bytes - at : STAGE_BYTES;
-      MT_GO(s->be.download(&s->be, stage, (char *)forms[i].tensor.data + at, n));
-      MT_GO(mt_st_write(&w, stage, n));
-    }
-  }
-  MT_GO(mt_st_finish(&w));
+  if (path) MT_GO(create_tensors(s, forms, count, path, &w));
+  for (int i = 0; i < count; i++) MT_GO(save_form(s, &forms[i], path ? &w : NULL, stage));
+  if (path) MT_GO(mt_st_finish(&w));
 done:
   mt_st_abort(&w);
   free(stage);
-  free(entries);
   free(forms);
   return err;
 }
@@ -93,13 +120,14 @@ static json_t *shared_options(const struct mt_train_options *o, const struct mt_
                    o->train_on_prompt);
 }
 
+/* The position is one of all ranks' samples; readers says how many share a micro-batch. */
 static mt_err save_facts(const struct mt_optimizer *o, const struct mt_loader *l,
                          const struct mt_train_options *options, const char *path) {
   json_t *root =
-      json_pack("{s:i, s:I, s:I, s:I, s:I, s:o}", "version", STATE_VERSION, "step",
+      json_pack("{s:i, s:I, s:I, s:I, s:I, s:i, s:o}", "version", STATE_VERSION, "step",
                 (json_int_t)o->step, "epoch", (json_int_t)l->next.epoch, "index",
                 (json_int_t)l->next.index, "samples", (json_int_t)mt_dataset_stats(l->data).samples,
-                "options", shared_options(options, o->model->recipe));
+                "readers", l->options.world, "options", shared_options(options, o->model->recipe));
   char *text = mt_json_text(root, JSON_INDENT(2));
   json_decref(root);
   if (!text) return mt_fail(MT_ENOMEM, "training state");
@@ -108,28 +136,62 @@ static mt_err save_facts(const struct mt_optimizer *o, const struct mt_loader *l
   return err;
 }
 
-mt_err mt_state_save(struct mt_session *s, const struct mt_optimizer *o, const struct mt_loader *l,
-                     const struct mt_train_options *options, char path[MT_PATH_MAX]) {
-  char name[64], file[MT_PATH_MAX];
+static mt_err give_rows(void *context, const struct mt_param *whole, int64_t row, int64_t count,
+                        void *out, enum mt_dtype *dtype) {
+  struct mt_session *s = context;
+  int64_t n = mt_param_row_elems(whole);
+  *dtype = s->recipe->state;
+  return mt_ranks_collect(s->ranks, whole, MT_FORM_MASTER, row * n, count * n, out);
+}
+
+mt_err mt_state_export(struct mt_session *s, const char *dir, uint64_t max_shard_bytes) {
+  struct mt_hf_gather gather = {.writes = mt_session_speaks(s), .rows = give_rows, .context = s};
+  struct mt_hf_export_options o = {.layout = MT_HF_KEEP,
+                                   .dtype = MT_HF_KEEP,
+                                   .max_shard_bytes = max_shard_bytes,
+                                   .gather = s->ranks ? &gather : NULL};
+  return mt_hf_export(&s->checkpoint, s->ranks ? &s->whole : &s->model.params, &s->be, dir, &o);
+}
+
+/* The rank that writes. */
+static mt_err write_checkpoint(struct mt_session *s, const struct mt_optimizer *o,
+                               const struct mt_loader *l, const struct mt_train_options *options,
+                               const char *path) {
+  char file[MT_PATH_MAX];
   struct mt_dir_txn txn = {0};
-  struct mt_hf_export_options export = {MT_HF_KEEP, MT_HF_KEEP, options->max_shard_bytes};
   mt_err err;
-  snprintf(name, sizeof name, "checkpoint-%lld", (long long)o->step);
-  MT_GO(mt_path_join(path, options->out, name));
   MT_GO(mt_dir_begin(&txn, path));
-  MT_GO(mt_hf_export(&s->checkpoint, &s->model.params, &s->be, txn.temp, &export));
+  MT_GO(mt_state_export(s, txn.temp, options->max_shard_bytes));
   MT_GO(mt_path_join(file, txn.temp, tensors_name));
   MT_GO(save_tensors(s, file));
   MT_GO(mt_path_join(file, txn.temp, facts_name));
   MT_GO(save_facts(o, l, options, file));
   MT_GO(mt_checksums_write(txn.temp));
   MT_GO(mt_dir_commit(&txn));
-  /* The next export copies the small files from here: the checkpoint that the run was resumed from
-   * may be removed by then. */
-  snprintf(s->checkpoint.dir, sizeof s->checkpoint.dir, "%s", path);
 done:
   mt_dir_abort(&txn);
   return err;
+}
+
+mt_err mt_state_save(struct mt_session *s, const struct mt_optimizer *o, const struct mt_loader *l,
+                     const struct mt_train_options *options, char path[MT_PATH_MAX]) {
+  char name[64];
+  mt_err err;
+  snprintf(name, sizeof name, "checkpoint-%lld", (long long)o->step);
+  MT_TRY(mt_path_join(path, options->out, name));
+  if (mt_session_speaks(s)) {
+    err = write_checkpoint(s, o, l, options, path);
+  } else {
+    err = mt_state_export(s, path, options->max_shard_bytes);
+    if (!err) err = save_tensors(s, NULL);
+  }
+  /* A failure is not brought here: who hands over may be waiting for this rank (mt_world_end). */
+  MT_TRY(err);
+  MT_TRY(mt_world_meet(s->world, MT_OK, NULL));
+  /* The next export copies the small files from here: the checkpoint that the run was resumed from
+   * may be removed by then. */
+  snprintf(s->checkpoint.dir, sizeof s->checkpoint.dir, "%s", path);
+  return MT_OK;
 }
 
 /* The largest N below `limit` of OUT/checkpoint-N; -1: none. */
@@ -158,9 +220,9 @@ static mt_err remove_checkpoint(const char *out, int64_t n) {
 
 mt_err mt_state_retain(const char *out, int64_t step, int keep) {
   int64_t n = step + 1;
-  for (int kept = 0; keep > 0 && n >= 0; kept++) {
+  for (int left = 0; keep > 0 && n >= 0; left++) {
     below(out, n, &n);
-    if (n >= 0 && kept >= keep) MT_TRY(remove_checkpoint(out, n));
+    if (n >= 0 && left >= keep) MT_TRY(remove_checkpoint(out, n));
   }
   return MT_OK;
 }
@@ -222,44 +284,59 @@ mt_err mt_state_verify(const char *path) {
   return MT_OK;
 }
 
+/* What of the file's tensor of a form is here. */
+static mt_err load_form(const char *path, const struct mt_st_file *file, struct mt_session *s,
+                        const struct mt_param *p, int k) {
+  const struct mt_param *whole = mt_params_find(&s->whole, p->kind, p->layer);
+  enum mt_dtype dtype = s->recipe->state;
+  size_t item = mt_dtype_bytes(dtype), n = (size_t)mt_param_count(p);
+  size_t first = (size_t)p->first * (n / (size_t)p->dim[0]);
+  char name[64];
+  snprintf(name, sizeof name, "%s.%s", p->name, kept[k].suffix);
+  const struct mt_st_tensor *t = mt_st_find(file, name);
+  if (!t || t->dtype != dtype || t->size_bytes != (size_t)mt_param_count(whole) * item) {
+    return mt_fail(MT_EFORMAT, "%s: '%s' is missing or of another size: was something else frozen?",
+                   path, name);
+  }
+  struct mt_tensor form = mt_param_form(p, kept[k].form);
+  MT_TRY(s->be.upload(&s->be, form.data, t->data + first * item, n * item));
+  if (kept[k].form != MT_FORM_MASTER || p->compute.data == p->master.data) return MT_OK;
+  /* What operations read is the master, rounded. */
+  void *rounded = malloc(mt_bytes(&p->compute));
+  if (!rounded) return mt_fail(MT_ENOMEM, "'%s'", p->name);
+  mt_dtype_convert(rounded, p->compute.dtype, t->data + first * item, dtype, n);
+  mt_err err = s->be.upload(&s->be, p->compute.data, rounded, mt_bytes(&p->compute));
+  free(rounded);
+  return err;
+}
+
 static mt_err load_tensors(const char *path, struct mt_session *s) {
   struct mt_st_file file;
-  struct form *forms = NULL;
-  int count;
-  mt_err err;
+  mt_err err = MT_OK;
   MT_TRY(mt_st_open(path, &file));
-  MT_GO(list_forms(&s->model.params, &forms, &count));
-  for (int i = 0; i < count; i++) {
-    const struct mt_st_tensor *t = mt_st_find(&file, forms[i].name);
-    if (!t || t->dtype != forms[i].tensor.dtype || t->size_bytes != mt_bytes(&forms[i].tensor)) {
-      err =
-          mt_fail(MT_EFORMAT, "%s: '%s' is missing or of another size: was something else frozen?",
-                  path, forms[i].name);
-      goto done;
-    }
-    MT_GO(s->be.upload(&s->be, forms[i].tensor.data, t->data, t->size_bytes));
-  }
-  /* What operations read is the master, rounded. */
-  for (int i = 0; i < s->model.params.count; i++) {
+  for (int i = 0; !err && i < s->model.params.count; i++) {
     const struct mt_param *p = &s->model.params.row[i];
-    if (!p->learns || p->compute.data == p->master.data) continue;
-    char name[64];
-    snprintf(name, sizeof name, "%s.master", p->name);
-    const struct mt_st_tensor *t = mt_st_find(&file, name);
-    void *rounded = malloc(mt_bytes(&p->compute));
-    if (!rounded) {
-      err = mt_fail(MT_ENOMEM, "'%s'", p->name);
-      goto done;
-    }
-    mt_dtype_convert(rounded, p->compute.dtype, t->data, t->dtype, (size_t)mt_param_count(p));
-    err = s->be.upload(&s->be, p->compute.data, rounded, mt_bytes(&p->compute));
-    free(rounded);
-    if (err) goto done;
+    for (int k = 0; !err && p->learns && k < KEPT; k++) err = load_form(path, &file, s, p, k);
   }
-done:
-  free(forms);
   mt_st_close(&file);
   return err;
+}
+
+/* Whether so many ranks did not make it: what a step takes of the data is then told apart. */
+static bool other_readers(const char *path, const json_t *root,
+                          const struct mt_train_options *options, const struct mt_loader *l) {
+  const json_t *theirs = json_object_get(root, "options");
+  const json_t *count = json_object_get(root, "readers"); /* absent: of before there were any */
+  json_int_t readers = count ? json_integer_value(count) : 1;
+  if (readers == l->options.world) return false;
+  json_int_t was = readers * json_integer_value(json_object_get(theirs, "batch-size")) *
+                   json_integer_value(json_object_get(theirs, "grad-accum"));
+  json_int_t is = (json_int_t)l->options.world * options->batch_size * options->grad_accum;
+  if (was != is) {
+    mt_warn("%s was made by %lld ranks that took %lld samples a step; these %d take %lld", path,
+            (long long)readers, (long long)was, l->options.world, (long long)is);
+  }
+  return true;
 }
 
 static mt_err check_options(const char *path, const json_t *root,
@@ -269,6 +346,10 @@ static mt_err check_options(const char *path, const json_t *root,
   const json_t *theirs = json_object_get(root, "options");
   const char *key;
   mt_err err = mine ? MT_OK : mt_fail(MT_ENOMEM, "%s: options", path);
+  if (mine && other_readers(path, root, options, l)) {
+    json_object_del(mine, "batch-size");
+    json_object_del(mine, "grad-accum");
+  }
   json_object_foreach(mine, key, value) {
     const json_t *their = json_object_get(theirs, key);
     /* Checkpoints of before there was a choice have float32 states. */

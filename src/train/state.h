@@ -5,8 +5,14 @@
 
 #include "train/session.h"
 
+/* Writes the model as it is to DIR (mt_hf_export). Collective: rank 0 writes, the others hand over
+ * what they hold, and none holds all of it. Errors: those of mt_hf_export, on the rank they befall;
+ * MT_ECOMM. */
+mt_err mt_state_export(struct mt_session *s, const char *dir, uint64_t max_shard_bytes);
+
 /* Writes OUT/checkpoint-STEP, which appears whole, with the checksums of its files. path (=) its
- * name. Later exports take the checkpoint's small files from there. */
+ * name. Later exports take the checkpoint's small files from there. Collective, as mt_state_export;
+ * the same file on any mesh. */
 mt_err mt_state_save(struct mt_session *s, const struct mt_optimizer *o, const struct mt_loader *l,
                      const struct mt_train_options *options, char path[MT_PATH_MAX]);
 
@@ -26,8 +32,10 @@ mt_err mt_state_find(const struct mt_train_options *options, char path[MT_PATH_M
  * let through with a note. Errors: MT_EFORMAT naming the damaged file. */
 mt_err mt_state_verify(const char *path);
 
-/* Step, data position, masters and moments from a checkpoint written by mt_state_save. Errors:
- * MT_EFORMAT; MT_EINVAL naming an option that differs and would change the run. */
+/* Step, data position, masters and moments, as far as they are here, from a checkpoint written by
+ * mt_state_save on whatever mesh. --batch-size and --grad-accum may differ where the number of
+ * ranks does; a warning tells when a step takes another number of samples. Errors: MT_EFORMAT;
+ * MT_EINVAL naming an option that differs and would change the run. */
 mt_err mt_state_load(const char *path, struct mt_session *s, struct mt_optimizer *o,
                      struct mt_loader *l, const struct mt_train_options *options);
 

@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <time.h>
 
+#include "base/hash.h"
 #include "base/log.h"
 #include "train/commands.h"
 #include "train/data.h"
@@ -29,6 +30,7 @@ struct run {
   struct mt_evaluation before, after; /* the first and the last of this process */
   struct mt_best best;
   bool evaluated, recorded; /* there is an evaluation; there is a run.json */
+  int stop;                 /* the signal that ends the run, on all ranks after the same step */
   struct mt_progress progress;
   int64_t total_steps, first_step, looked_at, started;
   double open_s, begin_s;            /* of the process, of the first step */
@@ -41,24 +43,41 @@ static void on_signal(int number) {
   stop_signal = number;
 }
 
-/* The first SIGINT or SIGTERM ends the run after its step; a second one ends it at once. */
+/* The first SIGINT, SIGTERM or SIGUSR1 (which mpirun hands on) ends the run after its step; a
+ * second one ends it at once. */
 static void catch_signals(void) {
   struct sigaction a = {.sa_handler = on_signal, .sa_flags = (int)(SA_RESETHAND | SA_RESTART)};
   stop_signal = 0;
   sigemptyset(&a.sa_mask);
   sigaction(SIGINT, &a, NULL);
   sigaction(SIGTERM, &a, NULL);
+  sigaction(SIGUSR1, &a, NULL);
 }
 
-static mt_err open_data(struct run *r, const char *path, struct mt_dataset **out) {
-  struct mt_dataset_options o = {.path = path,
-                                 .chat = r->s.chat,
-                                 .max_seq_length = r->o->max_seq_length,
-                                 .eos_id = r->s.checkpoint.config.eos_id,
-                                 .train_on_prompt = r->o->train_on_prompt,
-                                 .skip_bad_lines = r->o->skip_bad_lines,
-                                 .threads = r->o->device.threads};
-  return mt_data_open(r->s.tokenizer, &o, &r->o->cache, out);
+/* Whether any rank is to stop; and whether any has failed meanwhile. */
+static mt_err agree(struct run *r) {
+  r->stop = stop_signal;
+  return mt_world_meet(r->s.world, MT_OK, &r->stop);
+}
+
+static bool speaks(const struct run *r) {
+  return mt_session_speaks(&r->s);
+}
+
+static struct mt_dataset_options data_options(const struct run *r, const char *path) {
+  return (struct mt_dataset_options){.path = path,
+                                     .chat = r->s.chat,
+                                     .max_seq_length = r->o->max_seq_length,
+                                     .eos_id = r->s.checkpoint.config.eos_id,
+                                     .train_on_prompt = r->o->train_on_prompt,
+                                     .skip_bad_lines = r->o->skip_bad_lines,
+                                     .threads = r->o->device.threads};
+}
+
+static mt_err begin_data(struct run *r) {
+  struct mt_dataset_options o = data_options(r, r->o->data), e = data_options(r, r->o->eval_data);
+  MT_TRY(mt_data_begin(&r->s, &o, &r->o->cache, &r->data));
+  return e.path ? mt_data_begin(&r->s, &e, &r->o->cache, &r->eval_data) : MT_OK;
 }
 
 static struct mt_loader_options loader_options(const struct run *r, bool training) {
@@ -71,22 +90,26 @@ static struct mt_loader_options loader_options(const struct run *r, bool trainin
                                     .max_seq_length = r->o->max_seq_length,
                                     .pad_multiple = r->s.recipe->pad_multiple,
                                     .seed = r->o->seed,
-                                    .world = 1,
+                                    .rank = mt_session_reader(&r->s),
+                                    .world = mt_session_readers(&r->s),
                                     .shuffle = training};
 }
 
+static mt_err open_loader(struct run *r, const char *what, const char *path, bool training,
+                          struct mt_dataset **data, struct mt_loader *loader) {
+  struct mt_dataset_options d = data_options(r, path);
+  struct mt_loader_options o = loader_options(r, training);
+  MT_TRY(mt_data_finish(&r->s, &d, &r->o->cache, data));
+  mt_data_describe(what, path, *data);
+  return mt_world_meet(r->s.world, mt_loader_create(loader, *data, &o), NULL);
+}
+
 static mt_err open_loaders(struct run *r) {
-  struct mt_loader_options o = loader_options(r, true);
-  MT_TRY(mt_data_wait(r->data, r->o->data));
-  mt_data_describe("data", r->o->data, r->data);
-  MT_TRY(mt_loader_create(&r->loader, r->data, &o));
+  MT_TRY(open_loader(r, "data", r->o->data, true, &r->data, &r->loader));
   for (int i = 0; i < r->loader.length_count; i++)
     mt_log(MT_LOG_DEBUG, "rows of up to %d tokens are padded to that", r->loader.length[i]);
-  if (!r->eval_data) return MT_OK;
-  MT_TRY(mt_data_wait(r->eval_data, r->o->eval_data));
-  mt_data_describe("held out", r->o->eval_data, r->eval_data);
-  o = loader_options(r, false);
-  return mt_loader_create(&r->eval_loader, r->eval_data, &o);
+  if (!r->o->eval_data) return MT_OK;
+  return open_loader(r, "held out", r->o->eval_data, false, &r->eval_data, &r->eval_loader);
 }
 
 double mt_train_aux_coef(double asked, const struct mt_config *c) {
@@ -131,7 +154,7 @@ static mt_err open_optimizer(struct run *r) {
                                     .total_steps = r->total_steps,
                                     .seed = o->seed};
   mt_info("run      %lld steps of %d samples (%.2f epochs), warm-up %lld, learning rate %g",
-          (long long)r->total_steps, o->batch_size * o->grad_accum,
+          (long long)r->total_steps, o->batch_size * o->grad_accum * mt_session_readers(&r->s),
           (double)r->total_steps / (double)per_epoch, (long long)o->warmup_steps, o->lr);
   MT_TRY(mt_optimizer_create(&r->optimizer, &r->s.model, &oo));
   return mt_step_queue_create(&r->queue, &r->optimizer, mt_device_graphs(&o->device));
@@ -149,6 +172,7 @@ static struct mt_run_result result_so_far(struct run *r, const char *status) {
 }
 
 static mt_err write_facts(struct run *r, const char *status, const char *error) {
+  if (!speaks(r)) return MT_OK;
   struct mt_run_facts f = {.options = r->o,
                            .session = &r->s,
                            .data = r->data,
@@ -161,13 +185,22 @@ static mt_err write_facts(struct run *r, const char *status, const char *error) 
   return mt_facts_write(&f, &result);
 }
 
+/* The model as it is, as a checkpoint of this name. The others wait for the rank that writes. */
+static mt_err export_model(struct run *r, const char *name, char path[MT_PATH_MAX]) {
+  MT_TRY(mt_path_join(path, r->o->out, name));
+  mt_world_doing(r->s.world, "writing the model");
+  mt_world_patience(r->s.world, mt_session_patience_s(&r->s));
+  MT_TRY(mt_state_export(&r->s, path, r->o->max_shard_bytes));
+  MT_TRY(agree(r));
+  mt_world_patience(r->s.world, 0);
+  return MT_OK;
+}
+
 /* The model whose held-out loss is the lowest yet; what has learned nothing is not worth it. */
 static mt_err keep_best(struct run *r) {
-  struct mt_hf_export_options e = {MT_HF_KEEP, MT_HF_KEEP, r->o->max_shard_bytes};
   char path[MT_PATH_MAX];
   if (!r->o->keep_best || r->optimizer.step == 0) return MT_OK;
-  MT_TRY(mt_path_join(path, r->o->out, "best"));
-  MT_TRY(mt_hf_export(&r->s.checkpoint, &r->s.model.params, &r->s.be, path, &e));
+  MT_TRY(export_model(r, "best", path));
   mt_info("best     step %lld: %s", (long long)r->optimizer.step, path);
   return MT_OK;
 }
@@ -202,8 +235,9 @@ static mt_err look(struct run *r) {
   int64_t step = r->optimizer.step;
   bool counts = look_counts(r);
   mt_progress_break(&r->progress);
+  mt_world_doing(r->s.world, "evaluating");
   if (r->eval_data) {
-    MT_TRY(mt_evaluate(&r->s.model, &r->eval_loader, &r->routing, &r->after));
+    MT_TRY(mt_evaluate(&r->s.model, r->s.ranks, &r->eval_loader, &r->routing, &r->after));
     if (!r->evaluated) r->before = r->after;
     r->evaluated = true;
     tell_evaluation(r);
@@ -211,7 +245,7 @@ static mt_err look(struct run *r) {
   r->looked_at = step;
   if (!counts) return MT_OK;
   if (r->eval_data) {
-    MT_TRY(mt_metrics_evaluation(&r->metrics, step, &r->after, &r->routing));
+    if (speaks(r)) MT_TRY(mt_metrics_evaluation(&r->metrics, step, &r->after, &r->routing));
     if (mt_best_update(&r->best, step, r->after.cross_entropy, r->o->min_delta))
       MT_TRY(keep_best(r));
   }
@@ -223,9 +257,13 @@ static bool patience_is_over(const struct run *r) {
 }
 
 static mt_err save(struct run *r) {
+  mt_world_doing(r->s.world, "writing a checkpoint");
+  mt_world_patience(r->s.world, mt_session_patience_s(&r->s));
   MT_TRY(mt_state_save(&r->s, &r->optimizer, &r->loader, r->o, r->last_checkpoint));
+  mt_world_patience(r->s.world, 0);
   mt_progress_break(&r->progress);
   mt_info("saved    %s", r->last_checkpoint);
+  if (!speaks(r)) return MT_OK;
   return mt_state_retain(r->o->out, r->optimizer.step, r->o->keep_last);
 }
 
@@ -252,6 +290,7 @@ static mt_err watch_experts(struct run *r, const struct mt_step_result *step) {
            n == 1 ? "" : "s", (long long)r->watch.patience, r->watch.patience == 1 ? "" : "s",
            names);
   mt_progress_break(&r->progress);
+  if (!speaks(r)) return MT_OK;
   mt_warn("step %lld: %s", (long long)step->step, text);
   return mt_metrics_warning(&r->metrics, step->step, text);
 }
@@ -261,6 +300,7 @@ static mt_err take_step(struct run *r) {
   mt_err err = mt_step_take(&r->queue, &result);
   if (err == MT_ENUMERIC) return numeric_failure(r, &result);
   if (err) return err;
+  if (!speaks(r)) return watch_experts(r, &result);
   MT_TRY(mt_metrics_step(&r->metrics, &result, &r->s.model, result.step > r->o->warmup_steps));
   mt_progress_show(&r->progress, &(struct mt_progress_step){
                                      .step = result.step,
@@ -282,18 +322,21 @@ static mt_err take_all(struct run *r) {
 static mt_err one_step(struct run *r) {
   enum { STAY = 2 };
   struct mt_step_queue *q = &r->queue;
-  bool done;
+  bool due, done;
   MT_TRY(mt_step_begin(q));
   MT_TRY(mt_loader_next(&r->loader));
   MT_TRY(mt_step_launch(q, r->loader.list, r->o->grad_accum));
-  if (r->optimizer.step % r->o->log_every == 0 || mt_step_full(q)) {
-    MT_TRY(mt_step_wait(q, q->depth > STAY ? STAY : q->depth - 1));
-  }
-  for (;;) {
+  due = r->optimizer.step % r->o->log_every == 0 || mt_step_full(q);
+  int stay = q->depth > STAY ? STAY : q->depth - 1;
+  if (due) MT_TRY(mt_step_wait(q, stay));
+  /* Taking adds up over ranks: all must take the same ones, whichever they find done. */
+  while (r->s.ranks && due && q->count > stay) MT_TRY(take_step(r));
+  while (!r->s.ranks) {
     MT_TRY(mt_step_done(q, &done));
-    if (!done) return MT_OK;
+    if (!done) break;
     MT_TRY(take_step(r));
   }
+  return MT_OK;
 }
 
 /* Where a GPU's memory went, and how the steps were launched. */
@@ -317,7 +360,12 @@ static mt_err steps(struct run *r) {
   const struct mt_train_options *o = r->o;
   r->begin_s = mt_now_s();
   mt_progress_begin(&r->progress, 2, r->optimizer.step, r->total_steps, o->log_every);
-  while (r->optimizer.step < r->total_steps && !stop_signal && !patience_is_over(r)) {
+  for (;;) {
+    char what[64];
+    MT_TRY(agree(r));
+    if (r->optimizer.step == r->total_steps || r->stop || patience_is_over(r)) break;
+    snprintf(what, sizeof what, "step %lld", (long long)r->optimizer.step + 1);
+    mt_world_doing(r->s.world, what);
     MT_TRY(one_step(r));
     int64_t step = r->optimizer.step;
     bool last = step == r->total_steps;
@@ -335,20 +383,19 @@ static mt_err steps(struct run *r) {
 
 static mt_err finish(struct run *r) {
   char path[MT_PATH_MAX];
-  struct mt_hf_export_options e = {MT_HF_KEEP, MT_HF_KEEP, r->o->max_shard_bytes};
   int64_t step = r->optimizer.step;
   bool early = step < r->total_steps;
   if (r->looked_at != step) MT_TRY(look(r));
-  if (r->evaluated)
+  if (r->evaluated && speaks(r))
     printf("Held-out loss: %.4f before, %.4f after\n", r->before.cross_entropy,
            r->after.cross_entropy);
-  if (early)
+  if (early && speaks(r))
     printf("Stopped early after step %lld: no better held-out loss in %d evaluations; the best was "
            "%.4f at step %lld\n",
            (long long)step, r->best.since, (double)r->best.loss, (long long)r->best.step);
   if (r->o->save_every) MT_TRY(save(r));
-  MT_TRY(mt_path_join(path, r->o->out, "model"));
-  MT_TRY(mt_hf_export(&r->s.checkpoint, &r->s.model.params, &r->s.be, path, &e));
+  MT_TRY(export_model(r, "model", path));
+  if (!speaks(r)) return MT_OK;
   printf("Fine-tuned checkpoint: %s\n", path);
   printf("%lld fine-tuning steps complete!\n",
          (long long)(step > r->o->warmup_steps ? step - r->o->warmup_steps : 0));
@@ -356,15 +403,22 @@ static mt_err finish(struct run *r) {
   return write_facts(r, early ? "stopped early" : "finished", NULL);
 }
 
-/* Everything that is written as the run goes. */
+/* What rank 0 writes as the run goes. */
+static mt_err open_files(struct run *r, bool resume) {
+  const struct mt_train_options *o = r->o;
+  if (!speaks(r)) return MT_OK;
+  MT_TRY(mt_metrics_open(&r->metrics, o->out, r->first_step, resume, r->total_steps));
+  if (o->tensorboard) MT_TRY(mt_metrics_board(&r->metrics, o->out, r->first_step));
+  return resume ? mt_metrics_best(o->out, r->first_step, o->min_delta, &r->best) : MT_OK;
+}
+
 static mt_err open_records(struct run *r, bool resume) {
   const struct mt_train_options *o = r->o;
   const struct mt_config *c = &r->s.checkpoint.config;
   r->first_step = r->optimizer.step;
   r->looked_at = -1;
-  MT_TRY(mt_metrics_open(&r->metrics, o->out, r->first_step, resume, r->total_steps));
-  if (o->tensorboard) MT_TRY(mt_metrics_board(&r->metrics, o->out, r->first_step));
-  if (resume) MT_TRY(mt_metrics_best(o->out, r->first_step, o->min_delta, &r->best));
+  MT_TRY(mt_world_meet(r->s.world, open_files(r, resume), NULL));
+  if (r->s.world) MT_TRY(mt_comm_broadcast(&r->s.world->all, &r->best, sizeof r->best, 0));
   MT_TRY(mt_samples_open(&r->samples, &r->s, o, r->eval_data, r->first_step, resume));
   MT_TRY(mt_expert_watch_create(&r->watch, c->layers, c->experts, o->dead_expert_steps,
                                 r->first_step));
@@ -373,43 +427,88 @@ static mt_err open_records(struct run *r, bool resume) {
   return write_facts(r, "running", NULL);
 }
 
-/* All up to the first step; a signal ends it between two of its stages. from (=) the checkpoint
- * that the run goes on from, "" when it is a fresh one. */
-static mt_err prepare(struct run *r, char from[MT_PATH_MAX]) {
+/* The checkpoint to go on from, if any, whole; and the run's directory. Rank 0 looks. */
+static mt_err find_checkpoint(struct run *r, char from[MT_PATH_MAX]) {
   const struct mt_train_options *o = r->o;
+  if (o->world && o->world->rank != 0) return MT_OK;
   if (o->resume) {
     MT_TRY(mt_state_find(o, from));
     MT_TRY(mt_state_verify(from));
   }
   MT_TRY(mt_dir_create(o->out));
   mt_state_sweep(o->out);
-  if (stop_signal) return MT_OK;
-  MT_TRY(mt_session_open(&r->s, *from ? from : o->model, &o->device, o->chat_template));
-  MT_TRY(open_data(r, o->data, &r->data)); /* tokenised while the weights are read */
-  if (o->eval_data) MT_TRY(open_data(r, o->eval_data, &r->eval_data));
-  if (stop_signal) return MT_OK;
+  return MT_OK;
+}
+
+/* All ranks must see the same model. */
+static mt_err compare_models(struct run *r) {
+  static const char *const names[] = {"config.json", "tokenizer.json"};
+  const struct mt_hf_checkpoint *h = &r->s.checkpoint;
+  char lines[512] = "";
+  size_t used = 0;
+  uint64_t bytes = 0;
+  for (int i = 0; i < 2; i++) {
+    char path[MT_PATH_MAX], text[MT_HASH_TEXT];
+    struct mt_hash hash;
+    MT_TRY(mt_path_join(path, h->dir, names[i]));
+    MT_TRY(mt_hash_file(path, &hash, NULL));
+    mt_hash_text(hash, text);
+    used += (size_t)snprintf(lines + used, sizeof lines - used, "%s: hash %s\n", names[i], text);
+  }
+  for (int i = 0; i < h->shard_count; i++) bytes += h->shard[i].map.size_bytes;
+  snprintf(lines + used, sizeof lines - used, "weights: %llu bytes\n", (unsigned long long)bytes);
+  return mt_world_same(r->s.world, "model", lines);
+}
+
+static mt_err open_session(struct run *r, char from[MT_PATH_MAX]) {
+  const struct mt_train_options *o = r->o;
+  struct mt_world *w = o->world;
+  mt_world_doing(w, "opening the model");
+  mt_world_patience(w, 1e6); /* a checkpoint of any size is read for its checksums */
+  MT_TRY(mt_world_meet(w, find_checkpoint(r, from), NULL));
+  mt_world_patience(w, 0);
+  if (w) MT_TRY(mt_comm_broadcast(&w->all, from, MT_PATH_MAX, 0));
+  mt_err err = mt_session_open(&r->s, *from ? from : o->model, &o->device, o->chat_template);
+  MT_TRY(mt_world_meet(w, err, NULL));
+  MT_TRY(mt_session_join(&r->s, w, o->ep_size));
+  return r->s.world ? compare_models(r) : MT_OK;
+}
+
+/* All up to the first step; a signal ends it between two of its stages. from (=) the checkpoint
+ * that the run goes on from, "" when it is a fresh one. */
+static mt_err prepare(struct run *r, char from[MT_PATH_MAX]) {
+  MT_TRY(open_session(r, from));
+  MT_TRY(mt_world_meet(r->s.world, begin_data(r), NULL)); /* tokenised while weights are read */
+  MT_TRY(agree(r));
+  if (r->stop) return MT_OK;
   MT_TRY(open_model(r));
-  if (stop_signal) return MT_OK;
+  MT_TRY(agree(r));
+  if (r->stop) return MT_OK;
   MT_TRY(open_loaders(r));
-  if (stop_signal) return MT_OK;
-  MT_TRY(open_optimizer(r));
+  MT_TRY(agree(r));
+  if (r->stop) return MT_OK;
+  MT_TRY(mt_world_meet(r->s.world, open_optimizer(r), NULL));
   if (*from) {
-    MT_TRY(mt_state_load(from, &r->s, &r->optimizer, &r->loader, o));
+    mt_world_doing(r->s.world, "loading the checkpoint");
+    mt_world_patience(r->s.world, mt_session_patience_s(&r->s));
+    mt_err err = mt_state_load(from, &r->s, &r->optimizer, &r->loader, r->o);
+    MT_TRY(mt_world_meet(r->s.world, err, NULL));
+    mt_world_patience(r->s.world, 0);
     snprintf(r->last_checkpoint, sizeof r->last_checkpoint, "%s", from);
     mt_info("resuming %s at step %lld", from, (long long)r->optimizer.step);
   }
-  if (stop_signal) return MT_OK;
+  MT_TRY(agree(r));
+  if (r->stop) return MT_OK;
   return open_records(r, *from != '\0');
 }
 
-static void tell_stopped_early(const char *from) {
+static void tell_stopped_early(const struct run *r, const char *from) {
   if (*from)
-    mt_info("stopped by signal %d before a step was taken; go on with --resume %s",
-            (int)stop_signal, from);
+    mt_info("stopped by signal %d before a step was taken; go on with --resume %s", r->stop, from);
   else
     mt_info("stopped by signal %d before a step was taken: there is nothing to resume, start it "
             "again the same way",
-            (int)stop_signal);
+            r->stop);
 }
 
 static mt_err train(struct run *r) {
@@ -417,14 +516,15 @@ static mt_err train(struct run *r) {
   catch_signals();
   MT_TRY(prepare(r, from));
   if (!r->recorded) {
-    tell_stopped_early(from);
+    tell_stopped_early(r, from);
     return MT_OK;
   }
+  r->queue.ranks = r->s.ranks;
   MT_TRY(look(r));
   MT_TRY(steps(r));
   if (r->optimizer.step == r->total_steps || patience_is_over(r)) return finish(r);
   MT_TRY(save(r));
-  mt_info("stopped by signal %d after step %lld; go on with --resume %s", (int)stop_signal,
+  mt_info("stopped by signal %d after step %lld; go on with --resume %s", r->stop,
           (long long)r->optimizer.step, r->last_checkpoint);
   return write_facts(r, "interrupted", NULL);
 }
@@ -439,9 +539,6 @@ static void record_failure(struct run *r) {
 
 mt_err mt_train_run(const struct mt_train_options *options) {
   struct run r = {.o = options, .open_s = mt_now_s(), .started = (int64_t)time(NULL)};
-  if (options->ep_size != 1) {
-    return mt_fail(MT_EUNSUPPORTED, "--ep-size %d: this build runs on one rank", options->ep_size);
-  }
   mt_err err = train(&r);
   mt_progress_break(&r.progress);
   if (err && r.recorded) record_failure(&r);

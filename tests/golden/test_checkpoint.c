@@ -39,7 +39,7 @@ static void same_tensors(const char *a_dir, const char *b_dir) {
 
 static void convert(const char *from, const char *to, int layout, int dtype, uint64_t shard) {
   struct mt_hf_checkpoint h;
-  struct mt_hf_export_options o = {layout, dtype, shard};
+  struct mt_hf_export_options o = {.layout = layout, .dtype = dtype, .max_shard_bytes = shard};
   OK(mt_hf_open(from, &h));
   OK(mt_hf_export(&h, NULL, NULL, to, &o));
   mt_hf_close(&h);
@@ -162,7 +162,8 @@ static void export_of_a_model(void **state) {
   OK(mt_hf_freeze(&h.config, &params, frozen, 2));
   OK(mt_model_create(&m, &h.config, &params, mt_recipe_find("bf16"), &be, &o));
   OK(mt_hf_load(&h, &m.params, &be));
-  struct mt_hf_export_options e = {MT_HF_KEEP, MT_HF_KEEP, 50000};
+  struct mt_hf_export_options e = {
+      .layout = MT_HF_KEEP, .dtype = MT_HF_KEEP, .max_shard_bytes = 50000};
   OK(mt_hf_export(&h, &m.params, &be, out, &e));
   same_tensors(AUX, out); /* nothing has changed yet */
   float *w = mt_params_find(&m.params, MT_PARAM_ROUTER, 2)->master.data;

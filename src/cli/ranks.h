@@ -1,0 +1,32 @@
+/* Commands that many ranks run together: started by mpirun or srun, or alone. */
+#ifndef MT_CLI_RANKS_H
+#define MT_CLI_RANKS_H
+
+#include "cli/options.h"
+#include "par/world.h"
+#include "train/options.h"
+
+/* Opens the world, refuses ranks that were given other options or are another version, and runs.
+ * Where there are several, rank 0 alone logs and keeps the message of an error; the others return
+ * one without. timeout_s: of any call between ranks. Errors: MT_EINVAL naming the option that
+ * differs; MT_ECOMM, MT_EUNSUPPORTED; those of run. */
+mt_err mt_run_on_ranks(const struct mt_command *command, const void *options, double timeout_s,
+                       mt_err (*run)(const void *options, struct mt_world *world));
+
+#define MT_ROWS_RANKS(S, member)                                                                   \
+  {.flag = "ep-size",                                                                              \
+   .type = MT_OPT_INT,                                                                             \
+   .offset = offsetof(S, member ep_size),                                                          \
+   .unit = "RANKS",                                                                                \
+   .initial = "1",                                                                                 \
+   .min = 1,                                                                                       \
+   .max = 65536,                                                                                   \
+   .help = "Ranks over which the experts of a layer are spread: a divisor of their number and of " \
+           "the ranks that mpirun or srun started. Every rank reads data of its own."},            \
+  {                                                                                                \
+    .flag = "comm-timeout", .type = MT_OPT_REAL, .offset = offsetof(S, member comm_timeout_s),     \
+    .unit = "SECONDS", .initial = "120", .min = 1, .max = 1e6,                                     \
+    .help = "How long a rank waits for another one before all of them end with a message.",        \
+  }
+
+#endif
