@@ -1,6 +1,9 @@
 # tests/LABEL/test_*.c: one executable and one CTest test each, labelled by its folder.
 file(GLOB test_sources CONFIGURE_DEPENDS tests/*/test_*.c)
 list(FILTER test_sources EXCLUDE REGEX "/tests/dist/")
+if(NOT MPI_C_FOUND)
+  list(FILTER test_sources EXCLUDE REGEX "/tests/ranks/") # these call mpirun
+endif()
 foreach(source ${test_sources})
   get_filename_component(name ${source} NAME_WE)
   get_filename_component(dir ${source} DIRECTORY)
@@ -13,9 +16,14 @@ foreach(source ${test_sources})
   set_tests_properties(${label}/${name} PROPERTIES LABELS ${label} TIMEOUT 600
     ENVIRONMENT "XDG_CACHE_HOME=${CMAKE_BINARY_DIR}/test-cache" # not the developer's own
     SKIP_RETURN_CODE 77) # what tests/gpu give where no GPU is
-  if(label MATCHES "^(cli|api|faults)$") # these start the program
+  if(label MATCHES "^(cli|api|faults|ranks)$") # these start the program
     add_dependencies(${name} moetune_cli)
     target_compile_definitions(${name} PRIVATE MT_CLI_PATH="$<TARGET_FILE:moetune_cli>")
+  endif()
+  if(label STREQUAL "ranks")
+    add_dependencies(${name} kill)
+    target_compile_definitions(${name} PRIVATE MT_KILL_PATH="$<TARGET_FILE:kill>"
+      MT_MPIEXEC="${MPIEXEC_EXECUTABLE}")
   endif()
   if(label STREQUAL "faults")
     add_dependencies(${name} faults)
@@ -79,3 +87,12 @@ target_compile_definitions(faults PRIVATE _GNU_SOURCE)
 target_compile_options(faults PRIVATE -Wall -Wextra -fno-omit-frame-pointer
   $<$<BOOL:${MOETUNE_WERROR}>:-Werror>)
 target_link_libraries(faults PRIVATE ${CMAKE_DL_LIBS})
+
+# What tests/ranks preloads into ranks.
+if(MPI_C_FOUND)
+  add_library(kill MODULE tests/ranks/kill.c)
+  set_target_properties(kill PROPERTIES PREFIX "")
+  target_compile_definitions(kill PRIVATE _GNU_SOURCE)
+  target_compile_options(kill PRIVATE -Wall -Wextra $<$<BOOL:${MOETUNE_WERROR}>:-Werror>)
+  target_link_libraries(kill PRIVATE MPI::MPI_C ${CMAKE_DL_LIBS})
+endif()

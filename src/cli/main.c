@@ -11,7 +11,7 @@ enum { EXIT_OK, EXIT_FAILED, EXIT_USAGE };
 
 static int fail(int status, const char *try_help) {
   fflush(stdout);
-  if (!*mt_error_message()) return status; /* another rank tells */
+  if (!*mt_error_message()) return status; /* told already, for all ranks */
   fprintf(stderr, "moetune: error: %s\n", mt_error_message());
   if (try_help) fprintf(stderr, "Try 'moetune %s'.\n", try_help);
   return status;

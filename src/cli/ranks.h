@@ -7,9 +7,9 @@
 #include "train/options.h"
 
 /* Opens the world, refuses ranks that were given other options or are another version, and runs.
- * Where there are several, rank 0 alone logs and keeps the message of an error; the others return
- * one without. timeout_s: of any call between ranks. Errors: MT_EINVAL naming the option that
- * differs; MT_ECOMM, MT_EUNSUPPORTED; those of run. */
+ * Where there are several, rank 0 alone logs, and an error has been told and has no message left.
+ * timeout_s: of any call between ranks. Errors: MT_EINVAL naming the option that differs; MT_ECOMM,
+ * MT_EUNSUPPORTED; those of run. */
 mt_err mt_run_on_ranks(const struct mt_command *command, const void *options, double timeout_s,
                        mt_err (*run)(const void *options, struct mt_world *world));
 
@@ -23,6 +23,14 @@ mt_err mt_run_on_ranks(const struct mt_command *command, const void *options, do
    .max = 65536,                                                                                   \
    .help = "Ranks over which the experts of a layer are spread: a divisor of their number and of " \
            "the ranks that mpirun or srun started. Every rank reads data of its own."},            \
+      {.flag = "pp-size",                                                                          \
+       .type = MT_OPT_INT,                                                                         \
+       .offset = offsetof(S, member pp_size),                                                      \
+       .unit = "STAGES",                                                                           \
+       .initial = "1",                                                                             \
+       .min = 1,                                                                                   \
+       .max = 65536,                                                                               \
+       .help = "Stages that the layers are cut into, each on ranks of its own."},                  \
   {                                                                                                \
     .flag = "comm-timeout", .type = MT_OPT_REAL, .offset = offsetof(S, member comm_timeout_s),     \
     .unit = "SECONDS", .initial = "120", .min = 1, .max = 1e6,                                     \

@@ -170,6 +170,11 @@ static const struct mt_option rows[] = {
     MT_ROW_OPTIM_STATE(S),
     MT_ROW_GRAPHS(S),
     MT_ROWS_RANKS(S, ),
+    {.flag = "dry-run",
+     .type = MT_OPT_FLAG,
+     .offset = AT(dry_run),
+     .help = "Show which rank would hold what and the memory of each, to the byte, and end: "
+             "nothing is read of the weights and nothing is written."},
 
     {.group = "Reports and checkpoints",
      .flag = "log-every",

@@ -268,6 +268,7 @@ mt_err mt_acts_reserve_rows(struct mt_acts *a, const struct mt_config *c,
                             int64_t rows, bool *grown) {
   /* Without training all layers are one. */
   struct mt_layer_acts *l = &a->layer[a->options.training ? layer : 0];
+  if (rows < 1) rows = 1; /* where nothing comes, operations still want a place */
   int64_t more = rows + rows / 8;
   *grown = false;
   if (a->room_rows.row_capacity < rows) {

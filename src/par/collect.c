@@ -18,14 +18,16 @@ static int holder(const struct mt_ranks *r, const struct mt_param *whole, int64_
                   int64_t *run) {
   const struct mt_mesh *m = &r->mesh;
   int64_t all = mt_param_count(whole);
-  int ep_rank = 0;
+  int ep_rank = 0, stage = 0;
   *run = all - at;
   if (whole->sync == MT_SYNC_EXPERT) {
     int64_t held = all / m->ep;
     ep_rank = (int)(at / held);
     *run = (ep_rank + 1) * held - at;
   }
-  return ep_rank;
+  if (whole->layer >= 0) stage = mt_mesh_stage(m, &r->model->config, whole->layer);
+  if (whole->layer < 0 && whole->kind != MT_PARAM_EMBED) stage = m->pp - 1;
+  return stage * m->dp * m->ep + ep_rank;
 }
 
 /* The row of what is here; not EMBED's for a tied head. */

@@ -12,7 +12,7 @@ struct ways {
   int64_t row_capacity;
 };
 
-enum { READERS_MOST = 4096 };
+enum { READERS_MOST = 4096, LEAST_BYTES = 4096 };
 
 struct state {
   struct mt_backend *be;
@@ -34,7 +34,8 @@ static struct state *state_of(const struct mt_exchange *x) {
 }
 
 static mt_err grow(struct mt_backend *be, void **p, size_t *have, size_t need) {
-  if (*have >= need) return MT_OK;
+  if (*have >= need && *p) return MT_OK;
+  if (need < LEAST_BYTES) need = LEAST_BYTES; /* no row is something too: operations want a place */
   be->mem_free(be, *p, *have);
   *p = NULL;
   *have = 0;
@@ -44,8 +45,8 @@ static mt_err grow(struct mt_backend *be, void **p, size_t *have, size_t need) {
 }
 
 static mt_err grow_orders(struct ways *w, int64_t rows) {
-  if (w->row_capacity >= rows) return MT_OK;
-  int64_t more = rows + rows / 8;
+  if (w->row_capacity >= rows && w->order) return MT_OK;
+  int64_t more = rows + rows / 8 + 1;
   free(w->order);
   free(w->back);
   w->order = malloc((size_t)more * sizeof *w->order);

@@ -58,6 +58,12 @@ struct mt_mesh mt_mesh_of(const struct mt_mesh *m, const struct mt_config *c, in
   return other;
 }
 
+int mt_mesh_stage(const struct mt_mesh *m, const struct mt_config *c, int64_t layer) {
+  int stage = 0;
+  while (stage + 1 < m->pp && stage_begin(c->layers, m->pp, stage + 1) <= layer) stage++;
+  return stage;
+}
+
 struct mt_group_span mt_mesh_group(const struct mt_mesh *m, enum mt_group group) {
   int stage = m->ep * m->dp, first_of_stage = m->pp_rank * stage;
   switch (group) {

@@ -44,6 +44,9 @@ struct mt_group_span mt_mesh_group(const struct mt_mesh *m, enum mt_group group)
 /* The mesh as another rank of the same world sees it. */
 struct mt_mesh mt_mesh_of(const struct mt_mesh *m, const struct mt_config *c, int rank);
 
+/* The stage that holds a layer. */
+int mt_mesh_stage(const struct mt_mesh *m, const struct mt_config *c, int64_t layer);
+
 /* Ranks that read batches of their own, and this rank's number among them. */
 static inline int mt_mesh_readers(const struct mt_mesh *m) {
   return m->dp * m->ep;

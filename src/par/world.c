@@ -104,5 +104,13 @@ mt_err mt_world_end(struct mt_world *w, mt_err err) {
     mt_world_abort(w, err ? why : mt_error_message());
     return met;
   }
-  return met && w->rank != 0 ? mt_fail(met, "%s", "") : met;
+  if (!met) return MT_OK;
+  /* Before anyone ends with a status: a launcher would end the teller with it. */
+  if (w->rank == 0) {
+    fflush(stdout);
+    fprintf(stderr, "moetune: error: %s\n", mt_error_message());
+    fflush(stderr);
+  }
+  (void)mt_comm_barrier(&w->all);
+  return mt_fail(met, "%s", "");
 }

@@ -38,8 +38,8 @@ mt_err mt_world_meet(struct mt_world *w, mt_err err, int *wish);
 mt_err mt_world_same(struct mt_world *w, const char *what, const char *lines);
 
 /* The end of a run, collective where all is well. Who brings an error waits a few seconds for the
- * others to bring theirs: then rank 0 keeps the message, which is told once, and the others get an
- * empty one. If they do not come, prints it with this rank's name and brings all down. */
+ * others to bring theirs: then rank 0 prints the message and all return the error without one. If
+ * they do not come, prints it with this rank's name and brings all down. */
 mt_err mt_world_end(struct mt_world *w, mt_err err);
 
 /* A host communicator of a group of the mesh. Collective over the world. Errors: MT_ECOMM. */

@@ -68,7 +68,7 @@ mt_err mt_generate_run(const struct mt_generate_options *o) {
   mt_err err;
   err = mt_session_open(&s, o->model, &o->device, o->chat_template);
   MT_GO(mt_world_meet(o->world, err, NULL));
-  MT_GO(mt_session_join(&s, o->world, o->ep_size));
+  MT_GO(mt_session_join(&s, o->world, o->ep_size, o->pp_size));
   MT_GO(mt_session_load(&s, &m, NULL));
   MT_GO(mt_world_meet(s.world, mt_generation_open(&g, &s, o), NULL));
   g.show = print;

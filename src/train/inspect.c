@@ -16,6 +16,7 @@ struct survey {
   const struct mt_inspect_options *o;
   struct mt_hf_checkpoint h;
   struct mt_params params;
+  struct mt_mesh mesh;
   bool config, shards, fits; /* could be opened; the tensors are those of the config */
   bool no_weights, no_tokenizer;
   struct mt_tokenizer *tokenizer;
@@ -160,21 +161,6 @@ static void print_parameters(const struct mt_config *c, const struct mt_params *
          (long long)(total - routed + routed * c->top_k / c->experts));
 }
 
-static void print_plan(const struct mt_memory *m) {
-  const struct {
-    const char *name;
-    size_t bytes;
-  } rows[] = {{"parameters", m->parameters},
-              {"gradients", m->gradients},
-              {"optimizer", m->optimizer},
-              {"activations", m->activations},
-              {"arenas", m->parameters + m->gradients + m->optimizer + m->activations}};
-  printf("\n%-12s %16s %10s\n", "memory", "bytes", "MiB");
-  for (int i = 0; i < 5; i++) {
-    printf("%-12s %16zu %10.1f\n", rows[i].name, rows[i].bytes, (double)rows[i].bytes / 1048576);
-  }
-}
-
 static mt_err plan_on(struct mt_backend *be, const struct mt_recipe *recipe, struct survey *s) {
   const struct mt_inspect_options *o = s->o;
   struct mt_memory memory;
@@ -189,10 +175,14 @@ static mt_err plan_on(struct mt_backend *be, const struct mt_recipe *recipe, str
                                .token_capacity = mt_loader_token_capacity(&l),
                                .sequence_capacity = o->batch_size};
   if (m.token_capacity < 0) return mt_fail(MT_EINVAL, "batch-size x max-seq-length is too large");
-  MT_TRY(mt_hf_freeze(&s->h.config, &s->params, o->freeze.item, o->freeze.count));
-  MT_TRY(mt_model_plan(&s->h.config, &s->params, recipe, be, &m, &memory));
-  print_plan(&memory);
-  return MT_OK;
+  struct mt_params params;
+  m.shard = o->mesh ? mt_ranks_shard(&s->mesh) : mt_shard_whole(&s->h.config);
+  MT_TRY(mt_params_build(&s->h.config, &m.shard, &params));
+  mt_err err = mt_hf_freeze(&s->h.config, &params, o->freeze.item, o->freeze.count);
+  if (!err) err = mt_model_plan(&s->h.config, &params, recipe, be, &m, &memory);
+  mt_params_free(&params);
+  if (!err) mt_inspect_plan(&memory, o->mesh ? "  of rank 0" : "");
+  return err;
 }
 
 static mt_err plan(struct survey *s) {
@@ -233,6 +223,10 @@ static mt_err report(struct survey *s) {
     MT_TRY(mt_inspect_tensors(&s->h, s->o->tensors));
   }
   if (s->fits) MT_TRY(norms(s));
+  if (s->o->mesh && s->config) {
+    MT_TRY(mt_mesh_make(&s->h.config, s->o->mesh, 0, s->o->ep_size, s->o->pp_size, &s->mesh));
+    mt_inspect_mesh(&s->mesh, &s->h.config);
+  }
   if (s->o->train && s->config) MT_TRY(plan(s));
   if (s->reasons) return mt_fail(MT_EUNSUPPORTED, "not compatible: %s", s->reason[0]);
   return MT_OK;

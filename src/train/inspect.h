@@ -3,6 +3,7 @@
 #define MT_TRAIN_INSPECT_H
 
 #include "hf/checkpoint.h"
+#include "par/ranks.h"
 #include "train/options.h"
 
 /* Tables of a checkpoint's files. */
@@ -12,6 +13,11 @@ mt_err mt_inspect_tensors(const struct mt_hf_checkpoint *h, bool all);
 /* Reads all experts' weights. each: a number for every expert whatever their count. */
 mt_err mt_inspect_norms(const struct mt_hf_checkpoint *h, const struct mt_params *params,
                         bool each);
+
+/* Who holds which layers and experts, a line a rank. */
+void mt_inspect_mesh(const struct mt_mesh *mesh, const struct mt_config *c);
+/* Bytes by lifetime; of: what they are of, behind the heading. */
+void mt_inspect_plan(const struct mt_memory *m, const char *of);
 
 /* What training on a data file would see. */
 mt_err mt_inspect_data(const struct mt_inspect_options *o);

@@ -45,6 +45,7 @@ struct mt_train_options {
   int improvement;    /* 0..2, the rung that preset experts and blocks */
   struct mt_world *world; /* the ranks that train together; NULL: this process alone */
   int ep_size;            /* of them, those that share a layer's experts */
+  int pp_size;            /* stages that the layers are cut into */
   double comm_timeout_s;  /* how long they wait for each other */
   int batch_size;         /* samples a rank and micro-batch */
   int max_seq_length;     /* tokens; longer samples are truncated */
@@ -78,7 +79,8 @@ struct mt_train_options {
   int64_t log_every;                    /* steps between plain lines */
   bool train_on_prompt;                 /* loss on every token, not the answer's alone */
   bool skip_bad_lines;                  /* count malformed lines instead of stopping */
-  const char *chat_template;            /* name of a known template; NULL: the checkpoint's */
+  bool dry_run;              /* show who holds what and the memory it takes, and do nothing */
+  const char *chat_template; /* name of a known template; NULL: the checkpoint's */
   struct mt_cache_options cache;
   uint64_t max_shard_bytes; /* of exported weights */
 };
@@ -87,7 +89,7 @@ struct mt_train_options {
 struct mt_eval_options {
   const char *model, *data;
   struct mt_world *world; /* as in training */
-  int ep_size;
+  int ep_size, pp_size;
   double comm_timeout_s;
   int batch_size, max_seq_length;
   struct mt_device_options device;
@@ -103,7 +105,7 @@ struct mt_eval_options {
 struct mt_generate_options {
   const char *model;
   struct mt_world *world; /* as in training */
-  int ep_size;
+  int ep_size, pp_size;
   double comm_timeout_s;
   const char *prompt;        /* NULL: standard input (chat: a conversation, line by line) */
   bool chat;                 /* wrap in the chat template */
@@ -126,8 +128,10 @@ struct mt_inspect_options {
   const char *model, *data;
   bool tensors; /* list every tensor */
   bool norms;   /* read all experts' weights, however many there are */
-  int samples;  /* of data, to show */
-  int color;    /* enum mt_color */
+  int mesh;     /* show what each of so many ranks would hold; 0: not */
+  int ep_size, pp_size;
+  int samples; /* of data, to show */
+  int color;   /* enum mt_color */
   bool train_on_prompt, skip_bad_lines;
   const char *chat_template; /* NULL: the checkpoint's */
   struct mt_cache_options cache;

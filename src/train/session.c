@@ -57,18 +57,19 @@ done:
   return err;
 }
 
-mt_err mt_session_join(struct mt_session *s, struct mt_world *world, int ep_size) {
+mt_err mt_session_join(struct mt_session *s, struct mt_world *world, int ep_size, int pp_size) {
   struct mt_mesh mesh;
   int size = world ? world->size : 1;
   s->world = size > 1 ? world : NULL;
-  if (size == 1 && ep_size > 1) {
+  int least = ep_size * pp_size;
+  if (size == 1 && least > 1) {
     return mt_fail(MT_EINVAL,
-                   "--ep-size %d on one rank: start it on a multiple of %d, as in mpirun -n %d "
-                   "moetune ...",
-                   ep_size, ep_size, ep_size);
+                   "--ep-size %d, --pp-size %d on one rank: start it on a multiple of %d, as in "
+                   "mpirun -n %d moetune ...",
+                   ep_size, pp_size, least, least);
   }
   if (size == 1) return MT_OK;
-  MT_TRY(mt_mesh_make(&s->checkpoint.config, size, world->rank, ep_size, 1, &mesh));
+  MT_TRY(mt_mesh_make(&s->checkpoint.config, size, world->rank, ep_size, pp_size, &mesh));
   MT_TRY(mt_ranks_open(&s->members, world, &mesh));
   s->ranks = &s->members;
   return MT_OK;
@@ -86,22 +87,42 @@ int mt_session_reader(const struct mt_session *s) {
   return s->ranks ? mt_mesh_reader(&s->ranks->mesh) : 0;
 }
 
+/* The tables of the whole model and of what is here, and options with the shard. */
+static mt_err make_tables(struct mt_session *s, const struct mt_string_list *freeze,
+                          struct mt_model_options *o, struct mt_params *params) {
+  const struct mt_config *c = &s->checkpoint.config;
+  if (s->ranks) o->shard = mt_ranks_shard(&s->ranks->mesh);
+  mt_params_free(&s->whole);
+  MT_TRY(mt_params_build(c, NULL, &s->whole));
+  MT_TRY(mt_params_build(c, s->ranks ? &o->shard : NULL, params));
+  if (freeze) MT_TRY(mt_hf_freeze(c, &s->whole, freeze->item, freeze->count));
+  /* Not by the patterns again: one may match nothing of what is here. */
+  for (int i = 0; i < params->count; i++) {
+    struct mt_param *p = &params->row[i];
+    p->learns = mt_params_find(&s->whole, p->kind, p->layer)->learns;
+  }
+  return MT_OK;
+}
+
 static mt_err load(struct mt_session *s, const struct mt_model_options *options,
                    const struct mt_string_list *freeze) {
-  const struct mt_config *c = &s->checkpoint.config;
   struct mt_model_options o = *options;
   struct mt_params params = {0};
   mt_err err;
-  if (s->ranks) o.shard = mt_ranks_shard(&s->ranks->mesh);
-  MT_GO(mt_params_build(c, NULL, &s->whole));
-  MT_GO(mt_params_build(c, s->ranks ? &o.shard : NULL, &params));
-  if (freeze) {
-    MT_GO(mt_hf_freeze(c, &s->whole, freeze->item, freeze->count));
-    MT_GO(mt_hf_freeze(c, &params, freeze->item, freeze->count));
-  }
-  MT_GO(mt_model_create(&s->model, c, &params, s->recipe, &s->be, &o));
+  MT_GO(make_tables(s, freeze, &o, &params));
+  MT_GO(mt_model_create(&s->model, &s->checkpoint.config, &params, s->recipe, &s->be, &o));
   MT_GO(mt_hf_load(&s->checkpoint, &s->model.params, &s->be));
 done:
+  mt_params_free(&params);
+  return err;
+}
+
+mt_err mt_session_plan(struct mt_session *s, const struct mt_model_options *options,
+                       const struct mt_string_list *freeze, struct mt_memory *out) {
+  struct mt_model_options o = *options;
+  struct mt_params params = {0};
+  mt_err err = make_tables(s, freeze, &o, &params);
+  if (!err) err = mt_model_plan(&s->checkpoint.config, &params, s->recipe, &s->be, &o, out);
   mt_params_free(&params);
   return err;
 }

@@ -35,7 +35,7 @@ mt_err mt_session_open(struct mt_session *s, const char *model_dir,
 /* The place of this process among the ranks of world (which may be NULL: alone), before anything of
  * the model is read. Collective. Errors: MT_EINVAL for sizes that do not go together;
  * MT_EUNSUPPORTED. */
-mt_err mt_session_join(struct mt_session *s, struct mt_world *world, int ep_size);
+mt_err mt_session_join(struct mt_session *s, struct mt_world *world, int ep_size, int pp_size);
 /* Is this the rank that writes files and speaks? */
 bool mt_session_speaks(const struct mt_session *s);
 /* How many ranks read data, and this one's number among them. */
@@ -46,6 +46,9 @@ int mt_session_reader(const struct mt_session *s);
  * patterns applied and loads the weights. Collective. */
 mt_err mt_session_load(struct mt_session *s, const struct mt_model_options *options,
                        const struct mt_string_list *freeze);
+/* The memory that would take. */
+mt_err mt_session_plan(struct mt_session *s, const struct mt_model_options *options,
+                       const struct mt_string_list *freeze, struct mt_memory *out);
 void mt_session_close(struct mt_session *s);
 /* Seconds that reading or writing a model of this size with its state may take: what ranks must be
  * ready to wait for one that does. */

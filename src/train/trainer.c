@@ -10,6 +10,7 @@
 #include "train/data.h"
 #include "train/facts.h"
 #include "train/health.h"
+#include "train/inspect.h"
 #include "train/metrics.h"
 #include "train/progress.h"
 #include "train/samples.h"
@@ -116,14 +117,14 @@ double mt_train_aux_coef(double asked, const struct mt_config *c) {
   return asked >= 0 ? asked : c->aux_in_loss ? c->aux_coef : 0;
 }
 
-static mt_err open_model(struct run *r) {
+static mt_err model_options(const struct run *r, struct mt_model_options *out) {
   struct mt_loader_options l = loader_options(r, true);
   int capacity = mt_loader_token_capacity(&l);
   if (capacity < 0) {
     return mt_fail(MT_EINVAL, "batch-size %d x max-seq-length %d is too large", r->o->batch_size,
                    r->o->max_seq_length);
   }
-  struct mt_model_options o = {
+  *out = (struct mt_model_options){
       .experts = (enum mt_experts_strategy)r->o->experts,
       .blocks = (enum mt_blocks_strategy)r->o->blocks,
       .recompute = (enum mt_recompute)r->o->recompute,
@@ -131,6 +132,12 @@ static mt_err open_model(struct run *r) {
       .training = true,
       .token_capacity = capacity,
       .sequence_capacity = r->o->batch_size};
+  return MT_OK;
+}
+
+static mt_err open_model(struct run *r) {
+  struct mt_model_options o;
+  MT_TRY(model_options(r, &o));
   MT_TRY(mt_session_load(&r->s, &o, &r->o->freeze));
   mt_session_describe(&r->s);
   return MT_OK;
@@ -470,7 +477,7 @@ static mt_err open_session(struct run *r, char from[MT_PATH_MAX]) {
   if (w) MT_TRY(mt_comm_broadcast(&w->all, from, MT_PATH_MAX, 0));
   mt_err err = mt_session_open(&r->s, *from ? from : o->model, &o->device, o->chat_template);
   MT_TRY(mt_world_meet(w, err, NULL));
-  MT_TRY(mt_session_join(&r->s, w, o->ep_size));
+  MT_TRY(mt_session_join(&r->s, w, o->ep_size, o->pp_size));
   return r->s.world ? compare_models(r) : MT_OK;
 }
 
@@ -537,9 +544,34 @@ static void record_failure(struct run *r) {
   (void)mt_fail(MT_OK, "%s", why);
 }
 
+/* Who would hold what, and the memory of this rank. */
+static mt_err show_plan(struct run *r) {
+  const struct mt_config *c = &r->s.checkpoint.config;
+  struct mt_model_options m;
+  struct mt_memory memory;
+  struct mt_mesh alone;
+  MT_TRY(mt_mesh_make(c, 1, 0, 1, 1, &alone));
+  MT_TRY(model_options(r, &m));
+  MT_TRY(mt_session_plan(&r->s, &m, &r->o->freeze, &memory));
+  if (!speaks(r)) return MT_OK;
+  mt_inspect_mesh(r->s.ranks ? &r->s.ranks->mesh : &alone, c);
+  mt_inspect_plan(&memory, r->s.ranks ? "  of rank 0" : "");
+  return MT_OK;
+}
+
+static mt_err dry_run(struct run *r) {
+  const struct mt_train_options *o = r->o;
+  struct mt_device_options device = o->device;
+  device.plan_only = true;
+  mt_err err = mt_session_open(&r->s, o->model, &device, o->chat_template);
+  MT_TRY(mt_world_meet(o->world, err, NULL));
+  MT_TRY(mt_session_join(&r->s, o->world, o->ep_size, o->pp_size));
+  return show_plan(r);
+}
+
 mt_err mt_train_run(const struct mt_train_options *options) {
   struct run r = {.o = options, .open_s = mt_now_s(), .started = (int64_t)time(NULL)};
-  mt_err err = train(&r);
+  mt_err err = options->dry_run ? dry_run(&r) : train(&r);
   mt_progress_break(&r.progress);
   if (err && r.recorded) record_failure(&r);
   mt_samples_close(&r.samples);

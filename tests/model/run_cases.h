@@ -37,6 +37,7 @@ static inline struct mt_train_options train_options(const char *device, const ch
       .data = data,
       .out = out,
       .ep_size = 1,
+      .pp_size = 1,
       .batch_size = 3,
       .grad_accum = 2,
       .max_seq_length = 24,

@@ -458,7 +458,7 @@ static void refusals(void **state) {
   FAILS(mt_train_run(&o), MT_ENOENT, "/no/model");
   o = train_options("cpu", model, data, dir);
   o.ep_size = 2;
-  FAILS(mt_train_run(&o), MT_EINVAL, "--ep-size 2 on one rank");
+  FAILS(mt_train_run(&o), MT_EINVAL, "on one rank");
   o = train_options("cpu", model, data, dir);
   o = train_options("cpu", model, data, dir);
   o.device.optim_state = "bf16";

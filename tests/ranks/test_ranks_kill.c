@@ -1,0 +1,128 @@
+/* A rank that is killed or hangs in each phase: all end with a status in time, what hangs is named,
+ * nothing is left behind, and the run goes on bit for bit. Signals end all after the same step. */
+#include "ranks/run.h"
+
+enum { STEPS = 6 };
+#define RUN                                                                                        \
+  TRAIN "--train-steps 5 --batch-size 4 --ep-size 2 --save-every 2 --comm-timeout 2 --keep-last "  \
+        "2 "
+#define PRELOAD "LD_PRELOAD=" MT_KILL_PATH
+
+/* Calls of all_to_all in a step with 2 layers: 4 a layer forward, 3 back, and the dense sum. */
+enum { FORWARD = 8, BACKWARD = 6, A_STEP = FORWARD + BACKWARD + 1 };
+
+static void begin_run(const char *out) {
+  char args[2048];
+  snprintf(args, sizeof args, RUN "--out @/%s", out);
+  char env[MT_PATH_MAX * 2];
+  snprintf(env, sizeof env, PRELOAD " RANKS_COUNT=%s", home);
+  struct start s = {.ranks = 2, .args = args, .env = env};
+  start_well(&s);
+}
+
+static long counted(int rank, const char *call) {
+  char name[32], *text;
+  size_t size;
+  snprintf(name, sizeof name, "count-%d", rank);
+  OK(mt_file_read(at_home(name), 4096, &text, &size));
+  const char *at = strstr(text, call);
+  assert_non_null(at);
+  long n = strtol(at + strlen(call), NULL, 10);
+  free(text);
+  return n;
+}
+
+/* After that: the run is taken up, or begun anew, and ends as the one that was let be. */
+static void recover(const char *what) {
+  bool any = mt_path_is_dir(at_home("run/checkpoint-2")) ||
+             mt_path_is_dir(at_home("run/checkpoint-4")) ||
+             mt_path_is_dir(at_home("run/checkpoint-6"));
+  struct start s = {.ranks = 2, .args = any ? RUN "--out @/run --resume" : RUN "--out @/run"};
+  start(&s);
+  if (s.status != 0) fail_msg("%s: going on gives %d: %s", what, s.status, s.out);
+  same_tensors(at_home("run/checkpoint-6/moetune-state.safetensors"),
+               at_home("whole/checkpoint-6/moetune-state.safetensors"));
+  same_tensors(at_home("run/model/model.safetensors"), at_home("whole/model/model.safetensors"));
+  same_metrics(at_home("run/metrics.jsonl"), at_home("whole/metrics.jsonl"), 0);
+  nothing_left("run");
+}
+
+static void disturb(const char *what, int rank, const char *call, long n, const char *how,
+                    struct start *s) {
+  char env[MT_PATH_MAX * 2];
+  OK(mt_dir_remove(at_home("run")));
+  snprintf(env, sizeof env, PRELOAD " RANKS_KILL=%d,%s,%ld,%s", rank, call, n, how);
+  *s = (struct start){.ranks = 2, .args = RUN "--out @/run", .env = env, .limit_s = 30};
+  start(s);
+  if (s->status == 0 || s->status == -1) fail_msg("%s: status %d: %s", what, s->status, s->out);
+  no_process_left();
+}
+
+static void killed_in_each_phase(void **state) {
+  (void)state;
+  begin_run("whole");
+  /* The numbers below mean what they say as long as this holds. */
+  assert_int_equal(counted(0, "MPI_Ialltoallv"), STEPS * A_STEP);
+  const struct {
+    const char *what;
+    int rank;
+    const char *call;
+    long n;
+  } kills[] = {{"dispatch", 1, "MPI_Ialltoallv", 4 * A_STEP + 2},
+               {"backward", 0, "MPI_Ialltoallv", 4 * A_STEP + FORWARD + 3},
+               {"sync", 1, "MPI_Ialltoallv", 3 * A_STEP},
+               {"handing over", 1, "MPI_Isend", counted(1, "MPI_Isend") / 2},
+               {"checkpoint write", 0, "fsync", counted(0, "fsync") / 2},
+               {"checkpoint's end", 0, "fsync", counted(0, "fsync") / 2 + 3}};
+  for (size_t i = 0; i < sizeof kills / sizeof *kills; i++) {
+    struct start s;
+    disturb(kills[i].what, kills[i].rank, kills[i].call, kills[i].n, "KILL", &s);
+    recover(kills[i].what);
+  }
+}
+
+/* Who is stopped answers nobody, and the others say so. */
+static void what_hangs_is_named(void **state) {
+  (void)state;
+  struct start s;
+  disturb("a hanging dispatch", 1, "MPI_Ialltoallv", 4 * A_STEP + 2, "STOP", &s);
+  if (!strstr(s.out, "rank 0: step 5: expert group") || !strstr(s.out, "rank 1 does not answer"))
+    fail_msg("%s", s.out);
+  recover("a hanging dispatch");
+}
+
+/* What one rank alone cannot do ends all, told once; nothing of it is left. */
+static void one_ranks_error_ends_all(void **state) {
+  (void)state;
+  struct start s = {.ranks = 2, .args = RUN "--out /proc/none"};
+  start(&s);
+  if (s.status <= 0 || !strstr(s.out, "moetune: error: rank 0: ") || !strstr(s.out, "/proc/none"))
+    fail_msg("status %d: %s", s.status, s.out);
+  disturb("a full disk", 0, "fsync", counted(0, "fsync") / 2, "FAIL", &s);
+  if (!strstr(s.out, "moetune: error: rank 0: ")) fail_msg("%s", s.out);
+  nothing_left("run");
+  recover("a full disk");
+}
+
+/* A signal to any rank, or one that the launcher hands on, ends all after the same step. */
+static void a_signal_stops_all(void **state) {
+  (void)state;
+  OK(mt_dir_remove(at_home("run")));
+  struct start s = {.ranks = 2,
+                    .args = RUN "--out @/run --train-steps 30000",
+                    .signal = SIGUSR1,
+                    .when = "step 4/",
+                    .limit_s = 60};
+  start(&s);
+  if (s.status != 0 || !strstr(s.out, "stopped by signal") || !strstr(s.out, "go on with --resume"))
+    fail_msg("status %d: %s", s.status, s.out);
+  nothing_left("run");
+  no_process_left();
+}
+
+static const struct CMUnitTest tests[] = {
+    cmocka_unit_test(killed_in_each_phase), cmocka_unit_test(what_hangs_is_named),
+    cmocka_unit_test(one_ranks_error_ends_all), cmocka_unit_test(a_signal_stops_all)};
+int main(void) {
+  return cmocka_run_group_tests(tests, set_up, tear_down);
+}

@@ -1,0 +1,175 @@
+/* Training on many ranks as users start it, against one: losses, loads and parameters; the same
+ * bits twice; checkpoints that go on elsewhere; what does not go together is refused. */
+#include "ranks/run.h"
+
+#define RUN TRAIN "--train-steps 5 --eval-data @/data.jsonl --sample-tokens 3 --samples 1 "
+
+static void train(int ranks, const char *out, const char *args) {
+  char all[4096];
+  snprintf(all, sizeof all, "%s %s --out @/%s", RUN, args, out);
+  struct start s = {.ranks = ranks, .args = all};
+  start_well(&s);
+  nothing_left(out);
+}
+
+static const char *file(const char *out, const char *name) {
+  char path[512];
+  snprintf(path, sizeof path, "%.100s/%.400s", out, name);
+  return at_home(path);
+}
+
+/* 24 samples a step everywhere: two epochs and a bit. */
+static void equals_one_rank(void **state) {
+  (void)state;
+  static const struct {
+    int ranks;
+    const char *args;
+  } meshes[] = {{1, "--batch-size 24"},
+                {2, "--batch-size 12 --ep-size 2"},
+                {2, "--batch-size 12"},
+                {3, "--batch-size 8"},
+                {4, "--batch-size 6 --ep-size 2"},
+                {4, "--batch-size 6 --ep-size 4 --improvement 1"},
+                {6, "--batch-size 4 --ep-size 2"},
+                {8, "--batch-size 3 --ep-size 4"},
+                {2, "--batch-size 6 --grad-accum 2 --ep-size 2 --router-aux-coef 0"}};
+  train(0, "one", "--batch-size 24");
+  train(0, "one-without", "--batch-size 24 --router-aux-coef 0");
+  for (size_t i = 0; i < sizeof meshes / sizeof *meshes; i++) {
+    const char *one = strstr(meshes[i].args, "aux-coef") ? "one-without" : "one";
+    train(meshes[i].ranks, "many", meshes[i].args);
+    if (!strstr(meshes[i].args, "accum"))
+      same_metrics(file("many", "metrics.jsonl"), file(one, "metrics.jsonl"), 2e-5);
+    double off = apart(file("many", "model/model.safetensors"),
+                       file(one, "model/model.safetensors"), at_home("model/model.safetensors"));
+    if (!(off <= 1e-4))
+      fail_msg("%d ranks, %s: %.2g of what moved", meshes[i].ranks, meshes[i].args, off);
+  }
+}
+
+static void same_bits_twice(void **state) {
+  (void)state;
+  for (int i = 0; i < 2; i++)
+    train(4, i ? "again" : "once", "--batch-size 3 --ep-size 2 --save-every 6");
+  same_tensors(file("once", "checkpoint-6/moetune-state.safetensors"),
+               file("again", "checkpoint-6/moetune-state.safetensors"));
+  same_metrics(file("once", "metrics.jsonl"), file("again", "metrics.jsonl"), 0);
+}
+
+/* Saved on one mesh, taken up on another: to save it again there at once, and to go on. */
+static void goes_on_elsewhere(void **state) {
+  (void)state;
+  static const struct {
+    int ranks;
+    const char *args;
+  } meshes[] = {{0, "--batch-size 12"},
+                {2, "--batch-size 6 --ep-size 2"},
+                {2, "--batch-size 6"},
+                {4, "--batch-size 3 --ep-size 4"},
+                {4, "--batch-size 3 --ep-size 2"}};
+  char args[512], command[4 * MT_PATH_MAX];
+  train(4, "from", "--batch-size 3 --ep-size 2 --save-every 3 --keep-best --eval-every 3");
+  for (size_t i = 0; i < sizeof meshes / sizeof *meshes; i++) {
+    snprintf(args, sizeof args, "%s --train-steps 2 --save-every 3 --resume @/from/checkpoint-3",
+             meshes[i].args);
+    train(meshes[i].ranks, "here", args);
+    same_tensors(file("here", "checkpoint-3/moetune-state.safetensors"),
+                 file("from", "checkpoint-3/moetune-state.safetensors"));
+    same_tensors(file("here", "model/model.safetensors"),
+                 file("from", "checkpoint-3/model.safetensors"));
+    snprintf(command, sizeof command, "cp -r '%s'/from/metrics.jsonl '%s'/here/", home, home);
+    assert_int_equal(system(command), 0);
+    snprintf(args, sizeof args, "%s --save-every 3 --eval-every 3 --resume @/from/checkpoint-3",
+             meshes[i].args);
+    train(meshes[i].ranks, "here", args);
+    bool same = i + 1 == sizeof meshes / sizeof *meshes;
+    same_metrics(file("here", "metrics.jsonl"), file("from", "metrics.jsonl"), same ? 0 : 2e-5);
+    if (same) {
+      same_tensors(file("here", "checkpoint-6/moetune-state.safetensors"),
+                   file("from", "checkpoint-6/moetune-state.safetensors"));
+    }
+    OK(mt_dir_remove(at_home("here")));
+  }
+}
+
+static void refused(struct start *s, const char *why) {
+  start(s);
+  if (s->status <= 0 || !strstr(s->out, why))
+    fail_msg("status %d, not '%s': %s", s->status, why, s->out);
+  const char *told = strstr(s->out, "moetune: error");
+  if (told && strstr(told + 1, "moetune: error")) fail_msg("told twice: %s", s->out);
+}
+
+static void differences_are_refused(void **state) {
+  (void)state;
+  static const char base[] = RUN "--batch-size 3 --out @/never";
+  char data[MT_PATH_MAX];
+  refused(&(struct start){.ranks = 2,
+                          .args = base,
+                          .other = RUN "--batch-size 3 --out @/never --seed 4"},
+          "rank 1: another command than rank 0: '--seed 4', there '--seed 1'");
+  refused(&(struct start){.ranks = 3, .args = RUN "--out @/never --ep-size 3"},
+          "--ep-size 3 does not divide the model's 4 experts");
+  refused(&(struct start){.ranks = 3, .args = RUN "--out @/never --ep-size 2"},
+          "3 ranks cannot be cut into --ep-size 2");
+  refused(&(struct start){.ranks = 0, .args = RUN "--out @/never --ep-size 2"}, "mpirun -n 2");
+  refused(&(struct start){.ranks = 4,
+                          .args = "eval --model @/model --data @/none.jsonl --no-cache "
+                                  "--chat-template mistral"},
+          "none.jsonl");
+  /* Working directories differ, so that one path names two files. */
+  snprintf(data, sizeof data, "cd '%s' && mkdir other && head -50 data.jsonl >other/data.jsonl",
+           home);
+  assert_int_equal(system(data), 0);
+  assert_int_equal(chdir(home), 0);
+  char command[4 * MT_PATH_MAX], *text;
+  size_t size;
+  const char *one = MT_CLI_PATH " eval --model ../model --data data.jsonl --no-cache "
+                                "--chat-template mistral";
+  snprintf(command, sizeof command,
+           MT_MPIEXEC " --allow-run-as-root --oversubscribe -n 1 --wdir '%s/seed' %s : "
+                      "-n 1 --wdir '%s/other' %s >two 2>&1",
+           home, one, home, one);
+  assert_int_equal(system("cp data.jsonl seed/"), 0);
+  assert_int_not_equal(system(command), 0);
+  OK(mt_file_read(at_home("two"), 1 << 16, &text, &size));
+  if (!strstr(text, "another data file than rank 0")) fail_msg("%s", text);
+  free(text);
+}
+
+/* eval and generate say the same on any mesh. */
+static void answers_are_the_same(void **state) {
+  (void)state;
+  static const char eval[] = "eval --model @/model --data @/data.jsonl --cache-dir @/cache "
+                             "--chat-template mistral --threads 1 --json --batch-size ";
+  static const char say[] = "generate --model @/model --prompt q3 --max-new-tokens 8 --seed 3 "
+                            "--threads 1";
+  char args[1024], loads[4096];
+  double loss = 0;
+  struct start s = {.args = say}, t;
+  start_well(&s);
+  for (int n = 0; n <= 4; n++) {
+    snprintf(args, sizeof args, "%s%d --ep-size %d", eval, n == 3 ? 1 : 7,
+             n == 2 || n == 4 ? n : 1);
+    t = (struct start){.ranks = n, .args = args};
+    start_well(&t);
+    const char *load = strstr(t.out, "\"expert_load\""), *at = strstr(t.out, "\"loss\": ");
+    assert_true(load && at);
+    double got = strtod(at + 8, NULL);
+    if (n == 0) loss = got, snprintf(loads, sizeof loads, "%s", load);
+    if (fabs(got - loss) > 1e-6 * loss) fail_msg("%d ranks: loss %.9g, not %.9g", n, got, loss);
+    if (strcmp(load, loads) != 0) fail_msg("%d ranks: %s, not %s", n, load, loads);
+    snprintf(args, sizeof args, "%s --ep-size %d", say, n == 2 || n == 4 ? n : 1);
+    t = (struct start){.ranks = n, .args = args};
+    start_well(&t);
+    assert_string_equal(t.out, s.out);
+  }
+}
+
+static const struct CMUnitTest tests[] = {
+    cmocka_unit_test(equals_one_rank), cmocka_unit_test(same_bits_twice),
+    cmocka_unit_test(goes_on_elsewhere), cmocka_unit_test(differences_are_refused),
+    cmocka_unit_test(answers_are_the_same)};
+int main(void) {
+  return cmocka_run_group_tests(tests, set_up, tear_down);
+}
