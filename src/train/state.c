@@ -227,6 +227,18 @@ mt_err mt_state_retain(const char *out, int64_t step, int keep) {
   return MT_OK;
 }
 
+/* Whether the process has ended and nobody has taken note: where a launcher was killed with it, in
+ * a container without init, that can last. */
+static bool dead(pid_t pid) {
+  char path[64], text[512] = "";
+  snprintf(path, sizeof path, "/proc/%d/stat", (int)pid);
+  FILE *f = fopen(path, "re");
+  size_t n = f ? fread(text, 1, sizeof text - 1, f) : 0;
+  if (f) fclose(f);
+  const char *name_end = n ? strrchr(text, ')') : NULL;
+  return name_end && (name_end[1] == ' ' && (name_end[2] == 'Z' || name_end[2] == 'X'));
+}
+
 /* PREFIX.tmp-PID and the like, whose process is gone (or had this one's number). */
 static bool stale(const char *name) {
   static const char *const ours[] = {"checkpoint-",    "model.",    "best.",       "metrics.jsonl.",
@@ -240,7 +252,7 @@ static bool stale(const char *name) {
   if (sscanf(tail, ".tmp-%ld%n", &pid, &used) != 1 && sscanf(tail, ".gone-%ld%n", &pid, &used) != 1)
     return false;
   if (tail[used] || pid <= 0 || pid > INT32_MAX) return false;
-  return pid == getpid() || (kill((pid_t)pid, 0) != 0 && errno == ESRCH);
+  return pid == getpid() || (kill((pid_t)pid, 0) != 0 && errno == ESRCH) || dead((pid_t)pid);
 }
 
 void mt_state_sweep(const char *out) {
