@@ -104,6 +104,13 @@ extern const struct mt_command mt_command_train, mt_command_eval, mt_command_gen
     .min = -1, .max = 1e6,                                                                         \
     .help = "Weight of the load-balancing loss in the training loss; 0 leaves it out.",            \
   }
+#define MT_ROW_ROUTER_Z_LOSS(S)                                                                    \
+  {                                                                                                \
+    .flag = "router-z-loss", .type = MT_OPT_REAL, .offset = offsetof(S, router_z_loss),            \
+    .unit = "FACTOR", .initial = "0", .initial_note = "0 (none)", .max = 1e6,                      \
+    .help = "Weight in the training loss of the mean square of the logarithm of the sum of the "   \
+            "exponentials of a router's logits, which keeps them small (ST-MoE uses 1e-3).",       \
+  }
 #define MT_ROW_TRAIN_ON_PROMPT(S)                                                                  \
   {                                                                                                \
     .flag = "train-on-prompt", .type = MT_OPT_FLAG, .offset = offsetof(S, train_on_prompt),        \

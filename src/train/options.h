@@ -60,6 +60,7 @@ struct mt_train_options {
   int recompute;                /* enum mt_recompute */
   struct mt_string_list freeze; /* shell patterns over parameter names: "layers.0.*", "*router" */
   double router_aux_coef;       /* < 0: as the checkpoint's config says; 0: none */
+  double router_z_loss;         /* coefficient; 0: none */
   int64_t eval_every;           /* steps; 0: before the first and after the last alone */
   int patience;                 /* evaluations without improvement that end the run; 0: none do */
   double min_delta;             /* what the held-out loss must fall by to be an improvement */
