@@ -97,6 +97,8 @@ extern const struct mt_command mt_command_train, mt_command_eval, mt_command_gen
             "or in `moetune inspect`, such as 'model.layers.0.*' or '*gate.weight'. They get no "  \
             "gradient and no optimizer state, and are exported byte for byte.",                    \
   }
+#define MT_ROW_VERIFY(S, ...)                                                                      \
+  .flag = "verify", .type = MT_OPT_FLAG, .offset = offsetof(S, verify), .help = __VA_ARGS__
 #define MT_ROW_ROUTER_AUX_COEF(S)                                                                  \
   {                                                                                                \
     .flag = "router-aux-coef", .type = MT_OPT_REAL, .offset = offsetof(S, router_aux_coef),        \

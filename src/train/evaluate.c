@@ -3,6 +3,7 @@
 #include <stdlib.h>
 
 #include "base/log.h"
+#include "io/checksums.h"
 #include "train/commands.h"
 #include "train/data.h"
 #include "train/evaluation.h"
@@ -146,6 +147,7 @@ mt_err mt_eval_run(const struct mt_eval_options *o) {
   if (!o->data == !o->ids || !o->ids != !o->dump_logits) {
     return mt_fail(MT_EINVAL, "eval takes either --data, or --ids with --dump-logits");
   }
+  if (o->verify) MT_TRY(mt_checksums_demand(o->model));
   MT_TRY(mt_session_open(&s, o->model, &o->device, o->chat_template));
   mt_err err = o->data ? evaluate_file(&s, o) : logits_of_ids(&s, o);
   mt_session_close(&s);

@@ -83,6 +83,7 @@ struct mt_train_options {
 /* `moetune eval`: mean cross-entropy, perplexity and accuracy of a file's targets. */
 struct mt_eval_options {
   const char *model, *data;
+  bool verify; /* the checkpoint's files are compared with its checksums first */
   int batch_size, max_seq_length;
   struct mt_device_options device;
   bool train_on_prompt, skip_bad_lines;
@@ -115,6 +116,7 @@ struct mt_generate_options {
 struct mt_inspect_options {
   const char *path; /* what the command line names, from which cli/ fills in model or data */
   const char *model, *data;
+  bool verify;  /* compare the checkpoint's files with its checksums, however large they are */
   bool tensors; /* list every tensor */
   bool norms;   /* read all experts' weights, however many there are */
   int samples;  /* of data, to show */

@@ -11,7 +11,7 @@
 
 #include "base/json.h"
 #include "base/log.h"
-#include "train/checksums.h"
+#include "io/checksums.h"
 
 enum { STATE_VERSION = 1, STAGE_BYTES = 8 << 20, STATE_LIMIT = 1 << 20 };
 
@@ -122,7 +122,7 @@ mt_err mt_state_save(struct mt_session *s, const struct mt_optimizer *o, const s
   MT_GO(save_tensors(s, file));
   MT_GO(mt_path_join(file, txn.temp, facts_name));
   MT_GO(save_facts(o, l, options, file));
-  MT_GO(mt_checksums_write(txn.temp));
+  MT_GO(mt_checksums_extend(txn.temp));
   MT_GO(mt_dir_commit(&txn));
   /* The next export copies the small files from here: the checkpoint that the run was resumed from
    * may be removed by then. */
