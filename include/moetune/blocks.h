@@ -143,6 +143,7 @@ struct mt_router_shape {
   int hidden, experts, top_k;
   int renormalize; /* the K probabilities are divided by their sum */
   double aux_coef; /* of the load-balancing loss, whose gradient backward adds; 0: none */
+  double z_coef;   /* of the z-loss, likewise */
 };
 /* p = softmax(x w^T) over all experts and the K largest of it. Parameter w [E,H]. */
 MT_API mt_err mt_router_create(mt_space *s, const struct mt_router_shape *shape, mt_router **out);
@@ -154,6 +155,9 @@ MT_API mt_err mt_router_forward(mt_router *r, const mt_array *x, mt_array *prob,
 /* The last forward's E * sum_e f_e P_e, without its coefficient (f_e: choices of e a token, P_e:
  * its mean probability). Waits for it. */
 MT_API mt_err mt_router_aux_loss(mt_router *r, double *loss);
+/* The last forward's mean over tokens of logsumexp(x w^T)^2, without its coefficient; 0 where that
+ * is 0. Waits for it. */
+MT_API mt_err mt_router_z_loss(mt_router *r, double *loss);
 /* dprob [T,K] FULL; dx [T,H] (+=): dispatch's gradient lies there already; w's gradient (acc). prob
  * and index are those of the forward. */
 MT_API mt_err mt_router_backward(mt_router *r, const mt_array *dprob, mt_array *dx, int accumulate);

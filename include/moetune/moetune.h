@@ -59,6 +59,7 @@ struct mt_tuner_options {
   double adam_beta1, adam_beta2, adam_eps; /* [0.9, 0.999, 1e-8] */
   double grad_clip;                        /* [1] global L2 norm; 0: none */
   double router_aux_coef;    /* [-1]: as the checkpoint's config says; 0: no auxiliary loss */
+  double router_z_loss;      /* [0] coefficient of the routers' z-loss; 0: none */
   const char *const *freeze; /* [NULL] shell patterns over parameter names: "model.layers.0.*" */
   int freeze_count;          /* [0] */
   uint64_t seed; /* [1] of the samples' order and of bf16 states' rounding: the same seed on the
@@ -111,9 +112,10 @@ MT_API struct mt_corpus_facts mt_corpus_describe(const mt_corpus *c);
 
 struct mt_tuner_step_result {
   int64_t step;         /* number of the update, from 1 */
-  double loss;          /* cross_entropy plus the auxiliary loss by its coefficient */
+  double loss;          /* cross_entropy plus the auxiliary losses by their coefficients */
   double cross_entropy; /* mean over the step's targets, in nats */
   double aux;           /* auxiliary loss, without its coefficient */
+  double z_loss;        /* routers' z-loss likewise; 0 without a coefficient */
   double grad_norm;     /* before clipping */
   double lr;
   int64_t tokens, targets;

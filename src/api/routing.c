@@ -10,6 +10,7 @@ struct mt_router {
   struct mt_router_shape shape;
   struct mt_weight w;
   struct mt_array *valid, *coef, *aux_prob, *aux_count, *load, *aux_loss, *aux_grad;
+  struct mt_array *z_coef, *z_sum, *z_loss, *z_grad; /* NULL: no z-loss */
   struct mt_array *logits, *dlogits;
   const struct mt_recipe *recipe; /* of the last forward; NULL: none */
   const struct mt_array *x, *prob, *index;
@@ -19,15 +20,16 @@ mt_err mt_router_create(mt_space *s, const struct mt_router_shape *shape, mt_rou
   int e = shape->experts, k = shape->top_k;
   mt_err err;
   if (shape->hidden < 1 || e < 1 || e > MT_OPS_MAX_EXPERTS || k < 1 || k > e ||
-      k > MT_OPS_MAX_TOP_K || !(shape->aux_coef >= 0 && shape->aux_coef < 1e6)) {
-    return mt_fail(MT_EINVAL, "router: hidden %d, %d experts, top_k %d, aux_coef %g", shape->hidden,
-                   e, k, shape->aux_coef);
+      k > MT_OPS_MAX_TOP_K || !(shape->aux_coef >= 0 && shape->aux_coef < 1e6) ||
+      !(shape->z_coef >= 0 && shape->z_coef < 1e6)) {
+    return mt_fail(MT_EINVAL, "router: hidden %d, %d experts, top_k %d, aux_coef %g, z_coef %g",
+                   shape->hidden, e, k, shape->aux_coef, shape->z_coef);
   }
   struct mt_router *r = calloc(1, sizeof *r);
   if (!r) return mt_fail(MT_ENOMEM, "a router");
   r->s = s;
   r->shape = *shape;
-  const float coef = (float)shape->aux_coef;
+  const float coef = (float)shape->aux_coef, z_coef = (float)shape->z_coef;
   MT_GO(mt_weight_create(s, &r->w, 2, e, shape->hidden, 1, 0));
   MT_GO(mt_array_ensure_ints(s, &r->valid, 1));
   MT_GO(mt_array_ensure(s, &r->coef, MT_F32, 1, 1, 1, 1));
@@ -37,6 +39,13 @@ mt_err mt_router_create(mt_space *s, const struct mt_router_shape *shape, mt_rou
   MT_GO(mt_array_ensure_ints(s, &r->load, e));
   MT_GO(mt_array_ensure(s, &r->aux_loss, s->full, 1, 1, 1, 1));
   MT_GO(mt_array_ensure(s, &r->aux_grad, s->full, 1, e, 1, 1));
+  if (shape->z_coef > 0) {
+    MT_GO(mt_array_ensure(s, &r->z_coef, MT_F32, 1, 1, 1, 1));
+    MT_GO(s->be.upload(&s->be, r->z_coef->t.data, &z_coef, sizeof z_coef));
+    MT_GO(mt_array_ensure(s, &r->z_sum, s->full, 1, 1, 1, 1));
+    MT_GO(mt_array_ensure(s, &r->z_loss, s->full, 1, 1, 1, 1));
+    MT_GO(mt_array_ensure(s, &r->z_grad, s->full, 1, 1, 1, 1));
+  }
 done:
   if (err)
     mt_router_free(r);
@@ -48,7 +57,8 @@ done:
 void mt_router_free(mt_router *r) {
   if (!r) return;
   struct mt_array *const all[] = {r->valid,    r->coef,     r->aux_prob, r->aux_count, r->load,
-                                  r->aux_loss, r->aux_grad, r->logits,   r->dlogits};
+                                  r->aux_loss, r->aux_grad, r->z_coef,   r->z_sum,     r->z_loss,
+                                  r->z_grad,   r->logits,   r->dlogits};
   for (size_t i = 0; i < sizeof all / sizeof *all; i++) mt_array_free(all[i]);
   mt_weight_free(&r->w);
   free(r);
@@ -86,23 +96,32 @@ mt_err mt_router_forward(mt_router *r, const mt_array *x, mt_array *prob, mt_arr
   MT_TRY(mt_array_write_ints(r->valid, &valid));
   MT_TRY(be->zero(be, r->aux_prob->t.data, mt_bytes(&r->aux_prob->t)));
   MT_TRY(be->zero(be, r->aux_count->t.data, mt_bytes(&r->aux_count->t)));
-  MT_TRY(be->ops.router_fwd(be, &(struct mt_router_fwd_args){.x = x->t,
-                                                             .w = w,
-                                                             .valid_count = r->valid->t.data,
-                                                             .renormalize = r->shape.renormalize,
-                                                             .logits = r->logits->t,
-                                                             .prob = prob->t,
-                                                             .index = index->t.data,
-                                                             .aux_prob = r->aux_prob->t,
-                                                             .aux_count = r->aux_count->t.data,
-                                                             .load = r->load->t.data}));
-  MT_TRY(be->ops.aux_loss(be, &(struct mt_aux_loss_args){.aux_prob = r->aux_prob->t,
-                                                         .aux_count = r->aux_count->t.data,
-                                                         .valid_count = r->valid->t.data,
-                                                         .layer_count = 1,
-                                                         .coef = r->coef->t.data,
-                                                         .loss = r->aux_loss->t,
-                                                         .grad = r->aux_grad->t}));
+  struct mt_router_fwd_args forward = {.x = x->t,
+                                       .w = w,
+                                       .valid_count = r->valid->t.data,
+                                       .renormalize = r->shape.renormalize,
+                                       .logits = r->logits->t,
+                                       .prob = prob->t,
+                                       .index = index->t.data,
+                                       .aux_prob = r->aux_prob->t,
+                                       .aux_count = r->aux_count->t.data,
+                                       .load = r->load->t.data};
+  struct mt_aux_loss_args aux = {.aux_prob = r->aux_prob->t,
+                                 .aux_count = r->aux_count->t.data,
+                                 .valid_count = r->valid->t.data,
+                                 .layer_count = 1,
+                                 .coef = r->coef->t.data,
+                                 .loss = r->aux_loss->t,
+                                 .grad = r->aux_grad->t};
+  if (r->z_sum) {
+    MT_TRY(be->zero(be, r->z_sum->t.data, mt_bytes(&r->z_sum->t)));
+    forward.z_sum = aux.z_sum = r->z_sum->t;
+    aux.z_coef = r->z_coef->t.data;
+    aux.z_loss = r->z_loss->t;
+    aux.z_grad = r->z_grad->t;
+  }
+  MT_TRY(be->ops.router_fwd(be, &forward));
+  MT_TRY(be->ops.aux_loss(be, &aux));
   r->recipe = recipe;
   r->x = x;
   r->prob = prob;
@@ -113,6 +132,12 @@ mt_err mt_router_forward(mt_router *r, const mt_array *x, mt_array *prob, mt_arr
 mt_err mt_router_aux_loss(mt_router *r, double *loss) {
   if (!r->recipe) return mt_fail(MT_EINVAL, "router: no forward yet");
   return mt_array_read(r->aux_loss, loss);
+}
+
+mt_err mt_router_z_loss(mt_router *r, double *loss) {
+  if (!r->recipe) return mt_fail(MT_EINVAL, "router: no forward yet");
+  *loss = 0;
+  return r->z_loss ? mt_array_read(r->z_loss, loss) : MT_OK;
 }
 
 mt_err mt_router_backward(mt_router *r, const mt_array *dprob, mt_array *dx, int accumulate) {
@@ -136,6 +161,7 @@ mt_err mt_router_backward(mt_router *r, const mt_array *dprob, mt_array *dx, int
   a.dx = dx->t;
   a.dlogits = r->dlogits->t;
   if (r->shape.aux_coef > 0) a.aux_grad = r->aux_grad->t;
+  if (r->z_grad) a.z_grad = r->z_grad->t;
   return s->be.ops.router_bwd(&s->be, &a);
 }
 

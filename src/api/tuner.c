@@ -80,6 +80,7 @@ static mt_err check_options(const struct mt_tuner_options *o, struct choices *c)
   MT_TRY(in_range("adam_eps", o->adam_eps, 1e-300, 1));
   MT_TRY(in_range("grad_clip", o->grad_clip, 0, 1e30));
   MT_TRY(in_range("router_aux_coef", o->router_aux_coef, -1, 1e6));
+  MT_TRY(in_range("router_z_loss", o->router_z_loss, 0, 1e6));
   MT_TRY(in_range("freeze_count", o->freeze_count, 0, o->freeze ? 65536 : 0));
   if (c->schedule != MT_SCHEDULE_CONSTANT && o->total_steps <= o->warmup_steps) {
     return mt_fail(MT_EINVAL, "lr_schedule %s needs total_steps above warmup_steps",
@@ -109,6 +110,7 @@ static mt_err open_model(struct mt_tuner *t, const struct mt_tuner_options *o,
                                .recompute = (enum mt_recompute)c->recompute,
                                .aux_coef =
                                    mt_train_aux_coef(o->router_aux_coef, &t->s.checkpoint.config),
+                               .z_coef = o->router_z_loss,
                                .training = t->training,
                                .token_capacity = mt_loader_token_capacity(&l),
                                .sequence_capacity = o->batch_size};
@@ -205,6 +207,7 @@ mt_err mt_tuner_step(mt_tuner *t, mt_corpus *c, struct mt_tuner_step_result *out
                                          .loss = r.loss,
                                          .cross_entropy = r.cross_entropy,
                                          .aux = r.aux,
+                                         .z_loss = r.z,
                                          .grad_norm = r.grad_norm,
                                          .lr = r.lr,
                                          .tokens = r.token_count,

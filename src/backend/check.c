@@ -215,6 +215,7 @@ mt_err mt_check_router_fwd(const struct mt_router_fwd_args *a) {
   M2(logits, REQUIRED, stat, t, e);
   M2(prob, REQUIRED, stat, t, k);
   V1(aux_prob, REQUIRED, stat, e);
+  V1(z_sum, OPTIONAL, stat, 1);
   PTR(valid_count);
   PTR(index);
   PTR(aux_count);
@@ -232,6 +233,11 @@ mt_err mt_check_aux_loss(const struct mt_aux_loss_args *a) {
   PTR(aux_count);
   PTR(valid_count);
   PTR(coef);
+  if (!a->z_sum.data) return MT_OK;
+  V1(z_sum, REQUIRED, a->aux_prob.dtype, 1);
+  V1(z_loss, REQUIRED, a->aux_prob.dtype, 1);
+  V1(z_grad, REQUIRED, a->aux_prob.dtype, 1);
+  PTR(z_coef);
   return MT_OK;
 }
 
@@ -245,6 +251,7 @@ mt_err mt_check_router_bwd(const struct mt_router_bwd_args *a) {
   M2(prob, REQUIRED, stat, t, k);
   M2(dprob, REQUIRED, stat, t, k);
   V1(aux_grad, OPTIONAL, stat, e);
+  V1(z_grad, OPTIONAL, stat, 1);
   M2(dlogits, REQUIRED, stat, t, e);
   M2(dx, REQUIRED, a->x.dtype, t, h);
   M2(dw, OPTIONAL, grad_of(&a->x, &a->dw), e, h);
@@ -383,6 +390,7 @@ mt_err mt_check_tally(const struct mt_tally_args *a) {
     return mt_fail(MT_ESHAPE, "%s: loss of rank %d, aux of %lld elements", op, a->loss.rank,
                    (long long)mt_count(&a->aux));
   }
+  V1(z_loss, OPTIONAL, a->loss.dtype, 1);
   return MT_OK;
 }
 

@@ -213,25 +213,31 @@ struct mt_router_fwd_args {
   int32_t *index;            /* [T,K] (=) */
   struct mt_tensor aux_prob; /* stat [E] (+=): sum over tokens of the raw softmax p */
   int32_t *aux_count;        /* [E] (+=): routed choices */
+  struct mt_tensor z_sum;    /* stat [1] (+=): sum over tokens of logsumexp(logits)^2, or NULL */
   int32_t *load;             /* [E] (=): routed choices of this call alone, for metrics */
 };
 
 /* Load-balancing loss of all layers together, as transformers computes it
  * (load_balancing_loss_func): E * sum_e (aux_count[e]/rows) * (aux_prob[e]/rows),
  * rows = layer_count * *valid_count.
- * grad[e] = coef * E * aux_count[e] / rows^2, what router_bwd takes. */
+ * grad[e] = coef * E * aux_count[e] / rows^2, what router_bwd takes.
+ * And the z-loss, where z_sum is not NULL: z_sum / rows, z_grad = 2 * z_coef / rows. */
 struct mt_aux_loss_args {
   struct mt_tensor aux_prob;
   const int32_t *aux_count;
   const int32_t *valid_count;
   int layer_count;
-  const float *coef;     /* [1] */
-  struct mt_tensor loss; /* stat [1] (=), without coef */
-  struct mt_tensor grad; /* stat [E] (=) */
+  const float *coef;       /* [1] */
+  struct mt_tensor loss;   /* stat [1] (=), without coef */
+  struct mt_tensor grad;   /* stat [E] (=) */
+  struct mt_tensor z_sum;  /* stat [1] or NULL: then none of these is looked at */
+  const float *z_coef;     /* [1] */
+  struct mt_tensor z_loss; /* stat [1] (=), without z_coef */
+  struct mt_tensor z_grad; /* stat [1] (=) */
 };
 
 /* Gradient of prob through renormalisation, top-k and softmax, plus aux_grad[e] flowing into the
- * raw p[t,e] of every valid token. */
+ * raw p[t,e] of every valid token, plus z_grad times logsumexp(logits) into that logsumexp. */
 struct mt_router_bwd_args {
   struct mt_tensor x, w;
   const int32_t *valid_count;
@@ -240,6 +246,7 @@ struct mt_router_bwd_args {
   const int32_t *index;
   struct mt_tensor dprob;    /* stat [T,K] */
   struct mt_tensor aux_grad; /* stat [E] or NULL */
+  struct mt_tensor z_grad;   /* stat [1] or NULL */
   struct mt_tensor dlogits;  /* stat [T,E] (=): scratch, zeros in padding */
   struct mt_tensor dx;       /* act [T,H] (acc by accumulate_dx) */
   int accumulate_dx;
@@ -371,13 +378,15 @@ struct mt_head_loss_args {
 
 /* A micro-batch's numbers, added up for its step's report so that the host need not read them one
  * by one: sums[0] = sum of loss in float64, sums[1] = how many are correct, sums[2] = aux_weight
- * times aux; load_sums[i] = load[i]. In an order that does not depend on the number of threads. */
+ * times aux, sums[3] = aux_weight times z_loss (0 without one); load_sums[i] = load[i]. In an order
+ * that does not depend on the number of threads. */
 struct mt_tally_args {
   struct mt_tensor loss;    /* stat [T] */
   const int32_t *correct;   /* [T] */
   struct mt_tensor aux;     /* stat [1] */
+  struct mt_tensor z_loss;  /* stat [1] or NULL */
   const double *aux_weight; /* [1] */
-  double *sums;             /* [3] (acc) */
+  double *sums;             /* [4] (acc) */
   const int32_t *load;      /* [load_count] */
   int32_t *load_sums;       /* [load_count] (acc) */
   int64_t load_count;
@@ -436,6 +445,7 @@ struct mt_step_values {
   double aux_weight; /* tally's */
   float loss_scale;  /* head_loss's */
   float aux_coef;    /* aux_loss's: the coefficient times the weight */
+  float z_coef;      /* likewise */
   struct mt_adamw_values adamw;
 };
 

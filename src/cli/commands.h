@@ -97,12 +97,21 @@ extern const struct mt_command mt_command_train, mt_command_eval, mt_command_gen
             "or in `moetune inspect`, such as 'model.layers.0.*' or '*gate.weight'. They get no "  \
             "gradient and no optimizer state, and are exported byte for byte.",                    \
   }
+#define MT_ROW_VERIFY(S, ...)                                                                      \
+  .flag = "verify", .type = MT_OPT_FLAG, .offset = offsetof(S, verify), .help = __VA_ARGS__
 #define MT_ROW_ROUTER_AUX_COEF(S)                                                                  \
   {                                                                                                \
     .flag = "router-aux-coef", .type = MT_OPT_REAL, .offset = offsetof(S, router_aux_coef),        \
     .unit = "FACTOR", .initial = "-1", .initial_note = "-1 (as the model's config says)",          \
     .min = -1, .max = 1e6,                                                                         \
     .help = "Weight of the load-balancing loss in the training loss; 0 leaves it out.",            \
+  }
+#define MT_ROW_ROUTER_Z_LOSS(S)                                                                    \
+  {                                                                                                \
+    .flag = "router-z-loss", .type = MT_OPT_REAL, .offset = offsetof(S, router_z_loss),            \
+    .unit = "FACTOR", .initial = "0", .initial_note = "0 (none)", .max = 1e6,                      \
+    .help = "Weight in the training loss of the mean square of the logarithm of the sum of the "   \
+            "exponentials of a router's logits, which keeps them small (ST-MoE uses 1e-3).",       \
   }
 #define MT_ROW_TRAIN_ON_PROMPT(S)                                                                  \
   {                                                                                                \

@@ -12,6 +12,7 @@ static const struct mt_option rows[] = {
      .offset = AT(data),
      .unit = "FILE",
      .help = "Samples as JSON lines, in the forms of `moetune train`."},
+    {MT_ROW_VERIFY(S, "Compare the checkpoint's files with its moetune-checksums.json first.")},
     MT_ROW_BATCH_SIZE(S, "8"),
     MT_ROW_MAX_SEQ_LENGTH(S, "512"),
     MT_ROW_TRAIN_ON_PROMPT(S),

@@ -24,6 +24,9 @@ static const struct mt_option rows[] = {
      .offset = AT(tensors),
      .help = "List every tensor with its file, not one line for those that differ in their numbers "
              "alone."},
+    {MT_ROW_VERIFY(S, "Compare the files with moetune-checksums.json, however long they take to "
+                      "read, and exit with status 1 where one differs or there is no list. "
+                      "Otherwise files of at most 4 GB in all are compared, to tell.")},
     {.flag = "norms",
      .type = MT_OPT_FLAG,
      .offset = AT(norms),

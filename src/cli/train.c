@@ -151,6 +151,7 @@ static const struct mt_option rows[] = {
      .max = 1e30,
      .help = "Gradients are scaled down to this global L2 norm; 0 leaves them as they are."},
     MT_ROW_ROUTER_AUX_COEF(S),
+    MT_ROW_ROUTER_Z_LOSS(S),
     MT_ROW_FREEZE(S),
 
     {.group = "How it is computed",

@@ -69,10 +69,10 @@ struct mt_hf_export_options {
 
 /* Writes a checkpoint directory, which appears whole under its name: weights (learning rows of
  * params from the backend, all others byte for byte from the source), tensors we do not know as
- * they are, config, tokenizer and other small files. params NULL: all from the source (conversion).
- * With options->gather params is the table of the whole model, whose rows need no memory.
- * Errors: MT_EIO (disk full, not writable) naming the path; the source and an existing out_dir stay
- * whole. */
+ * they are, config, tokenizer and other small files, and the checksums of all. params NULL: all
+ * from the source (conversion). With options->gather params is the table of the whole model, whose
+ * rows need no memory. Errors: MT_EIO (disk full, not writable) naming the path; the source and an
+ * existing out_dir stay whole. */
 mt_err mt_hf_export(const struct mt_hf_checkpoint *h, const struct mt_params *params,
                     struct mt_backend *be, const char *out_dir,
                     const struct mt_hf_export_options *options);

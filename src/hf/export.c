@@ -8,6 +8,7 @@
 #include "base/json.h"
 #include "base/rng.h"
 #include "hf/source.h"
+#include "io/checksums.h"
 
 enum { STAGE_BYTES = 4 << 20 };
 
@@ -311,6 +312,7 @@ static mt_err run(struct export *x, const char *files_dir, const char *out_dir,
   MT_GO(copy_files(x->h, files_dir, txn.temp, o->dtype));
   for (int s = 0; s < x->shard_count; s++) MT_GO(write_shard(x, txn.temp, s));
   if (x->shard_count > 1) MT_GO(write_index(x, txn.temp));
+  MT_GO(mt_checksums_write(txn.temp));
   MT_GO(mt_dir_commit(&txn));
 done:
   mt_dir_abort(&txn);

@@ -102,6 +102,13 @@ static size_t block_bytes(const struct mt_acts *a, int64_t tokens) {
   return block_head_bytes(a) + 3 * (size_t)tokens * sizeof(int32_t);
 }
 
+/* Elements of a vector; one without memory has parts without. */
+static struct mt_tensor part_of(const struct mt_tensor *v, int64_t begin, int64_t n) {
+  char *data = v->data;
+  if (data) data += (size_t)begin * mt_dtype_bytes(v->dtype);
+  return mt_vec(data, v->dtype, n);
+}
+
 static mt_err batch_layout(struct mt_acts *a, const struct mt_config *c,
                            const struct mt_recipe *recipe, struct mt_arena *arena) {
   int64_t t = a->options.token_capacity, e = c->experts;
@@ -119,9 +126,13 @@ static mt_err batch_layout(struct mt_acts *a, const struct mt_config *c,
   MT_TRY(take(arena, &a->cos, mt_mat(NULL, stat, t, c->head_dim / 2)));
   MT_TRY(take(arena, &a->sin, mt_mat(NULL, stat, t, c->head_dim / 2)));
   MT_TRY(take_ints(arena, &a->loads, c->layers * e));
-  MT_TRY(take(arena, &a->aux_prob, mt_vec(NULL, stat, e)));
+  MT_TRY(take(arena, &a->aux_sums, mt_vec(NULL, stat, e + 1)));
+  a->aux_prob = part_of(&a->aux_sums, 0, e);
+  a->z_sum = part_of(&a->aux_sums, e, 1);
   MT_TRY(take(arena, &a->aux_loss, mt_vec(NULL, stat, 1)));
   MT_TRY(take(arena, &a->aux_grad, mt_vec(NULL, stat, e)));
+  MT_TRY(take(arena, &a->z_loss, mt_vec(NULL, stat, 1)));
+  MT_TRY(take(arena, &a->z_grad, mt_vec(NULL, stat, 1)));
   MT_TRY(take_ints(arena, &a->aux_count, e));
   MT_TRY(take(arena, &a->loss, mt_vec(NULL, stat, t)));
   return take_ints(arena, &a->correct, t);

@@ -61,7 +61,7 @@ struct mt_acts_options {
 
 /* What the host reads of a step, followed on the device by load_sums. */
 struct mt_step_report {
-  double sums[3];        /* tally's */
+  double sums[4];        /* tally's */
   double grad_sumsq;     /* of the host's copy alone: the optimizer's */
   struct mt_clock clock; /* by enum mt_phase */
 };
@@ -78,7 +78,9 @@ struct mt_acts {
   struct mt_step_values *values, *host_values;
   int32_t *ids, *positions, *labels, *cu_seqlens, *valid_count;
   struct mt_tensor cos, sin;                     /* stat [T,D/2] */
+  struct mt_tensor aux_sums;                     /* stat [E+1]: aux_prob, then z_sum */
   struct mt_tensor aux_prob, aux_loss, aux_grad; /* stat [E], [1], [E] */
+  struct mt_tensor z_sum, z_loss, z_grad;        /* stat [1] each */
   int32_t *aux_count;                            /* [E] */
   struct mt_tensor loss;                         /* stat [T] */
   int32_t *correct;                              /* [T] */

@@ -45,10 +45,10 @@ struct mt_exchange {
   mt_err (*combine_bwd)(struct mt_exchange *x, struct mt_backend *be, const struct mt_route *route,
                         const struct mt_tensor *dy, const struct mt_tensor *prob,
                         struct mt_tensor *ys, struct mt_tensor *dprob);
-  /* What the auxiliary loss is made of, added up over all ranks whose tokens are one micro-batch:
-   * aux_prob [E] and aux_count [E] in place; *valid_count becomes another pointer to one number.
-   * NULL: this rank's tokens are all. */
-  mt_err (*share_aux)(struct mt_exchange *x, struct mt_backend *be, struct mt_tensor *aux_prob,
+  /* What the auxiliary losses are made of, added up over all ranks whose tokens are one
+   * micro-batch: aux_sums [E+1] (mt_acts) and aux_count [E] in place; *valid_count becomes another
+   * pointer to one number. NULL: this rank's tokens are all. */
+  mt_err (*share_aux)(struct mt_exchange *x, struct mt_backend *be, struct mt_tensor *aux_sums,
                       int32_t *aux_count, const int32_t **valid_count);
   void *impl;
 };

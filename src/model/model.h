@@ -38,6 +38,7 @@ struct mt_model_options {
   enum mt_blocks_strategy blocks;
   enum mt_recompute recompute;
   double aux_coef;           /* of the auxiliary loss; 0: none */
+  double z_coef;             /* of the routers' z-loss; 0: none, and it is not worked out */
   bool training;             /* gradients and saved activations exist */
   int64_t token_capacity;    /* T at most */
   int64_t sequence_capacity; /* packed samples at most */
@@ -88,7 +89,7 @@ struct mt_memory mt_model_memory(const struct mt_model *m);
 struct mt_pass {
   const struct mt_batch *batch;
   double loss_scale; /* 1 / targets of the global batch */
-  double aux_weight; /* this micro-batch's share of the auxiliary loss: its targets over all */
+  double aux_weight; /* this micro-batch's share of the auxiliary losses: its targets over all */
   int accumulate;    /* gradients: 0 overwrites, 1 adds */
   bool sum_squares;  /* leaves grad_sumsq of parameters that have one, and says so in grad_summed;
                         for a step's only pass, whose gradients nothing changes afterwards */
@@ -99,6 +100,7 @@ struct mt_loss {
   double cross_entropy_sum; /* -sum log p[label] */
   int64_t target_count, correct_count;
   double aux; /* auxiliary loss of this micro-batch, without its coefficient */
+  double z;   /* z-loss likewise; 0 where it has no coefficient */
 };
 
 /* Forward and backward (train: gradients land in params' grad, acc) or forward alone (eval).

@@ -253,17 +253,18 @@ mt_err mt_moe_forward(struct mt_model *m, int layer, const struct mt_view *v) {
   mt_acts_enter(&m->acts, m->be, MT_ROOM_MOE);
   MT_TRY(mt_norm_forward(m, mt_top(o.l->s1, t), mt_top(m->acts.branch, t), o.norm,
                          mt_top(o.l->s2, t), o.xn, mt_top(o.l->rstd2, t)));
-  MT_TRY(o.be->ops.router_fwd(
-      o.be, &(struct mt_router_fwd_args){.x = o.xn,
-                                         .w = o.router->compute,
-                                         .valid_count = m->acts.valid_count,
-                                         .renormalize = m->config.layer[layer].renormalize,
-                                         .logits = mt_top(o.l->logits, t),
-                                         .prob = o.prob,
-                                         .index = o.route.index,
-                                         .aux_prob = m->acts.aux_prob,
-                                         .aux_count = m->acts.aux_count,
-                                         .load = o.l->load}));
+  struct mt_router_fwd_args r = {.x = o.xn,
+                                 .w = o.router->compute,
+                                 .valid_count = m->acts.valid_count,
+                                 .renormalize = m->config.layer[layer].renormalize,
+                                 .logits = mt_top(o.l->logits, t),
+                                 .prob = o.prob,
+                                 .index = o.route.index,
+                                 .aux_prob = m->acts.aux_prob,
+                                 .aux_count = m->acts.aux_count,
+                                 .load = o.l->load};
+  if (m->options.z_coef > 0) r.z_sum = m->acts.z_sum;
+  MT_TRY(o.be->ops.router_fwd(o.be, &r));
   MT_TRY(make_plan(&o));
   if (scattered(&o)) return loop_forward(&o, false);
   struct mt_exchange *x = &m->exchange;
@@ -341,6 +342,7 @@ mt_err mt_moe_backward(struct mt_model *m, int layer, const struct mt_view *v) {
                                  .dw = o.router->grad,
                                  .accumulate = v->accumulate};
   if (m->options.aux_coef > 0) r.aux_grad = m->acts.aux_grad;
+  if (m->options.z_coef > 0) r.z_grad = m->acts.z_grad;
   MT_TRY(o.be->ops.router_bwd(o.be, &r));
   mt_grad_ready(m, o.router);
   return mt_norm_backward(m, dxn, mt_top(o.l->s2, t), o.norm, mt_top(o.l->rstd2, t), ds, 0,

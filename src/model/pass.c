@@ -48,7 +48,7 @@ mt_err mt_stream_open(struct mt_model *m, const struct mt_view *v) {
                                    .ids = a->ids,
                                    .table = mt_params_find(&m->params, MT_PARAM_EMBED, -1)->compute,
                                    .out = mt_top(a->layer[0].s1, t)}));
-  MT_TRY(be->zero(be, a->aux_prob.data, mt_bytes(&a->aux_prob)));
+  MT_TRY(be->zero(be, a->aux_sums.data, mt_bytes(&a->aux_sums)));
   return be->zero(be, a->aux_count, (size_t)m->config.experts * sizeof(int32_t));
 }
 
@@ -74,15 +74,22 @@ static mt_err forward(struct mt_model *m, const struct mt_view *v) {
   MT_TRY(mt_stream_close(m, v));
   const int32_t *valid_count = a->valid_count;
   if (m->exchange.share_aux) {
-    MT_TRY(m->exchange.share_aux(&m->exchange, m->be, &a->aux_prob, a->aux_count, &valid_count));
+    MT_TRY(m->exchange.share_aux(&m->exchange, m->be, &a->aux_sums, a->aux_count, &valid_count));
   }
-  return m->be->ops.aux_loss(m->be, &(struct mt_aux_loss_args){.aux_prob = a->aux_prob,
-                                                               .aux_count = a->aux_count,
-                                                               .valid_count = valid_count,
-                                                               .layer_count = m->config.layers,
-                                                               .coef = &a->values->aux_coef,
-                                                               .loss = a->aux_loss,
-                                                               .grad = a->aux_grad});
+  struct mt_aux_loss_args aux = {.aux_prob = a->aux_prob,
+                                 .aux_count = a->aux_count,
+                                 .valid_count = valid_count,
+                                 .layer_count = m->config.layers,
+                                 .coef = &a->values->aux_coef,
+                                 .loss = a->aux_loss,
+                                 .grad = a->aux_grad};
+  if (m->options.z_coef > 0) {
+    aux.z_sum = a->z_sum;
+    aux.z_coef = &a->values->z_coef;
+    aux.z_loss = a->z_loss;
+    aux.z_grad = a->z_grad;
+  }
+  return m->be->ops.aux_loss(m->be, &aux);
 }
 
 static mt_err head(struct mt_model *m, const struct mt_view *v, bool backward) {
@@ -152,6 +159,9 @@ static mt_err read_loss(struct mt_model *m, const struct mt_batch *batch, struct
   for (int64_t i = 0; i < batch->token_count; i++) out->correct_count += correct[i];
   MT_TRY(m->be->download(m->be, m->host_rows, a->aux_loss.data, mt_bytes(&a->aux_loss)));
   out->aux = stat_at(m->host_rows, a->aux_loss.dtype, 0);
+  if (!(m->options.z_coef > 0)) return MT_OK;
+  MT_TRY(m->be->download(m->be, m->host_rows, a->z_loss.data, mt_bytes(&a->z_loss)));
+  out->z = stat_at(m->host_rows, a->z_loss.dtype, 0);
   return MT_OK;
 }
 
@@ -173,6 +183,7 @@ mt_err mt_model_pass_load(struct mt_model *m, const struct mt_pass *pass) {
   v->loss_scale = (float)pass->loss_scale;
   v->aux_weight = pass->aux_weight;
   v->aux_coef = (float)(m->options.aux_coef * pass->aux_weight);
+  v->z_coef = (float)(m->options.z_coef * pass->aux_weight);
   /* Said here and not where it is done: a replayed pass leaves them too. */
   mt_model_say_summed(m, pass->sum_squares);
   return mt_acts_load(&m->acts, m->be, pass->batch);
@@ -186,16 +197,17 @@ mt_err mt_model_pass_launch(struct mt_model *m, const struct mt_pass *pass) {
   MT_TRY(forward(m, &v));
   MT_TRY(head(m, &v, true));
   MT_TRY(backward(m, &v));
-  return m->be->ops.tally(
-      m->be, &(struct mt_tally_args){.loss = mt_top(a->loss, v.tokens),
-                                     .correct = a->correct,
-                                     .aux = a->aux_loss,
-                                     .aux_weight = &a->values->aux_weight,
-                                     .sums = a->report->sums,
-                                     .load = a->loads,
-                                     .load_sums = a->load_sums,
-                                     .load_count = (int64_t)m->config.layers * m->config.experts,
-                                     .accumulate = pass->accumulate});
+  struct mt_tally_args t = {.loss = mt_top(a->loss, v.tokens),
+                            .correct = a->correct,
+                            .aux = a->aux_loss,
+                            .aux_weight = &a->values->aux_weight,
+                            .sums = a->report->sums,
+                            .load = a->loads,
+                            .load_sums = a->load_sums,
+                            .load_count = (int64_t)m->config.layers * m->config.experts,
+                            .accumulate = pass->accumulate};
+  if (m->options.z_coef > 0) t.z_loss = a->z_loss;
+  return m->be->ops.tally(m->be, &t);
 }
 
 mt_err mt_model_train_pass(struct mt_model *m, const struct mt_pass *pass, struct mt_loss *loss) {

@@ -223,41 +223,43 @@ static mt_err combine_bwd(struct mt_exchange *x, struct mt_backend *be,
   return send_out(s, route, home, away, *ys);
 }
 
-/* One reader's numbers: the probabilities, then the counts and how many tokens. */
+/* One reader's numbers: the sums, then the counts and how many tokens. */
 static size_t record_bytes(const struct state *s, enum mt_dtype stat) {
   size_t e = (size_t)s->experts;
-  return (e * mt_dtype_bytes(stat) + (e + 1) * sizeof(int32_t) + 7) / 8 * 8;
+  return ((e + 1) * mt_dtype_bytes(stat) + (e + 1) * sizeof(int32_t) + 7) / 8 * 8;
 }
 
-static mt_err share_aux(struct mt_exchange *x, struct mt_backend *be, struct mt_tensor *aux_prob,
+static mt_err share_aux(struct mt_exchange *x, struct mt_backend *be, struct mt_tensor *aux_sums,
                         int32_t *aux_count, const int32_t **valid_count) {
   struct state *s = state_of(x);
-  size_t probs = mt_bytes(aux_prob), counts = (size_t)s->experts * sizeof(int32_t);
-  size_t record = record_bytes(s, aux_prob->dtype);
+  size_t sums = mt_bytes(aux_sums), counts = (size_t)s->experts * sizeof(int32_t);
+  size_t record = record_bytes(s, aux_sums->dtype);
   int64_t parts[2 * READERS_MOST];
   (void)be;
   for (int i = 0; i < s->readers->size; i++) parts[i] = 1, parts[s->readers->size + i] = i;
   char *mine = (char *)s->aux + record * (size_t)s->readers->rank;
-  memcpy(mine, aux_prob->data, probs);
-  memcpy(mine + probs, aux_count, counts);
-  memcpy(mine + probs + counts, *valid_count, sizeof(int32_t));
+  memcpy(mine, aux_sums->data, sums);
+  memcpy(mine + sums, aux_count, counts);
+  memcpy(mine + sums + counts, *valid_count, sizeof(int32_t));
   MT_TRY(mt_comm_all_gather(s->readers, s->aux, (struct mt_parts){parts, parts + s->readers->size},
                             record, NULL));
-  memset(aux_prob->data, 0, probs);
+  memset(aux_sums->data, 0, sums);
   memset(aux_count, 0, counts);
   s->valid_count = 0;
   for (int i = 0; i < s->readers->size; i++) {
     const char *r = (char *)s->aux + record * (size_t)i;
     int32_t n;
-    for (int e = 0; e < s->experts; e++) {
-      if (aux_prob->dtype == MT_F64)
-        ((double *)aux_prob->data)[e] += ((const double *)(const void *)r)[e];
+    for (int e = 0; e <= s->experts; e++) {
+      if (aux_sums->dtype == MT_F64)
+        ((double *)aux_sums->data)[e] += ((const double *)(const void *)r)[e];
       else
-        ((float *)aux_prob->data)[e] += ((const float *)(const void *)r)[e];
-      memcpy(&n, r + probs + (size_t)e * sizeof n, sizeof n);
+        ((float *)aux_sums->data)[e] += ((const float *)(const void *)r)[e];
+    }
+    for (int e = 0; e < s->experts; e++) {
+      memcpy(&n, r + sums + (size_t)e * sizeof n, sizeof n);
       aux_count[e] += n;
     }
-    memcpy(&n, r + probs + counts, sizeof n);
+    memcpy(&n, r + sums + counts, sizeof n);
     s->valid_count += n;
   }
   *valid_count = &s->valid_count;

@@ -290,6 +290,23 @@ static mt_err write_aux(FILE *f, const struct mt_run *runs, int count, bool wide
   return aux.line_count ? mt_plot_write(f, &aux) : MT_OK;
 }
 
+/* Of the runs that had one. */
+static mt_err write_z_loss(FILE *f, const struct mt_run *runs, int count, bool wide) {
+  char names[MT_PLOT_LINES][320];
+  struct mt_plot z = {.id = "z-loss",
+                      .title = "Router z-loss",
+                      .note = "before its coefficient: the mean square of the routers' logsumexp",
+                      .wide = wide,
+                      .mark = NAN};
+  for (int i = 0; i < count; i++) {
+    if (!isfinite(runs[i].z_loss.last)) continue;
+    snprintf(names[i], sizeof *names, "%s", count > 1 ? runs[i].name : "loss");
+    z.line[z.line_count++] = (struct mt_line){
+        .label = names[i], .css = run_css[i], .series = &runs[i].z_loss, .smooth = true};
+  }
+  return z.line_count ? mt_plot_write(f, &z) : MT_OK;
+}
+
 mt_err mt_page_experts(FILE *f, const struct mt_run *runs, int count) {
   bool any = false, routers;
   for (int i = 0; i < count; i++) any |= runs[i].layers > 0 && runs[i].frames.count > 0;
@@ -309,6 +326,7 @@ mt_err mt_page_experts(FILE *f, const struct mt_run *runs, int count) {
   MT_TRY(write_entropy(f, runs, count, &routers));
   MT_TRY(write_extremes(f, runs, count));
   MT_TRY(write_aux(f, runs, count, routers));
+  MT_TRY(write_z_loss(f, runs, count, false));
   fputs("</div></section>\n", f);
   return MT_OK;
 }

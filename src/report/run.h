@@ -13,6 +13,7 @@
   X(loss, "loss")                                                                                  \
   X(cross_entropy, "cross_entropy")                                                                \
   X(aux, "aux")                                                                                    \
+  X(z_loss, "z_loss")                                                                              \
   X(grad_norm, "grad_norm")                                                                        \
   X(lr, "lr")                                                                                      \
   X(accuracy, "accuracy")                                                                          \

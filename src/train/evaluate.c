@@ -3,6 +3,7 @@
 #include <stdlib.h>
 
 #include "base/log.h"
+#include "io/checksums.h"
 #include "train/commands.h"
 #include "train/data.h"
 #include "train/evaluation.h"
@@ -146,11 +147,12 @@ done:
 }
 
 mt_err mt_eval_run(const struct mt_eval_options *o) {
-  struct mt_session s;
+  struct mt_session s = {0};
   if (!o->data == !o->ids || !o->ids != !o->dump_logits) {
     return mt_fail(MT_EINVAL, "eval takes either --data, or --ids with --dump-logits");
   }
-  mt_err err = mt_session_open(&s, o->model, &o->device, o->chat_template);
+  mt_err err = o->verify ? mt_checksums_demand(o->model) : MT_OK;
+  if (!err) err = mt_session_open(&s, o->model, &o->device, o->chat_template);
   err = mt_world_meet(o->world, err, NULL);
   if (!err) err = mt_session_join(&s, o->world, o->ep_size, o->pp_size);
   if (!err) err = o->data ? evaluate_file(&s, o) : logits_of_ids(&s, o);

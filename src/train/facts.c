@@ -25,14 +25,14 @@ static json_t *options(const struct mt_run_facts *f) {
       o->blocks == MT_BLOCKS_UNFUSED ? "unfused" : "fused", "recompute", recompute[o->recompute],
       "batch-size", o->batch_size, "grad-accum", o->grad_accum, "max-seq-length", o->max_seq_length,
       "warmup-steps", (json_int_t)o->warmup_steps, "total-steps", (json_int_t)f->total_steps);
-  json_t *numbers =
-      json_pack("{s:f, s:s, s:f, s:f, s:f, s:f, s:f, s:f, s:I, s:I, s:I, s:i, s:f, s:b, s:i}", "lr",
-                o->lr, "lr-schedule", schedules[o->lr_schedule], "weight-decay", o->weight_decay,
-                "adam-beta1", o->adam_beta1, "adam-beta2", o->adam_beta2, "adam-eps", o->adam_eps,
-                "grad-clip", o->grad_clip, "router-aux-coef", f->session->model.options.aux_coef,
-                "seed", (json_int_t)o->seed, "eval-every", (json_int_t)o->eval_every, "save-every",
-                (json_int_t)o->save_every, "patience", o->patience, "min-delta", o->min_delta,
-                "train-on-prompt", o->train_on_prompt, "keep-last", o->keep_last);
+  json_t *numbers = json_pack(
+      "{s:f, s:s, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:I, s:I, s:I, s:i, s:f, s:b, s:i}", "lr",
+      o->lr, "lr-schedule", schedules[o->lr_schedule], "weight-decay", o->weight_decay,
+      "adam-beta1", o->adam_beta1, "adam-beta2", o->adam_beta2, "adam-eps", o->adam_eps,
+      "grad-clip", o->grad_clip, "router-aux-coef", f->session->model.options.aux_coef,
+      "router-z-loss", f->session->model.options.z_coef, "seed", (json_int_t)o->seed, "eval-every",
+      (json_int_t)o->eval_every, "save-every", (json_int_t)o->save_every, "patience", o->patience,
+      "min-delta", o->min_delta, "train-on-prompt", o->train_on_prompt, "keep-last", o->keep_last);
   json_t *freeze = json_array();
   bool whole = root && numbers && freeze;
   for (int i = 0; i < o->freeze.count; i++)

@@ -5,12 +5,14 @@
 #include <stdarg.h>
 #include <stdio.h>
 
+#include "io/checksums.h"
 #include "train/commands.h"
 #include "train/session.h"
 #include "train/terminal.h"
 #include "train/trainer.h"
 
 enum { MAX_REASONS = 8, AUTO_NORMS_WEIGHTS = 1000 * 1000 * 1000 };
+static const uint64_t auto_verify_bytes = 4000000000u;
 
 struct survey {
   const struct mt_inspect_options *o;
@@ -23,6 +25,7 @@ struct survey {
   const struct mt_template *chat;
   char reason[MAX_REASONS][1024];
   int reasons;
+  char checksums[1024]; /* what comparing them said */
 };
 
 /* One reason more against training: the thread's message. */
@@ -56,6 +59,21 @@ static void look_at_tokenizer(struct survey *s) {
     s->chat = NULL;
     against(s);
   }
+}
+
+/* All files are read: of large ones only when that is asked for. */
+static void look_at_checksums(struct survey *s) {
+  uint64_t bytes = 0;
+  bool listed = false;
+  for (int i = 0; s->shards && i < s->h.shard_count; i++) bytes += s->h.shard[i].map.size_bytes;
+  if (!s->o->verify && (s->no_weights || bytes > auto_verify_bytes)) return;
+  mt_err err = mt_checksums_verify(s->o->model, &listed);
+  if (!err && !listed && s->o->verify) err = mt_checksums_demand(s->o->model);
+  snprintf(s->checksums, sizeof s->checksums, "%s",
+           err      ? mt_error_message()
+           : listed ? "every file is as it was written"
+                    : "none");
+  if (err && s->o->verify) against(s);
 }
 
 static void print_config(const struct survey *s) {
@@ -120,6 +138,13 @@ static void print_tokenizer(const struct survey *s) {
     }
   }
   printf("chat template   %s\n", s->chat ? mt_template_name(s->chat) : "not known");
+}
+
+static void print_checksums(const struct survey *s) {
+  if (!s->checksums[0]) return;
+  printf("checksums       ");
+  mt_inspect_text(s->checksums);
+  putchar('\n');
 }
 
 static void print_compatible(const struct survey *s) {
@@ -213,6 +238,7 @@ static mt_err norms(struct survey *s) {
 static mt_err report(struct survey *s) {
   print_config(s);
   print_tokenizer(s);
+  print_checksums(s);
   print_compatible(s);
   if (s->config) {
     MT_TRY(mt_params_build(&s->h.config, NULL, &s->params));
@@ -241,6 +267,7 @@ mt_err mt_inspect_run(const struct mt_inspect_options *o) {
   if (err) against(&s);
   look_at_weights(&s);
   look_at_tokenizer(&s);
+  look_at_checksums(&s);
   err = report(&s);
   mt_params_free(&s.params);
   mt_tokenizer_free(s.tokenizer);

@@ -108,6 +108,7 @@ static mt_err board_step(struct mt_metrics *m, const struct mt_step_result *r,
   mt_tensorboard_scalar(b, "train/loss", r->loss);
   mt_tensorboard_scalar(b, "train/cross_entropy", r->cross_entropy);
   mt_tensorboard_scalar(b, "train/aux_loss", r->aux);
+  if (model->options.z_coef > 0) mt_tensorboard_scalar(b, "train/z_loss", r->z);
   mt_tensorboard_scalar(b, "train/grad_norm", r->grad_norm);
   mt_tensorboard_scalar(b, "train/learning_rate", r->lr);
   mt_tensorboard_scalar(b, "train/accuracy", (double)r->correct_count / (double)r->target_count);
@@ -142,6 +143,7 @@ mt_err mt_metrics_step(struct mt_metrics *m, const struct mt_step_result *r,
   number(f, "loss", r->loss);
   number(f, "cross_entropy", r->cross_entropy);
   number(f, "aux", r->aux);
+  if (model->options.z_coef > 0) number(f, "z_loss", r->z);
   number(f, "grad_norm", r->grad_norm);
   number(f, "lr", r->lr);
   number(f, "accuracy", (double)r->correct_count / (double)r->target_count);

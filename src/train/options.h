@@ -65,6 +65,7 @@ struct mt_train_options {
   int recompute;                /* enum mt_recompute */
   struct mt_string_list freeze; /* shell patterns over parameter names: "layers.0.*", "*router" */
   double router_aux_coef;       /* < 0: as the checkpoint's config says; 0: none */
+  double router_z_loss;         /* coefficient; 0: none */
   int64_t eval_every;           /* steps; 0: before the first and after the last alone */
   int patience;                 /* evaluations without improvement that end the run; 0: none do */
   double min_delta;             /* what the held-out loss must fall by to be an improvement */
@@ -91,6 +92,7 @@ struct mt_eval_options {
   struct mt_world *world; /* as in training */
   int ep_size, pp_size;
   double comm_timeout_s;
+  bool verify; /* the checkpoint's files are compared with its checksums first */
   int batch_size, max_seq_length;
   struct mt_device_options device;
   bool train_on_prompt, skip_bad_lines;
@@ -126,6 +128,7 @@ struct mt_generate_options {
 struct mt_inspect_options {
   const char *path; /* what the command line names, from which cli/ fills in model or data */
   const char *model, *data;
+  bool verify;  /* compare the checkpoint's files with its checksums, however large they are */
   bool tensors; /* list every tensor */
   bool norms;   /* read all experts' weights, however many there are */
   int mesh;     /* show what each of so many ranks would hold; 0: not */

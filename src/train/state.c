@@ -11,8 +11,8 @@
 
 #include "base/json.h"
 #include "base/log.h"
+#include "io/checksums.h"
 #include "par/collect.h"
-#include "train/checksums.h"
 
 enum { STATE_VERSION = 1, STAGE_BYTES = 8 << 20, STATE_LIMIT = 1 << 20 };
 
@@ -166,7 +166,7 @@ static mt_err write_checkpoint(struct mt_session *s, const struct mt_optimizer *
   MT_GO(save_tensors(s, file));
   MT_GO(mt_path_join(file, txn.temp, facts_name));
   MT_GO(save_facts(o, l, options, file));
-  MT_GO(mt_checksums_write(txn.temp));
+  MT_GO(mt_checksums_extend(txn.temp));
   MT_GO(mt_dir_commit(&txn));
 done:
   mt_dir_abort(&txn);

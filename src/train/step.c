@@ -184,7 +184,8 @@ mt_err mt_step_launch(struct mt_step_queue *q, struct mt_batch *const *micro, in
   return launch_all(q, micro, micro_count, q->targets);
 }
 
-/* A report's sums over the ranks that read data; the auxiliary loss is of all of them already. */
+/* A report's sums over the ranks that read data; the auxiliary losses are of all of them already.
+ */
 static mt_err sum_reports(struct mt_step_queue *q, struct mt_step_report *report) {
   int32_t *load = (int32_t *)(report + 1);
   int n = q->model->config.layers * q->model->config.experts;
@@ -196,6 +197,10 @@ static mt_err sum_reports(struct mt_step_queue *q, struct mt_step_report *report
   for (int i = 0; !err && i < n; i++) load[i] = (int32_t)wide[i];
   free(wide);
   return err;
+}
+
+static double loss_of(const struct mt_model *m, const struct mt_step_result *r) {
+  return r->cross_entropy + m->options.aux_coef * r->aux + m->options.z_coef * r->z;
 }
 
 mt_err mt_step_take(struct mt_step_queue *q, struct mt_step_result *out) {
@@ -217,7 +222,8 @@ mt_err mt_step_take(struct mt_step_queue *q, struct mt_step_result *out) {
   r->cross_entropy = report->sums[0] / (double)r->target_count;
   r->correct_count = (int64_t)report->sums[1];
   r->aux = report->sums[2];
-  r->loss = r->cross_entropy + q->model->options.aux_coef * r->aux;
+  r->z = report->sums[3];
+  r->loss = loss_of(q->model, r);
   r->grad_norm = sqrt(report->grad_sumsq);
   *out = *r;
   if (isfinite(r->loss) && isfinite(r->grad_norm)) return MT_OK;
@@ -246,9 +252,10 @@ mt_err mt_step_gradients(struct mt_model *m, struct mt_batch *const *micro, int 
     if (err) break;
     out->cross_entropy += loss.cross_entropy_sum * pass.loss_scale;
     out->aux += loss.aux * pass.aux_weight;
+    out->z += loss.z * pass.aux_weight;
     out->correct_count += loss.correct_count;
   }
   free(targets);
-  out->loss = out->cross_entropy + m->options.aux_coef * out->aux;
+  out->loss = loss_of(m, out);
   return err;
 }

@@ -12,9 +12,10 @@ enum { MT_STEP_DEPTH = 32, MT_STEP_LINES = 32 };
 
 struct mt_step_result {
   int64_t step;         /* number of the update, from 1 */
-  double loss;          /* cross-entropy plus coef * aux, over the global batch */
+  double loss;          /* cross-entropy plus coef * aux (and z), over the global batch */
   double cross_entropy; /* mean over the targets of the global batch */
   double aux;           /* auxiliary loss, without its coefficient */
+  double z;             /* routers' z-loss likewise; 0 where it has no coefficient */
   double grad_norm;     /* before clipping */
   double lr;
   int64_t token_count, target_count, correct_count;

@@ -129,6 +129,7 @@ static mt_err model_options(const struct run *r, struct mt_model_options *out) {
       .blocks = (enum mt_blocks_strategy)r->o->blocks,
       .recompute = (enum mt_recompute)r->o->recompute,
       .aux_coef = mt_train_aux_coef(r->o->router_aux_coef, &r->s.checkpoint.config),
+      .z_coef = r->o->router_z_loss,
       .training = true,
       .token_capacity = capacity,
       .sequence_capacity = r->o->batch_size};

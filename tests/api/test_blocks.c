@@ -196,19 +196,20 @@ static void probabilities_enter_anywhere(void **state) {
   mt_space_close(s);
 }
 
-/* The auxiliary loss is what docs/math.md says, and backward adds its gradient by its coefficient.
- */
+/* The auxiliary losses are what docs/math.md says, and backward adds their gradients by their
+ * coefficients. */
 static void router_balances(void **state) {
   (void)state;
   enum { T = 9, K = 2 };
-  const double coef = 0.3, h = 1e-5;
-  const struct mt_router_shape shape = {.hidden = H, .experts = E, .top_k = K, .aux_coef = coef};
+  const double coef = 0.3, z_coef = 0.2, h = 1e-5;
+  const struct mt_router_shape shape = {
+      .hidden = H, .experts = E, .top_k = K, .aux_coef = coef, .z_coef = z_coef};
   mt_space *s = space("ref");
   mt_router *r;
   mt_array *x = array(s, MT_ARRAY_ACT, T, H), *dx = array(s, MT_ARRAY_ACT, T, H);
   mt_array *prob = array(s, MT_ARRAY_FULL, T, K), *dprob = array(s, MT_ARRAY_FULL, T, K);
   mt_array *index = array(s, MT_ARRAY_INT, T, K);
-  double loss, side[2], p[E] = {0}, count[E] = {0};
+  double loss, z_loss, side[2], p[E] = {0}, count[E] = {0};
   int32_t choice[T * K];
   ok(mt_router_create(s, &shape, &r));
   fails(mt_router_backward(r, dprob, dx, 0), MT_EINVAL, "without a forward");
@@ -217,8 +218,10 @@ static void router_balances(void **state) {
   fill(mt_router_parameter(r), 0.7);
   ok(mt_router_forward(r, x, prob, index));
   ok(mt_router_aux_loss(r, &loss));
+  ok(mt_router_z_loss(r, &z_loss));
   ok(mt_array_read_ints(index, choice));
-  double *w = values(mt_router_parameter(r)), *v = values(x), *chosen = values(prob), expected = 0;
+  double *w = values(mt_router_parameter(r)), *v = values(x), *chosen = values(prob), expected = 0,
+         z = 0;
   for (int t = 0; t < T; t++) {
     double e[E], sum = 0;
     for (int i = 0; i < E; i++) {
@@ -226,6 +229,7 @@ static void router_balances(void **state) {
       for (int k = 0; k < H; k++) e[i] += v[t * H + k] * w[i * H + k];
       sum += e[i] = exp(e[i]);
     }
+    z += log(sum) * log(sum) / T;
     for (int i = 0; i < E; i++) p[i] += e[i] / sum;
     for (int k = 0; k < K; k++) {
       count[choice[t * K + k]]++;
@@ -234,8 +238,9 @@ static void router_balances(void **state) {
   }
   for (int i = 0; i < E; i++) expected += E * count[i] / T * p[i] / T;
   if (!(fabs(loss - expected) < 1e-12)) fail_msg("%.15g, expected %.15g", loss, expected);
+  if (!(fabs(z_loss - z) < 1e-12)) fail_msg("z-loss %.15g, expected %.15g", z_loss, z);
 
-  set(dx, 0); /* dprob is 0: the auxiliary loss alone */
+  set(dx, 0); /* dprob is 0: the auxiliary losses alone */
   set(mt_router_gradient(r), NAN);
   ok(mt_router_backward(r, dprob, dx, 0));
   double *g = values(mt_router_gradient(r)), *gx = values(dx), most = 0;
@@ -247,10 +252,12 @@ static void router_balances(void **state) {
       ok(mt_array_write(a, i < E * H ? w : v));
       ok(mt_router_forward(r, x, prob, index));
       ok(mt_router_aux_loss(r, &side[k]));
+      ok(mt_router_z_loss(r, &z_loss));
+      side[k] = coef * side[k] + z_coef * z_loss;
     }
     *value = old;
     ok(mt_array_write(a, i < E * H ? w : v));
-    double slope = coef * (side[0] - side[1]) / (2 * h), have = i < E * H ? g[i] : gx[i - E * H];
+    double slope = (side[0] - side[1]) / (2 * h), have = i < E * H ? g[i] : gx[i - E * H];
     assert_true(fabs(slope - have) < 1e-8);
     most = fmax(most, fabs(slope));
   }

@@ -84,6 +84,7 @@ static void names_of_train(void **state) {
                                       "graphs",
                                       "freeze",
                                       "router-aux-coef",
+                                      "router-z-loss",
                                       "eval-every",
                                       "save-every",
                                       "resume",

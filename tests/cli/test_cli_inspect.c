@@ -61,6 +61,49 @@ static void no_control_characters(void) {
   }
 }
 
+/* A changed file is told of; --verify makes it the exit status, and eval's. */
+static void checksums(void **state) {
+  struct fixture *f = *state;
+  char dir[MT_PATH_MAX], list[MT_PATH_MAX], data[MT_PATH_MAX];
+  OK(mt_path_join(dir, f->dir, "changed"));
+  OK(mt_path_join(list, dir, "moetune-checksums.json"));
+  OK(mt_hf_init(f->base, dir, 1, MT_BF16));
+  CLI(&r, "inspect", dir, "--verify");
+  assert_int_equal(r.status, 0);
+  temp_text(f->dir, "one.jsonl", "{\"text\": \"one two\"}\n");
+  OK(mt_path_join(data, f->dir, "one.jsonl"));
+  CLI(&r, "eval", "--model", dir, "--data", data, "--verify", "--device", "cpu", "--threads", "1");
+  assert_int_equal(r.status, 0);
+  temp_text(dir, "generation_config.json", "{}"); /* not listed */
+  temp_text(dir, "config.json", config);
+  CLI(&r, "inspect", dir, "--verify");
+  assert_int_equal(r.status, 0);
+  char changed[sizeof config];
+  memcpy(changed, config, sizeof config);
+  char *theta = strstr(changed, "0.02");
+  assert_non_null(theta);
+  theta[3] = '3';
+  temp_text(dir, "config.json", changed);
+  CLI(&r, "inspect", dir);
+  assert_int_equal(r.status, 0);
+  has("checksums       '");
+  has("config.json' is damaged");
+  has("compatible      yes\n");
+  CLI(&r, "inspect", dir, "--verify");
+  assert_int_equal(r.status, 1);
+  has("compatible      no\n");
+  CLI(&r, "eval", "--model", dir, "--data", data, "--verify", "--device", "cpu", "--threads", "1");
+  assert_int_equal(r.status, 1);
+  assert_non_null(strstr(r.err, "config.json' is damaged"));
+  assert_int_equal(unlink(list), 0);
+  CLI(&r, "inspect", dir);
+  assert_int_equal(r.status, 0);
+  has("checksums       none\n");
+  CLI(&r, "inspect", dir, "--verify");
+  assert_int_equal(r.status, 1);
+  has("has no moetune-checksums.json");
+}
+
 static void a_checkpoint(void **state) {
   struct fixture *f = *state;
   CLI(&r, "inspect", f->model);
@@ -70,6 +113,7 @@ static void a_checkpoint(void **state) {
   has("before a text: 1 '<s>'; unknown 0 '<unk>'");
   has("BOS 1 '<s>'; EOS 2 '</s>'; padding none");
   has("chat template   mistral\n");
+  has("checksums       every file is as it was written\n");
   has("compatible      yes\n");
   has("gate_up                6144\n"); /* 2 layers x 4 experts x 2 x 24 x 16 */
   has("router                  128\n");
@@ -366,16 +410,9 @@ static void names_and_usage(void **state) {
 #define T(f) cmocka_unit_test_setup_teardown(f, open_fixture, close_fixture)
 int main(void) {
   const struct CMUnitTest tests[] = {
-      T(a_checkpoint),
-      T(expert_norms),
-      T(packed_is_the_same),
-      T(a_config_alone),
-      T(why_not),
-      T(hostile_tensors),
-      T(data),
-      T(colours),
-      T(terminals),
-      T(names_and_usage),
+      T(a_checkpoint),   T(checksums), T(expert_norms),    T(packed_is_the_same),
+      T(a_config_alone), T(why_not),   T(hostile_tensors), T(data),
+      T(colours),        T(terminals), T(names_and_usage),
   };
   return cmocka_run_group_tests(tests, NULL, NULL);
 }

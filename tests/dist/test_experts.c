@@ -147,6 +147,7 @@ static void auxiliary_loss_is_of_all_tokens(void **state) {
   struct mt_shard shard = {(int)mesh.expert_begin, (int)mesh.expert_end};
   struct mt_model_options o = ways[0];
   o.aux_coef = 0.1;
+  o.z_coef = 0.05;
   struct run whole, mine;
   open_run(&whole, "fp64", o, &c, NULL);
   small_weights(&whole.m, 3);
@@ -154,7 +155,7 @@ static void auxiliary_loss_is_of_all_tokens(void **state) {
   take_weights(&mine, &whole);
   OK(mt_exchange_over(&mine.m, &expert, &dense));
   /* By hand, from what the layers of one model count in each batch. */
-  double prob[EXPERTS] = {0}, want = 0;
+  double prob[EXPERTS] = {0}, want = 0, z = 0;
   int64_t chosen[EXPERTS] = {0}, tokens = 0;
   struct mt_loss loss;
   struct small_batch b;
@@ -166,6 +167,7 @@ static void auxiliary_loss_is_of_all_tokens(void **state) {
       chosen[e] += whole.m.acts.aux_count[e];
     }
     tokens += b.b.valid_count * c.layers;
+    z += at(&whole.m.acts.z_sum, 0);
   }
   for (int e = 0; e < EXPERTS; e++) {
     want += EXPERTS * ((double)chosen[e] / (double)tokens) * (prob[e] / (double)tokens);
@@ -173,6 +175,8 @@ static void auxiliary_loss_is_of_all_tokens(void **state) {
   batch_of(&b, c.vocab, mt_mesh_reader(&mesh), 0);
   OK(mt_model_eval_pass(&mine.m, &b.b, &loss));
   if (!(fabs(loss.aux - want) <= 1e-12 * want)) fail_msg("aux %.15g, not %.15g", loss.aux, want);
+  z /= (double)tokens;
+  if (!(fabs(loss.z - z) <= 1e-12 * z)) fail_msg("z-loss %.15g, not %.15g", loss.z, z);
   mt_exchange_close(&mine.m);
   close_run(&mine);
   close_run(&whole);

@@ -166,6 +166,7 @@ static void equal_to_one(const char *recipe, struct mt_model_options options, in
   struct mt_shard shard = mt_ranks_shard(&mesh);
   struct run whole, before, mine;
   options.aux_coef = 0.1;
+  options.z_coef = 0.05;
   struct mt_model_options wide = options;
   wide.token_capacity = RANKS_MOST * SMALL_TOKENS;
   wide.sequence_capacity = RANKS_MOST * SMALL_SEQUENCES;

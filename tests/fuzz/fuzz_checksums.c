@@ -5,7 +5,7 @@
 #include "base/hash.h"
 #include "base/json.h"
 #include "fuzz/files.h"
-#include "train/checksums.h"
+#include "io/checksums.h"
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 

@@ -111,16 +111,20 @@ static void router_at(struct bed *b, struct outputs *o, int t, int valid, int h,
   struct mt_tensor dx = act(b, normals(b, (int64_t)t * h, 0.1), t, h), dw = grad(b, NULL, e, h);
   int32_t *index = ints(b, NULL, (int64_t)t * k), *load = ints(b, NULL, e);
   int32_t *count = ints(b, NULL, e), *n = one(b, valid);
+  struct mt_tensor z_sum = stat_vec(b, normals(b, 1, 1), 1);
   DO(b, router_fwd, .x = x, .w = w, .valid_count = n, .renormalize = 1, .logits = logits,
-     .prob = prob, .index = index, .aux_prob = aux, .aux_count = count, .load = load);
+     .prob = prob, .index = index, .aux_prob = aux, .aux_count = count, .load = load,
+     .z_sum = z_sum);
   keep(b, o, "logits", logits, b->recipe->act == MT_F32 ? 2 : 1);
   keep(b, o, "prob", prob, 4);
   keep(b, o, "aux_prob", aux, 2);
+  keep(b, o, "z_sum", z_sum, 2);
   keep_ints(b, o, "index", index, (int64_t)t * k);
   keep_ints(b, o, "load", load, e);
+  struct mt_tensor z_grad = stat_vec(b, normals(b, 1, 0.1), 1);
   DO(b, router_bwd, .x = x, .w = w, .valid_count = n, .renormalize = 1, .logits = logits,
      .prob = prob, .index = index, .dprob = stat(b, normals(b, (int64_t)t * k, 1), t, k),
-     .aux_grad = stat_vec(b, normals(b, e, 0.1), e), .dlogits = dlogits, .dx = dx,
+     .aux_grad = stat_vec(b, normals(b, e, 0.1), e), .z_grad = z_grad, .dlogits = dlogits, .dx = dx,
      .accumulate_dx = 1, .dw = dw);
   keep(b, o, "dx", dx, 2);
   keep(b, o, "dw", dw, 8);

@@ -253,23 +253,27 @@ struct routing {
   struct mt_aux_loss_args aux;
   struct mt_tensor other_prob; /* what another layer left in the sums */
   const int32_t *other_count;
+  double other_z;
 };
 
 static void route(struct probe *p, void *args) {
   struct routing *r = args;
   copy(&r->router.aux_prob, &r->other_prob);
   for (int64_t i = 0; i < r->other_prob.dim[0]; i++) r->router.aux_count[i] = r->other_count[i];
+  if (r->router.z_sum.data) *at(&r->router.z_sum, 0) = r->other_z;
   apply_router_fwd(p, &r->router);
   apply_aux_loss(p, &r->aux);
 }
 
-/* The auxiliary loss of two layers: this one and one whose sums are given. */
+/* The auxiliary losses of two layers: this one and one whose sums are given. */
 static void case_router(struct probe *p, const struct size *z, int way) {
-  int acc = way & 1, renormalize = way >> 1 & 1, with_aux = way >> 2 == 0;
-  float *coef = own(p, sizeof *coef);
+  int acc = way & 1, renormalize = way >> 1 & 1, with_aux = way >> 2 == 0, with_z = way % 3 != 1;
+  float *coef = own(p, sizeof *coef), *z_coef = own(p, sizeof *z_coef);
   *coef = 0.7f;
+  *z_coef = 0.4f;
   int32_t *valid = one(p, z->valid), *count = own(p, (size_t)z->e * sizeof *count);
-  struct routing r = {.other_prob = vec(p, 'r', z->e), .other_count = random_ids(p, z->e, 9)};
+  struct routing r = {
+      .other_prob = vec(p, 'r', z->e), .other_count = random_ids(p, z->e, 9), .other_z = 2.5};
   r.router = (struct mt_router_fwd_args){.x = mat(p, 'r', z->t, z->h),
                                          .w = mat(p, 'r', z->e, z->h),
                                          .valid_count = valid,
@@ -287,6 +291,12 @@ static void case_router(struct probe *p, const struct size *z, int way) {
                                     .coef = coef,
                                     .loss = vec(p, 'n', 1),
                                     .grad = vec(p, 'n', z->e)};
+  if (with_z) {
+    r.router.z_sum = r.aux.z_sum = vec(p, 'n', 1);
+    r.aux.z_coef = z_coef;
+    r.aux.z_loss = vec(p, 'n', 1);
+    r.aux.z_grad = vec(p, 'n', 1);
+  }
   route(p, &r);
   struct mt_router_bwd_args b = {.x = r.router.x,
                                  .w = r.router.w,
@@ -301,10 +311,15 @@ static void case_router(struct probe *p, const struct size *z, int way) {
                                  .accumulate_dx = !acc,
                                  .dw = mat(p, mode_of(acc), z->e, z->h),
                                  .accumulate = acc};
-  struct mt_tensor dloss = vec(p, 'z', 1);
+  struct mt_tensor dloss = vec(p, 'z', 1), dz = vec(p, 'z', 1);
   if (with_aux) {
     b.aux_grad = r.aux.grad;
     *at(&dloss, 0) = (double)*coef;
+  }
+  if (with_z) {
+    b.z_grad = r.aux.z_grad;
+    *at(&dz, 0) = (double)*z_coef;
+    output(p, r.aux.z_loss, dz);
   }
   leaf(p, "x", b.x, b.dx, !acc);
   leaf(p, "w", b.w, b.dw, acc);

@@ -131,7 +131,7 @@ static void attention_is_a_masked_softmax(struct bed *b) {
 }
 
 struct router {
-  struct mt_tensor logits, prob, aux_prob;
+  struct mt_tensor logits, prob, aux_prob, z_sum;
   int32_t *index, *aux_count, *load;
 };
 
@@ -144,10 +144,11 @@ static struct router route(struct bed *b, struct mt_tensor x, struct mt_tensor w
                      .load = ints(b, NULL, e)};
   int32_t *zeros = host_mem(b, (size_t)e * sizeof *zeros);
   r.aux_prob = before ? before->aux_prob : stat_vec(b, host_mem(b, (size_t)e * 8), e);
+  r.z_sum = before ? before->z_sum : stat_vec(b, host_mem(b, 8), 1);
   r.aux_count = before ? before->aux_count : ints(b, zeros, e);
   DO(b, router_fwd, .x = x, .w = w, .valid_count = one(b, valid), .renormalize = renormalize,
      .logits = r.logits, .prob = r.prob, .index = r.index, .aux_prob = r.aux_prob,
-     .aux_count = r.aux_count, .load = r.load);
+     .aux_count = r.aux_count, .z_sum = r.z_sum, .load = r.load);
   return r;
 }
 
@@ -201,10 +202,12 @@ static void the_router_takes_the_largest(struct bed *b) {
 }
 
 /* transformers' load_balancing_loss_func step by step: the layers' logits concatenated, softmax,
- * top-k, one-hot, means over the tokens that the attention mask keeps. */
+ * top-k, one-hot, means over the tokens that the attention mask keeps. And its router_z_loss_func:
+ * the mean of torch.logsumexp(logits, -1) ** 2. */
 static void aux_loss_is_that_of_transformers(struct bed *b) {
   enum { T = 33, VALID = 29, LAYERS = 2, H = 24, E = 5, K = 2, N = LAYERS * VALID };
   double tokens_per_expert[K][E] = {{0}}, router_prob[E] = {0}, want = 0, want_grad[E];
+  double want_z = 0, want_z_grad = 2 * (double)0.03f / N;
   struct router r = {0};
   for (int layer = 0; layer < LAYERS; layer++) {
     double *x = normals(b, T * H, 1), *w = normals(b, E * H, 0.3);
@@ -212,7 +215,9 @@ static void aux_loss_is_that_of_transformers(struct bed *b) {
     r = route(b, tx, tw, K, VALID, 1, layer ? &r : NULL);
     double *logits = product(b, x, w, VALID, E, H);
     for (int t = 0; t < VALID; t++) {
-      double p[E];
+      double p[E], sum = 0;
+      for (int e = 0; e < E; e++) sum += exp(logits[t * E + e]);
+      want_z += log(sum) * log(sum) / N;
       int first = 0, second = -1;
       softmax(logits + t * E, E, p);
       for (int e = 1; e < E; e++) first = p[e] > p[first] ? e : first;
@@ -232,10 +237,14 @@ static void aux_loss_is_that_of_transformers(struct bed *b) {
     want_grad[e] = (double)0.02f * E * (tokens_per_expert[0][e] + tokens_per_expert[1][e]) / N;
   }
   struct mt_tensor loss = stat_vec(b, NULL, 1), dprob = stat_vec(b, NULL, E);
+  struct mt_tensor z_loss = stat_vec(b, NULL, 1), z_grad = stat_vec(b, NULL, 1);
   DO(b, aux_loss, .aux_prob = r.aux_prob, .aux_count = r.aux_count, .valid_count = one(b, VALID),
-     .layer_count = LAYERS, .coef = one_float(b, 0.02f), .loss = loss, .grad = dprob);
+     .layer_count = LAYERS, .coef = one_float(b, 0.02f), .loss = loss, .grad = dprob,
+     .z_sum = r.z_sum, .z_coef = one_float(b, 0.03f), .z_loss = z_loss, .z_grad = z_grad);
   expect_close(b, "loss", values(b, &loss), &want, 1, 1);
   expect_close(b, "grad", values(b, &dprob), want_grad, E, 1);
+  expect_close(b, "z-loss", values(b, &z_loss), &want_z, 1, 1);
+  expect_close(b, "z_grad", values(b, &z_grad), &want_z_grad, 1, 1);
 }
 
 static double silu(double x) {

@@ -93,6 +93,10 @@ static void forget_aux(void *args) {
   ((struct mt_router_bwd_args *)args)->aux_grad.data = NULL;
 }
 
+static void forget_z(void *args) {
+  ((struct mt_router_bwd_args *)args)->z_grad.data = NULL;
+}
+
 static void overwrite_dispatch(void *args) {
   ((struct mt_dispatch_bwd_args *)args)->accumulate = 0;
 }
@@ -135,6 +139,7 @@ static void planted_bugs_are_seen(void **state) {
       {"last sequence missed", OP_attention_bwd, case_attention, miss_last_sequence},
       {"renormalization forgotten", OP_router_bwd, case_router, forget_renormalization},
       {"auxiliary gradient forgotten", OP_router_bwd, case_router, forget_aux},
+      {"z-loss's gradient forgotten", OP_router_bwd, case_router, forget_z},
       {"dispatch overwrites", OP_dispatch_bwd, case_dispatch, overwrite_dispatch},
       {"probability forgotten", OP_combine_bwd, case_combine, forget_prob},
       {"probability forgotten", OP_combine_bwd, case_scatter, forget_prob},

@@ -193,6 +193,7 @@ static inline void replay_gives_the_same_bits(const char *backend,
                                   .blocks = way < 3 ? MT_BLOCKS_FUSED : MT_BLOCKS_UNFUSED,
                                   .recompute = way < 3 ? MT_RECOMPUTE_NONE : MT_RECOMPUTE_FULL,
                                   .aux_coef = 0.02,
+                                  .z_coef = 0.01,
                                   .training = true};
     small_open(&s, backend, o.recipe, &o.config, o.model);
     struct kept_state start = keep_state(&s);

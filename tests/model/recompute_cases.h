@@ -12,6 +12,7 @@ static struct mt_model_options way_of(int way, int recompute) {
                                    .blocks = (enum mt_blocks_strategy)(way >> 1),
                                    .recompute = (enum mt_recompute)recompute,
                                    .aux_coef = 0.02,
+                                   .z_coef = 0.01,
                                    .training = true};
 }
 

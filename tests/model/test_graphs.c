@@ -9,14 +9,17 @@ static void replayed_steps_are_launched_ones(void **state) {
 }
 
 static struct course_options plain(enum mt_experts_strategy experts) {
-  return (struct course_options){
-      .recipe = "bf16",
-      .config = course_config(false),
-      .model = {.experts = experts, .blocks = MT_BLOCKS_FUSED, .aux_coef = 0.02, .training = true},
-      .micro_count = 1,
-      .lengths = 3,
-      .graphs = true,
-      .prepare = recorder_prepare};
+  return (struct course_options){.recipe = "bf16",
+                                 .config = course_config(false),
+                                 .model = {.experts = experts,
+                                           .blocks = MT_BLOCKS_FUSED,
+                                           .aux_coef = 0.02,
+                                           .z_coef = 0.01,
+                                           .training = true},
+                                 .micro_count = 1,
+                                 .lengths = 3,
+                                 .graphs = true,
+                                 .prepare = recorder_prepare};
 }
 
 static struct course train(const struct course_options *o) {

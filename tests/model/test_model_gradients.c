@@ -5,7 +5,8 @@
 static double total_loss(struct mt_model *m, const struct mt_batch *b) {
   struct mt_loss loss;
   OK(mt_model_eval_pass(m, b, &loss));
-  return loss.cross_entropy_sum / b->target_count + m->options.aux_coef * loss.aux;
+  return loss.cross_entropy_sum / b->target_count + m->options.aux_coef * loss.aux +
+         m->options.z_coef * loss.z;
 }
 
 static void check_differences(struct mt_config config, struct mt_model_options options) {
@@ -62,6 +63,10 @@ static void auxiliary_loss(void **state) {
   (void)state;
   struct mt_model_options o = {
       .experts = MT_EXPERTS_GROUPED, .blocks = MT_BLOCKS_FUSED, .aux_coef = 0.5};
+  check_differences(small_config(), o);
+  o.z_coef = 0.2;
+  check_differences(small_config(), o);
+  o.aux_coef = 0;
   check_differences(small_config(), o);
 }
 
@@ -152,6 +157,7 @@ static void cpu_against_reference(void **state) {
     struct mt_model_options o = {.experts = (enum mt_experts_strategy)(way & 1),
                                  .blocks = (enum mt_blocks_strategy)(way >> 1 & 1),
                                  .aux_coef = 0.1,
+                                 .z_coef = 0.05,
                                  .training = true};
     bool bf16 = way & 4;
     double tolerance = bf16 ? 3e-2 : 2e-6, distance[BATCHES], with_a_bug[BATCHES];

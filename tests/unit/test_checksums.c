@@ -2,7 +2,7 @@
  */
 #include "base/hash.h"
 #include "temp_dir.h"
-#include "train/checksums.h"
+#include "io/checksums.h"
 
 #define LIST "moetune-checksums.json"
 
@@ -76,6 +76,31 @@ static void damage_is_named(void **state) {
   temp_text(dir, names[2], "");
   temp_text(dir, "more", "that came later");
   OK(mt_checksums_verify(dir, &listed));
+  OK(mt_checksums_demand(dir));
+  OK(mt_dir_remove(dir));
+}
+
+/* What is listed stays as it is listed, read or not; what is new is listed too. */
+static void a_list_is_extended(void **state) {
+  (void)state;
+  char dir[MT_PATH_MAX], path[MT_PATH_MAX];
+  bool listed;
+  temp_dir(dir);
+  temp_text(dir, "weights", "abc");
+  FAILS(mt_checksums_demand(dir), MT_ENOENT, LIST);
+  OK(mt_checksums_extend(dir));
+  OK(mt_checksums_demand(dir));
+  flip(dir, "weights", 1);
+  temp_text(dir, "state", "later");
+  OK(mt_checksums_extend(dir));
+  FAILS(mt_checksums_verify(dir, &listed), MT_EFORMAT, "weights' is damaged");
+  flip(dir, "weights", 1);
+  OK(mt_checksums_demand(dir));
+  flip(dir, "state", 1);
+  FAILS(mt_checksums_demand(dir), MT_EFORMAT, "state' is damaged");
+  OK(mt_path_join(path, dir, LIST));
+  flip(dir, LIST, 20);
+  FAILS(mt_checksums_extend(dir), MT_EFORMAT, LIST);
   OK(mt_dir_remove(dir));
 }
 
@@ -109,8 +134,8 @@ static void damage_of_the_list(void **state) {
 }
 
 int main(void) {
-  const struct CMUnitTest tests[] = {cmocka_unit_test(known_hashes),
-                                     cmocka_unit_test(damage_is_named),
-                                     cmocka_unit_test(damage_of_the_list)};
+  const struct CMUnitTest tests[] = {
+      cmocka_unit_test(known_hashes), cmocka_unit_test(damage_is_named),
+      cmocka_unit_test(a_list_is_extended), cmocka_unit_test(damage_of_the_list)};
   return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -178,12 +178,13 @@ mt_err mt_cpu_tally(struct mt_backend *be, const struct mt_tally_args *a) {
   MT_TRY(mt_check_tally(a));
   MT_TRY(mt_cpu_format("tally", &a->loss));
   const float *loss = a->loss.data;
-  double sums[3] = {0, 0, *a->aux_weight * (double)*(const float *)a->aux.data};
+  double sums[4] = {0, 0, *a->aux_weight * (double)*(const float *)a->aux.data, 0};
+  if (a->z_loss.data) sums[3] = *a->aux_weight * (double)*(const float *)a->z_loss.data;
   for (int64_t t = 0; t < a->loss.dim[0]; t++) {
     sums[0] += (double)loss[t];
     sums[1] += a->correct[t];
   }
-  for (int i = 0; i < 3; i++) a->sums[i] = (a->accumulate ? a->sums[i] : 0) + sums[i];
+  for (int i = 0; i < 4; i++) a->sums[i] = (a->accumulate ? a->sums[i] : 0) + sums[i];
   for (int64_t i = 0; i < a->load_count; i++) {
     a->load_sums[i] = (a->accumulate ? a->load_sums[i] : 0) + a->load[i];
   }

@@ -1,17 +1,21 @@
 /* Router, auxiliary loss and the permutation by expert. */
+#include <math.h>
 #include <omp.h>
 #include <string.h>
 
 #include "kernels/cpu/cpu.h"
 
-/* Softmax of one row of logits: out (=) p[e]. */
-static void softmax(const float *logits, int64_t e, float *p) {
-  float top = logits[0], sum = 0;
+/* Softmax of one row of logits: out (=) p[e]. Returns the largest logit; *sum (=) that of
+ * exp(logit - largest): logsumexp is the one plus the log of the other. */
+static float softmax(const float *logits, int64_t e, float *p, float *sum) {
+  float top = logits[0];
+  *sum = 0;
   for (int64_t i = 1; i < e; i++) top = logits[i] > top ? logits[i] : top;
   for (int64_t i = 0; i < e; i++) p[i] = logits[i] - top;
   mt_cpu_exp(p, p, e);
-  for (int64_t i = 0; i < e; i++) sum += p[i];
-  for (int64_t i = 0; i < e; i++) p[i] /= sum;
+  for (int64_t i = 0; i < e; i++) *sum += p[i];
+  for (int64_t i = 0; i < e; i++) p[i] /= *sum;
+  return top;
 }
 
 static void choose(const struct mt_router_fwd_args *a, int64_t t, const float *p) {
@@ -50,7 +54,7 @@ static void route_row(const struct mt_router_fwd_args *a, int64_t t, float *scra
     for (int64_t n = 0; n < h; n++) sum += x[n] * w[n];
     logits[i] = sum;
   }
-  softmax(logits, e, p);
+  softmax(logits, e, p, &(float){0});
   choose(a, t, p);
 }
 
@@ -66,10 +70,12 @@ mt_err mt_cpu_router_fwd(struct mt_backend *be, const struct mt_router_fwd_args 
   }
   /* In token order on one thread: the sums are the same whatever the thread count. */
   memset(a->load, 0, (size_t)e * sizeof *a->load);
-  double sums[MT_OPS_MAX_EXPERTS] = {0};
+  double sums[MT_OPS_MAX_EXPERTS] = {0}, z_sum = 0;
   for (int64_t t = 0; t < *a->valid_count; t++) {
-    float p[MT_OPS_MAX_EXPERTS];
-    softmax((const float *)a->logits.data + t * a->logits.ld, e, p);
+    float p[MT_OPS_MAX_EXPERTS], sum;
+    float top = softmax((const float *)a->logits.data + t * a->logits.ld, e, p, &sum);
+    double z = (double)(top + logf(sum));
+    z_sum += z * z;
     for (int64_t i = 0; i < e; i++) sums[i] += (double)p[i];
     for (int64_t slot = 0; slot < k; slot++) {
       a->load[a->index[t * k + slot]]++;
@@ -77,6 +83,7 @@ mt_err mt_cpu_router_fwd(struct mt_backend *be, const struct mt_router_fwd_args 
     }
   }
   for (int64_t i = 0; i < e; i++) ((float *)a->aux_prob.data)[i] += (float)sums[i];
+  if (a->z_sum.data) *(float *)a->z_sum.data += (float)z_sum;
   return MT_OK;
 }
 
@@ -93,6 +100,9 @@ mt_err mt_cpu_aux_loss(struct mt_backend *be, const struct mt_aux_loss_args *a) 
     ((float *)a->grad.data)[i] = (float)((double)*a->coef * (double)e * f / rows);
   }
   *(float *)a->loss.data = (float)((double)e * sum);
+  if (!a->z_sum.data) return MT_OK;
+  *(float *)a->z_loss.data = (float)((double)*(const float *)a->z_sum.data / rows);
+  *(float *)a->z_grad.data = (float)(2 * (double)*a->z_coef / rows);
   return MT_OK;
 }
 
@@ -103,7 +113,7 @@ static void route_row_bwd(const struct mt_router_bwd_args *a, int64_t t, float *
   const float *prob = (const float *)a->prob.data + t * a->prob.ld;
   const int32_t *index = a->index + t * k;
   float s[MT_OPS_MAX_EXPERTS], ds[MT_OPS_MAX_EXPERTS], chosen = 0, mean = 0, dot = 0;
-  softmax((const float *)a->logits.data + t * a->logits.ld, e, s);
+  float total, top = softmax((const float *)a->logits.data + t * a->logits.ld, e, s, &total);
   for (int64_t i = 0; i < e; i++) ds[i] = a->aux_grad.data ? ((float *)a->aux_grad.data)[i] : 0;
   for (int64_t slot = 0; slot < k; slot++) {
     chosen += s[index[slot]];
@@ -113,6 +123,7 @@ static void route_row_bwd(const struct mt_router_bwd_args *a, int64_t t, float *
     ds[index[slot]] += a->renormalize ? (dprob[slot] - mean) / chosen : dprob[slot];
   }
   for (int64_t i = 0; i < e; i++) dot += s[i] * ds[i];
+  if (a->z_grad.data) dot -= *(const float *)a->z_grad.data * (top + logf(total));
   for (int64_t i = 0; i < e; i++) dlogits[i] = s[i] * (ds[i] - dot);
 }
 

@@ -17,10 +17,12 @@ static int dw_parts(int64_t experts) {
   return (int)(parts < 1 ? 1 : parts);
 }
 
-/* Forward: [ROUTE_BLOCKS, E] sums of p. Backward: [dw_parts, E, H] sums of dw. */
+/* Forward: [ROUTE_BLOCKS, E] sums of p, [ROUTE_BLOCKS] sums of the z-loss. Backward: [dw_parts, E,
+ * H] sums of dw. */
 extern "C" size_t mt_cuda_router_bytes(const struct mt_limits *l) {
   int64_t experts = l->experts > 0 ? l->experts : 1;
-  int64_t forward = ROUTE_BLOCKS * experts, backward = dw_parts(experts) * experts * l->hidden;
+  int64_t forward = ROUTE_BLOCKS * (experts + 1),
+          backward = dw_parts(experts) * experts * l->hidden;
   return (size_t)(forward > backward ? forward : backward) * sizeof(float);
 }
 
@@ -86,14 +88,16 @@ struct route_rows {
   int experts, top_k, renormalize;
   const int32_t *valid_count;
   int32_t *index, *aux_count, *load;
-  float *partial; /* [gridDim.x, E] */
+  float *partial;   /* [gridDim.x, E] */
+  float *z_partial; /* [gridDim.x], or NULL */
 };
 
-/* A lane's share of one token: experts lane, lane + 32, ... ; p = softmax. A NaN stands last in the
- * choice (its token must still go somewhere, so that the loss shows it) and makes all p NaN. */
+/* A lane's share of one token: experts lane, lane + 32, ... ; p = softmax. Returns logsumexp, to
+ * all lanes. A NaN stands last in the choice (its token must still go somewhere, so that the loss
+ * shows it) and makes all p NaN. */
 template <int N>
-__device__ __forceinline__ void softmax_lane(const float *logits, int experts, float (&z)[N],
-                                             float (&p)[N]) {
+__device__ __forceinline__ float softmax_lane(const float *logits, int experts, float (&z)[N],
+                                              float (&p)[N]) {
   int lane = threadIdx.x % 32;
   float top = -INFINITY, sum = 0;
 #pragma unroll
@@ -110,6 +114,7 @@ __device__ __forceinline__ void softmax_lane(const float *logits, int experts, f
   sum = warp_sum(sum);
 #pragma unroll
   for (int n = 0; n < N; n++) p[n] /= sum;
+  return top + logf(sum);
 }
 
 /* The expert with the largest logit that is not in `taken` (bit n: this lane's n-th), ties to the
@@ -144,9 +149,9 @@ template <int N>
 __global__ void __launch_bounds__(32 * ROUTE_WARPS)
     route(struct mat<const float> logits, struct mat<float> prob, struct route_rows r) {
   __shared__ int32_t count[MT_OPS_MAX_EXPERTS];
-  __shared__ float aux[ROUTE_WARPS][32 * N];
+  __shared__ float aux[ROUTE_WARPS][32 * N], aux_z[ROUTE_WARPS];
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  float total[N] = {0};
+  float total[N] = {0}, total_z = 0;
   for (int e = threadIdx.x; e < r.experts; e += blockDim.x) count[e] = 0;
   __syncthreads();
   for (int64_t t = (int64_t)blockIdx.x * ROUTE_WARPS + warp; t < r.tokens;
@@ -156,7 +161,8 @@ __global__ void __launch_bounds__(32 * ROUTE_WARPS)
     if (t < *r.valid_count) {
       float z[N], p[N];
       unsigned taken = 0;
-      softmax_lane<N>(row_of(logits, t), r.experts, z, p);
+      float lse = softmax_lane<N>(row_of(logits, t), r.experts, z, p);
+      total_z += lse * lse;
 #pragma unroll
       for (int n = 0; n < N; n++) total[n] += p[n];
       for (int k = 0; k < r.top_k; k++) {
@@ -175,7 +181,13 @@ __global__ void __launch_bounds__(32 * ROUTE_WARPS)
   }
 #pragma unroll
   for (int n = 0; n < N; n++) aux[warp][lane + 32 * n] = total[n];
+  if (lane == 0) aux_z[warp] = total_z;
   __syncthreads();
+  if (threadIdx.x == 0 && r.z_partial) {
+    float sum = 0;
+    for (int w = 0; w < ROUTE_WARPS; w++) sum += aux_z[w];
+    r.z_partial[blockIdx.x] = sum;
+  }
   for (int e = threadIdx.x; e < r.experts; e += blockDim.x) {
     float sum = 0;
     for (int w = 0; w < ROUTE_WARPS; w++) sum += aux[w][e];
@@ -211,7 +223,7 @@ extern "C" mt_err mt_cuda_router_fwd(struct mt_backend *be, const struct mt_rout
   int64_t blocks = div_up(t, ROUTE_WARPS);
   if (blocks > ROUTE_BLOCKS) blocks = ROUTE_BLOCKS;
   void *partial;
-  MT_TRY(mt_cuda_scratch(be, "router_fwd", (size_t)(blocks * e) * sizeof(float), &partial));
+  MT_TRY(mt_cuda_scratch(be, "router_fwd", (size_t)(blocks * (e + 1)) * sizeof(float), &partial));
   struct route_rows r = {t,
                          (int)e,
                          (int)a->prob.dim[1],
@@ -220,7 +232,8 @@ extern "C" mt_err mt_cuda_router_fwd(struct mt_backend *be, const struct mt_rout
                          a->index,
                          a->aux_count,
                          a->load,
-                         (float *)partial};
+                         (float *)partial,
+                         a->z_sum.data ? (float *)partial + blocks * e : NULL};
   struct mat<const float> logits = mat_of<const float>(&a->logits);
   struct mat<float> prob = mat_of<float>(&a->prob);
   if (e <= 32) {
@@ -231,14 +244,21 @@ extern "C" mt_err mt_cuda_router_fwd(struct mt_backend *be, const struct mt_rout
     route<16><<<(unsigned)blocks, 32 * ROUTE_WARPS, 0, s>>>(logits, prob, r);
   }
   MT_TRY(mt_cuda_launched("router_fwd"));
+  if (r.z_partial) MT_TRY(sum_columns(be, "router_fwd", r.z_partial, (int)blocks, &a->z_sum, 1));
   return sum_columns(be, "router_fwd", r.partial, (int)blocks, &a->aux_prob, 1);
 }
 
 enum { AUX_THREADS = 256 };
 
+struct z_loss {
+  const float *sum, *coef; /* sum NULL: none */
+  float *loss, *grad;
+};
+
 __global__ void __launch_bounds__(AUX_THREADS)
     aux_loss_all(const float *aux_prob, const int32_t *aux_count, const int32_t *valid_count,
-                 int layer_count, const float *coef, int64_t experts, float *loss, float *grad) {
+                 int layer_count, const float *coef, int64_t experts, float *loss, float *grad,
+                 struct z_loss z) {
   __shared__ double shared[AUX_THREADS];
   double rows = fmax(1.0, (double)layer_count * (double)*valid_count), sum = 0;
   for (int64_t e = threadIdx.x; e < experts; e += AUX_THREADS) {
@@ -251,15 +271,21 @@ __global__ void __launch_bounds__(AUX_THREADS)
     __syncthreads();
     if ((int)threadIdx.x < n) shared[threadIdx.x] += shared[threadIdx.x + n];
   }
-  if (threadIdx.x == 0) *loss = (float)((double)experts * shared[0]);
+  if (threadIdx.x != 0) return;
+  *loss = (float)((double)experts * shared[0]);
+  if (!z.sum) return;
+  *z.loss = (float)((double)*z.sum / rows);
+  *z.grad = (float)(2 * (double)*z.coef / rows);
 }
 
 extern "C" mt_err mt_cuda_aux_loss(struct mt_backend *be, const struct mt_aux_loss_args *a) {
   MT_TRY(mt_check_aux_loss(a));
   MT_TRY(mt_cuda_format("aux_loss", &a->aux_prob));
+  struct z_loss z = {(const float *)a->z_sum.data, a->z_coef, (float *)a->z_loss.data,
+                     (float *)a->z_grad.data};
   aux_loss_all<<<1, AUX_THREADS, 0, mt_cuda_of(be)->stream>>>(
       (const float *)a->aux_prob.data, a->aux_count, a->valid_count, a->layer_count, a->coef,
-      a->aux_prob.dim[0], (float *)a->loss.data, (float *)a->grad.data);
+      a->aux_prob.dim[0], (float *)a->loss.data, (float *)a->grad.data, z);
   return mt_cuda_launched("aux_loss");
 }
 
@@ -268,11 +294,12 @@ struct dlogit_rows {
   int experts, top_k, renormalize;
   const int32_t *valid_count, *index;
   const float *aux_grad; /* [E] or NULL */
+  const float *z_grad;   /* [1] or NULL */
 };
 
 /* One warp a token. With s = softmax and C the chosen, renormalised p_k = s_k / S(C):
  * ds_k = (dp_k - sum_j dp_j p_j) / S for k in C (else dp_k), plus aux_grad on every s;
- * dlogits_i = s_i (ds_i - sum_j s_j ds_j). */
+ * dlogits_i = s_i (ds_i - sum_j s_j ds_j + z_grad logsumexp). */
 template <int N>
 __global__ void __launch_bounds__(32 * ROUTE_WARPS)
     router_dlogits(struct mat<const float> logits, struct mat<const float> prob,
@@ -282,7 +309,7 @@ __global__ void __launch_bounds__(32 * ROUTE_WARPS)
   if (t >= r.tokens) return;
   float z[N], s[N], ds[N], out[N] = {0};
   if (t < *r.valid_count) {
-    softmax_lane<N>(row_of(logits, t), r.experts, z, s);
+    float lse = softmax_lane<N>(row_of(logits, t), r.experts, z, s);
 #pragma unroll
     for (int n = 0; n < N; n++) {
       int e = lane + 32 * n;
@@ -308,6 +335,7 @@ __global__ void __launch_bounds__(32 * ROUTE_WARPS)
 #pragma unroll
     for (int n = 0; n < N; n++) dot += s[n] * ds[n];
     dot = warp_sum(dot);
+    if (r.z_grad) dot -= *r.z_grad * lse;
 #pragma unroll
     for (int n = 0; n < N; n++) out[n] = s[n] * (ds[n] - dot);
   }
@@ -415,7 +443,8 @@ static mt_err dlogits_launch(struct mt_backend *be, const struct mt_router_bwd_a
                           a->renormalize,
                           a->valid_count,
                           a->index,
-                          (const float *)a->aux_grad.data};
+                          (const float *)a->aux_grad.data,
+                          (const float *)a->z_grad.data};
   struct mat<const float> logits = mat_of<const float>(&a->logits);
   struct mat<const float> prob = mat_of<const float>(&a->prob);
   struct mat<const float> dprob = mat_of<const float>(&a->dprob);

@@ -18,8 +18,8 @@ static __device__ double tree_of(double x, double *shared) {
 
 static __global__ void __launch_bounds__(TALLY_THREADS)
     tally(const float *loss, const int32_t *correct, int64_t rows, const float *aux,
-          const double *aux_weight, double *sums, const int32_t *load, int32_t *load_sums,
-          int64_t load_count, int accumulate) {
+          const float *z_loss, const double *aux_weight, double *sums, const int32_t *load,
+          int32_t *load_sums, int64_t load_count, int accumulate) {
   __shared__ double shared[TALLY_THREADS];
   double l = 0, c = 0;
   for (int64_t t = threadIdx.x; t < rows; t += TALLY_THREADS) {
@@ -32,6 +32,7 @@ static __global__ void __launch_bounds__(TALLY_THREADS)
     sums[0] = (accumulate ? sums[0] : 0.0) + l;
     sums[1] = (accumulate ? sums[1] : 0.0) + c;
     sums[2] = (accumulate ? sums[2] : 0.0) + *aux_weight * (double)*aux;
+    sums[3] = (accumulate ? sums[3] : 0.0) + (z_loss ? *aux_weight * (double)*z_loss : 0.0);
   }
   for (int64_t i = threadIdx.x; i < load_count; i += TALLY_THREADS) {
     load_sums[i] = (accumulate ? load_sums[i] : 0) + load[i];
@@ -43,6 +44,7 @@ extern "C" mt_err mt_cuda_tally(struct mt_backend *be, const struct mt_tally_arg
   MT_TRY(mt_cuda_format("tally", &a->loss));
   tally<<<1, TALLY_THREADS, 0, mt_cuda_of(be)->stream>>>(
       (const float *)a->loss.data, a->correct, a->loss.dim[0], (const float *)a->aux.data,
-      a->aux_weight, a->sums, a->load, a->load_sums, a->load_count, a->accumulate);
+      (const float *)a->z_loss.data, a->aux_weight, a->sums, a->load, a->load_sums, a->load_count,
+      a->accumulate);
   return mt_cuda_launched("tally");
 }

@@ -119,8 +119,9 @@ mt_err mt_ref_tally(struct mt_backend *be, const struct mt_tally_args *a) {
     loss += ref_at(&a->loss, t);
     correct += a->correct[t];
   }
-  const double sums[3] = {loss, correct, *a->aux_weight * ref_at(&a->aux, 0)};
-  for (int i = 0; i < 3; i++) a->sums[i] = (a->accumulate ? a->sums[i] : 0) + sums[i];
+  const double sums[4] = {loss, correct, *a->aux_weight * ref_at(&a->aux, 0),
+                          a->z_loss.data ? *a->aux_weight * ref_at(&a->z_loss, 0) : 0};
+  for (int i = 0; i < 4; i++) a->sums[i] = (a->accumulate ? a->sums[i] : 0) + sums[i];
   for (int64_t i = 0; i < a->load_count; i++) {
     a->load_sums[i] = (a->accumulate ? a->load_sums[i] : 0) + a->load[i];
   }

@@ -20,6 +20,10 @@ static void route_token(const struct mt_router_fwd_args *a, int64_t t) {
     ref_put(&a->aux_prob, i,
             ref_at(&a->aux_prob, i) + exp(ref_get(&a->logits, t, i) - top) / denominator);
   }
+  if (a->z_sum.data) {
+    double z = top + log(denominator);
+    ref_put(&a->z_sum, 0, ref_at(&a->z_sum, 0) + z * z);
+  }
   for (int64_t slot = 0; slot < k; slot++) {
     int64_t best = -1;
     for (int64_t i = 0; i < e; i++) {
@@ -77,12 +81,16 @@ mt_err mt_ref_aux_loss(struct mt_backend *be, const struct mt_aux_loss_args *a) 
     ref_put(&a->grad, i, (double)*a->coef * (double)e * f / rows);
   }
   ref_put(&a->loss, 0, (double)e * sum);
+  if (!a->z_sum.data) return MT_OK;
+  ref_put(&a->z_loss, 0, ref_at(&a->z_sum, 0) / rows);
+  ref_put(&a->z_grad, 0, 2 * (double)*a->z_coef / rows);
   return MT_OK;
 }
 
 /* With s = softmax(logits), C the chosen experts, S = sum over C of s:
  * renormalised p_k = s_k / S: ds_k = (dp_k - sum_j dp_j p_j) / S for k in C; else ds_k = dp_k.
- * Then aux_grad adds to every ds, and dlogits_i = s_i (ds_i - sum_j s_j ds_j). */
+ * Then aux_grad adds to every ds, and dlogits_i = s_i (ds_i - sum_j s_j ds_j + z_grad lse), since
+ * s_i is the derivative of lse = logsumexp(logits). */
 static void route_token_bwd(const struct mt_router_bwd_args *a, int64_t t) {
   int64_t e = a->w.dim[0], k = a->prob.dim[1];
   double s[MT_OPS_MAX_EXPERTS], ds[MT_OPS_MAX_EXPERTS], top, dot = 0, chosen = 0, mean = 0;
@@ -100,6 +108,7 @@ static void route_token_bwd(const struct mt_router_bwd_args *a, int64_t t) {
     ds[a->index[t * k + slot]] += a->renormalize ? (dp - mean) / chosen : dp;
   }
   for (int64_t i = 0; i < e; i++) dot += s[i] * ds[i];
+  if (a->z_grad.data) dot -= ref_at(&a->z_grad, 0) * (top + log(denominator));
   for (int64_t i = 0; i < e; i++) ref_set(&a->dlogits, t, i, s[i] * (ds[i] - dot));
 }
 

@@ -1,4 +1,4 @@
-#include "train/checksums.h"
+#include "io/checksums.h"
 
 #include <dirent.h>
 #include <jansson.h>
@@ -37,21 +37,24 @@ static mt_err add_file(const char *dir, const char *name, json_t *files) {
   return MT_OK;
 }
 
+/* Adds what `files` does not list. */
 static mt_err list_files(const char *dir, json_t *files) {
   DIR *d = opendir(dir);
   if (!d) return mt_fail(MT_EIO, "cannot read directory '%s'", dir);
   mt_err err = MT_OK;
   for (struct dirent *e; !err && (e = readdir(d));) {
     if (e->d_name[0] == '.' || strcmp(e->d_name, list_name) == 0) continue;
+    if (json_object_get(files, e->d_name)) continue;
     err = add_file(dir, e->d_name, files);
   }
   closedir(d);
   return err;
 }
 
-mt_err mt_checksums_write(const char *dir) {
+/* files: what is listed already. Takes it over. */
+static mt_err write_list(const char *dir, json_t *files) {
   char path[MT_PATH_MAX], own[MT_HASH_TEXT], *text = NULL;
-  json_t *files = json_object(), *root = NULL;
+  json_t *root = NULL;
   mt_err err;
   MT_GO(mt_path_join(path, dir, list_name));
   MT_GO(list_files(dir, files));
@@ -68,6 +71,10 @@ done:
   json_decref(root);
   json_decref(files);
   return err;
+}
+
+mt_err mt_checksums_write(const char *dir) {
+  return write_list(dir, json_object());
 }
 
 static mt_err verify_file(const char *dir, const char *name, const json_t *entry) {
@@ -92,16 +99,16 @@ static mt_err verify_file(const char *dir, const char *name, const json_t *entry
                  want);
 }
 
-mt_err mt_checksums_verify(const char *dir, bool *listed) {
+/* What dir's list holds, whole; NULL where it has none. */
+static mt_err read_list(const char *dir, json_t **out) {
   char path[MT_PATH_MAX], own[MT_HASH_TEXT], *text = NULL;
   size_t size;
   json_t *root = NULL;
   json_error_t why;
   mt_err err;
-  *listed = false;
+  *out = NULL;
   MT_TRY(mt_path_join(path, dir, list_name));
   if (!mt_path_exists(path)) return MT_OK;
-  *listed = true;
   MT_GO(mt_file_read(path, LIST_LIMIT, &text, &size));
   root = json_loadb(text, size, JSON_REJECT_DUPLICATES, &why);
   const json_t *version = json_object_get(root, "version");
@@ -120,11 +127,35 @@ mt_err mt_checksums_verify(const char *dir, bool *listed) {
     err = mt_fail(MT_EFORMAT, "%s is damaged: it does not hold what was written", path);
     goto done;
   }
-  const char *name;
-  json_t *entry;
-  json_object_foreach(files, name, entry) MT_GO(verify_file(dir, name, entry));
+  *out = json_incref(files);
 done:
   json_decref(root);
   free(text);
   return err;
+}
+
+mt_err mt_checksums_verify(const char *dir, bool *listed) {
+  json_t *files, *entry;
+  const char *name;
+  *listed = true; /* if it cannot be read, it is there */
+  MT_TRY(read_list(dir, &files));
+  *listed = files != NULL;
+  mt_err err = MT_OK;
+  json_object_foreach(files, name, entry) {
+    if (!err) err = verify_file(dir, name, entry);
+  }
+  json_decref(files);
+  return err;
+}
+
+mt_err mt_checksums_demand(const char *dir) {
+  bool listed;
+  MT_TRY(mt_checksums_verify(dir, &listed));
+  return listed ? MT_OK : mt_fail(MT_ENOENT, "'%s' has no %s to verify", dir, list_name);
+}
+
+mt_err mt_checksums_extend(const char *dir) {
+  json_t *files;
+  MT_TRY(read_list(dir, &files));
+  return write_list(dir, files ? files : json_object());
 }
