@@ -54,5 +54,24 @@ static inline int64_t mt_q_blocks(enum mt_qformat format, int64_t n) {
 static inline int64_t mt_q_padded(int64_t rows) {
   return (rows + MT_Q_PAD - 1) / MT_Q_PAD * MT_Q_PAD;
 }
+/* Rows of a column copy that has room for R rows in so many groups, however they fall. */
+static inline int64_t mt_q_col_rows(int64_t rows, int64_t groups) {
+  int64_t held = groups < rows ? groups : rows; /* groups that have rows, at most */
+  return (rows + held * (MT_Q_PAD - 1)) / MT_Q_PAD * MT_Q_PAD;
+}
+/* Matrix g of a weight of rank 3. */
+static inline struct mt_qtensor mt_q_slice(const struct mt_qtensor *q, int64_t g) {
+  struct mt_qtensor s = *q;
+  int64_t n = q->dim[1], k = q->dim[2], all = n * k;
+  int64_t row_scales = q->format == MT_Q_FP8 ? mt_q_blocks(q->format, n) : n;
+  int64_t col_scales = q->format == MT_Q_FP8 ? mt_q_blocks(q->format, k) : k;
+  int64_t item = q->format == MT_Q_FP8 ? 4 : 1;
+  row_scales *= mt_q_blocks(q->format, k), col_scales *= mt_q_blocks(q->format, n);
+  s.rank = 2;
+  s.dim[0] = n, s.dim[1] = k, s.dim[2] = 1;
+  if (s.row) s.row += g * all, s.row_scale = (char *)q->row_scale + g * row_scales * item;
+  if (s.col) s.col += g * all, s.col_scale = (char *)q->col_scale + g * col_scales * item;
+  return s;
+}
 
 #endif

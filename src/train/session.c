@@ -112,6 +112,7 @@ static mt_err load(struct mt_session *s, const struct mt_model_options *options,
   MT_GO(make_tables(s, freeze, &o, &params));
   MT_GO(mt_model_create(&s->model, &s->checkpoint.config, &params, s->recipe, &s->be, &o));
   MT_GO(mt_hf_load(&s->checkpoint, &s->model.params, &s->be));
+  MT_GO(mt_model_quantize_weights(&s->model));
 done:
   mt_params_free(&params);
   return err;
