@@ -159,6 +159,8 @@ static void arena_release(struct mt_backend *be, struct mt_arena *a) {
 }
 
 mt_err mt_model_quantize_weights(struct mt_model *m) {
+  if (m->recipe->qformat == MT_Q_NONE) return MT_OK;
+  mt_acts_enter(&m->acts, m->be, MT_ROOM_ENDS);
   for (int i = 0; i < m->params.count; i++) {
     const struct mt_param *p = &m->params.row[i];
     if (p->q.format == MT_Q_NONE) continue;

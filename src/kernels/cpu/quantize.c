@@ -118,6 +118,12 @@ static void write_tile(const struct tile *t, const struct mt_qtensor *q) {
   if (q->col) write_columns(t, q);
 }
 
+static mt_err ready(const struct mt_backend *be, const char *op, const struct mt_tensor *x) {
+  MT_TRY(mt_cpu_format(op, x));
+  if (!be->workspace) return mt_fail(MT_EINVAL, "%s: the cpu backend has no workspace", op);
+  return MT_OK;
+}
+
 mt_err mt_cpu_pad_offsets(struct mt_backend *be, const struct mt_pad_offsets_args *a) {
   (void)be;
   MT_TRY(mt_check_pad_offsets(a));
@@ -162,7 +168,7 @@ static void read_tile(const struct mt_quantize_args *a, const struct tile *t) {
 
 mt_err mt_cpu_quantize(struct mt_backend *be, const struct mt_quantize_args *a) {
   MT_TRY(mt_check_quantize(a));
-  MT_TRY(mt_cpu_format("quantize", &a->x));
+  MT_TRY(ready(be, "quantize", &a->x));
   struct bands b = {a->offsets, a->padded, a->group_count, a->q.dim[0]};
   int64_t cols = a->q.dim[1], strips = (cols + TILE - 1) / TILE, count = band_count(&b) * strips;
 #pragma omp parallel for num_threads(be->thread_count) schedule(static)
@@ -185,8 +191,7 @@ static void write_square(const struct tile *t, const struct mt_qtensor *q) {
     uint32_t here = largest(t->v + r * TILE, t->cols);
     top = here > top ? here : top;
   }
-  uint8_t byte = mt_fp8_scale(0), e[TILE];
-  byte = scale_of(MT_Q_FP8, top);
+  uint8_t byte = scale_of(MT_Q_FP8, top), e[TILE];
   if (q->row) put_scale(MT_Q_FP8, q->row_scale, i * mt_q_blocks(MT_Q_FP8, k) + j, byte);
   if (q->col) put_scale(MT_Q_FP8, q->col_scale, j * mt_q_blocks(MT_Q_FP8, n) + i, byte);
   for (int64_t r = 0; r < t->rows; r++) {
@@ -214,7 +219,7 @@ static void write_weight_columns(const struct tile *t, const struct mt_qtensor *
 
 mt_err mt_cpu_quantize_weight(struct mt_backend *be, const struct mt_quantize_weight_args *a) {
   MT_TRY(mt_check_quantize_weight(a));
-  MT_TRY(mt_cpu_format("quantize_weight", &a->w));
+  MT_TRY(ready(be, "quantize_weight", &a->w));
   bool many = a->w.rank == 3;
   int64_t n = a->w.dim[a->w.rank - 2], k = a->w.dim[a->w.rank - 1];
   int64_t bands = (n + TILE - 1) / TILE, strips = (k + TILE - 1) / TILE;
@@ -263,7 +268,7 @@ static float prob_of(const struct mt_tensor *row_prob, int64_t row) {
 mt_err mt_cpu_swiglu_quantize_fwd(struct mt_backend *be,
                                   const struct mt_swiglu_quantize_fwd_args *a) {
   MT_TRY(mt_check_swiglu_quantize_fwd(a));
-  MT_TRY(mt_cpu_format("swiglu_quantize_fwd", &a->gate_up));
+  MT_TRY(ready(be, "swiglu_quantize_fwd", &a->gate_up));
   struct bands b = {a->offsets, a->padded, a->group_count, a->h.dim[0]};
   int64_t f = a->h.dim[1], strips = (f + TILE - 1) / TILE, count = band_count(&b) * strips;
 #pragma omp parallel for num_threads(be->thread_count) schedule(static)
@@ -342,7 +347,7 @@ static void whole_row_tiles(const struct mt_swiglu_quantize_bwd_args *a, const s
 mt_err mt_cpu_swiglu_quantize_bwd(struct mt_backend *be,
                                   const struct mt_swiglu_quantize_bwd_args *a) {
   MT_TRY(mt_check_swiglu_quantize_bwd(a));
-  MT_TRY(mt_cpu_format("swiglu_quantize_bwd", &a->gate_up));
+  MT_TRY(ready(be, "swiglu_quantize_bwd", &a->gate_up));
   struct bands b = {a->offsets, a->padded, a->group_count, a->dh.dim[0]};
   int64_t f = a->dh.dim[1], count = band_count(&b);
   bool halves_apart = f % mt_q_block(a->dgate_up.format) == 0;
