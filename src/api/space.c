@@ -36,7 +36,7 @@ void mt_space_close(mt_space *s) {
 
 mt_err mt_recipe_begin(mt_space *s, const char *name) {
   const struct mt_recipe *r = name ? mt_recipe_choose(name, "fp32") : NULL;
-  if (!r || r->stat != s->full) {
+  if (!r || r->stat != s->full || r->qformat != MT_Q_NONE) {
     return mt_fail(MT_EUNSUPPORTED, "no recipe '%s' on %s", name ? name : "(null)", s->be.name);
   }
   if (s->depth == MT_RECIPE_DEPTH) return mt_fail(MT_EINVAL, "recipes nested too deep");

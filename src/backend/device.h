@@ -12,6 +12,7 @@ struct mt_limits {
   int64_t hidden, ffn, experts, top_k, vocab;
   int64_t heads, kv_heads, head_dim;
   enum mt_dtype act;
+  enum mt_qformat qformat; /* of products' operands; MT_Q_NONE: none in 8 bits */
 };
 
 /* Marks on the backend's clock that exist at a time. */

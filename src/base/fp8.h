@@ -53,4 +53,22 @@ static inline uint8_t mt_e8m0_scale(float amax) {
   return (uint8_t)(byte > 0 ? byte : 0);
 }
 
+/* What a block's elements are multiplied with: exact. 2^-127 makes zeros. */
+static inline float mt_e8m0_inverse(uint8_t scale) {
+  uint32_t u = scale == 255   ? 0x7fc00000u
+               : scale == 254 ? 0x00400000u /* 2^-127, no normal number */
+               : scale == 0   ? 0
+                              : (uint32_t)(254 - scale) << 23;
+  float f;
+  memcpy(&f, &u, 4);
+  return f;
+}
+
+/* The scale of FP8's blocks as an e8m0 byte: the same, but 1 for a block of zeros, and not below
+ * 2^-126, whose inverse is a number still. */
+static inline uint8_t mt_fp8_scale(float amax) {
+  uint8_t byte = mt_e8m0_scale(amax);
+  return amax == 0 ? 127 : byte == 0 ? 1 : byte;
+}
+
 #endif

@@ -33,10 +33,20 @@ extern const struct mt_command mt_command_train, mt_command_eval, mt_command_gen
        .type = MT_OPT_NAME,                                                                        \
        .offset = offsetof(S, device.precision),                                                    \
        .unit = "RECIPE",                                                                           \
-       .choices = "fp32|bf16",                                                                     \
+       .choices = "fp32|bf16|fp8|mxfp8",                                                           \
        .initial_note = "bf16 on a GPU, fp32 on the CPU",                                           \
-       .help = "Format of weights and activations. In both, sums are float32, and so are master "  \
-               "weights and the optimizer's state unless --optim-state says otherwise."},          \
+       .help =                                                                                     \
+           "Format of weights and activations. In all, sums are float32, and so are master "       \
+           "weights and the optimizer's state unless --optim-state says otherwise. fp8 (blocks "   \
+           "of 128, for Hopper) and mxfp8 (blocks of 32) have the operands of the attention's "    \
+           "projections and of the experts' products in 8 bits, the rest as bf16."},               \
+      {.flag = "fp8-skip",                                                                         \
+       .type = MT_OPT_TEXT,                                                                        \
+       .offset = offsetof(S, device.fp8_skip),                                                     \
+       .unit = "PARTS",                                                                            \
+       .initial_note = "none",                                                                     \
+       .help = "Parts that --precision fp8 or mxfp8 leaves in bf16: attn (the projections of the " \
+               "attention), experts, or both with a comma between."},                              \
   {                                                                                                \
     .flag = "threads", .type = MT_OPT_INT, .offset = offsetof(S, device.threads),                  \
     .unit = "THREADS", .initial = "0", .initial_note = "0 (one a core)", .min = 0, .max = 1024,    \
@@ -73,9 +83,9 @@ extern const struct mt_command mt_command_train, mt_command_eval, mt_command_gen
 #define MT_ROW_EXPERTS(S, ...)                                                                     \
   {                                                                                                \
     .flag = "experts", .type = MT_OPT_CHOICE, .offset = offsetof(S, experts), .unit = "STRATEGY",  \
-    .choices = "loop|grouped", __VA_ARGS__,                                                        \
-    .help = "How the experts are computed: one after another, or all of a layer in one grouped "   \
-            "matrix product.",                                                                     \
+    .choices = "loop|grouped|fused", __VA_ARGS__,                                                  \
+    .help = "How the experts are computed: one after another, all of a layer in one grouped "      \
+            "matrix product, or that with SwiGLU (and what makes its result 8-bit) joined to it.", \
   }
 #define MT_ROW_BLOCKS(S, ...)                                                                      \
   {                                                                                                \

@@ -1,6 +1,7 @@
 #include "base/log.h"
 #include "cli/commands.h"
 #include "cli/ranks.h"
+#include "kernels/registry.h"
 #include "report/report.h"
 #include "train/commands.h"
 
@@ -161,9 +162,10 @@ static const struct mt_option rows[] = {
      .unit = "RUNG",
      .initial = "2",
      .min = 0,
-     .max = 2,
-     .help = "Preset of --experts and --blocks. 0: loop, unfused; 1: loop, fused; 2: grouped, "
-             "fused. A flag given beside it wins."},
+     .max = 3,
+     .help = "Preset of --experts, --blocks and --precision. 0: loop, unfused; 1: loop, fused; 2: "
+             "grouped, fused; 3: fused, fused, in fp8 on a GPU and mxfp8 on the CPU. A flag given "
+             "beside it wins."},
     MT_ROW_EXPERTS(S, .initial_note = "by --improvement"),
     MT_ROW_BLOCKS(S, .initial_note = "by --improvement"),
     MT_ROW_RECOMPUTE(S),
@@ -283,7 +285,13 @@ static const struct mt_option rows[] = {
 static mt_err finish(void *options, const struct mt_parsed *parsed) {
   S *o = options;
   if (!mt_parsed_given(parsed, "experts")) {
-    o->experts = o->improvement >= 2 ? MT_EXPERTS_GROUPED : MT_EXPERTS_LOOP;
+    static const enum mt_experts_strategy rung[] = {MT_EXPERTS_LOOP, MT_EXPERTS_LOOP,
+                                                    MT_EXPERTS_GROUPED, MT_EXPERTS_FUSED};
+    o->experts = rung[o->improvement];
+  }
+  if (o->improvement >= 3 && !o->device.precision) {
+    bool cpu = strcmp(o->device.device, "cpu") == 0 || mt_cuda_device_count() == 0;
+    o->device.precision = cpu ? "mxfp8" : "fp8";
   }
   if (!mt_parsed_given(parsed, "blocks")) {
     o->blocks = o->improvement >= 1 ? MT_BLOCKS_FUSED : MT_BLOCKS_UNFUSED;

@@ -201,7 +201,7 @@ static mt_err load_rows(const struct mt_param *p, struct mt_backend *be, int64_t
   const struct mt_tensor *forms[] = {&p->compute, &p->master};
   int64_t n = mt_param_row_elems(p);
   int form_count = p->master.data && p->master.data != p->compute.data ? 2 : 1;
-  for (int f = 0; f < form_count; f++) {
+  for (int f = p->compute.data ? 0 : 1; f < form_count; f++) {
     size_t item = mt_dtype_bytes(forms[f]->dtype);
     mt_dtype_convert(stage, forms[f]->dtype, from.data, from.dtype, (size_t)(from.count * n));
     MT_TRY(be->upload(be, (char *)forms[f]->data + (size_t)(row * n) * item, stage,

@@ -23,6 +23,7 @@ struct mt_limits mt_acts_limits(const struct mt_config *c, const struct mt_recip
     l.experts = l.top_k = l.ffn = 1;
   }
   if (room == MT_ROOM_MOE) l.heads = l.kv_heads = 1;
+  if (room != MT_ROOM_ENDS) l.qformat = recipe->qformat;
   return l;
 }
 
@@ -54,6 +55,8 @@ static mt_err take_stream(struct mt_layer_acts *l, const struct mt_config *c,
   MT_TRY(take_ints(arena, &l->route.offsets, e + 1));
   MT_TRY(take_ints(arena, &l->route.row_source, r));
   MT_TRY(take_ints(arena, &l->route.token_row, r));
+  if (mt_eight_bits(recipe, MT_8BIT_EXPERTS, o->skip_8bit))
+    MT_TRY(take_ints(arena, &l->route.padded, e + 1));
   l->route.top_k = c->top_k;
   l->route.expert_count = shard->expert_end - shard->expert_begin;
   return MT_OK;
@@ -138,13 +141,44 @@ static mt_err batch_layout(struct mt_acts *a, const struct mt_config *c,
   return take_ints(arena, &a->correct, t);
 }
 
+static mt_err take_operand(struct mt_arena *arena, void **memory, enum mt_qformat format,
+                           int64_t rows, int64_t cols, int64_t groups, int sides) {
+  size_t bytes = mt_operand_bytes(format, rows, cols, groups, sides);
+  return bytes ? mt_arena_alloc(arena, bytes, memory) : MT_OK;
+}
+
+static int64_t most(int64_t a, int64_t b) {
+  return a > b ? a : b;
+}
+
 static mt_err attention_layout(struct mt_acts *a, const struct mt_config *c,
                                const struct mt_recipe *recipe, struct mt_arena *arena) {
   int64_t t = a->options.token_capacity;
   int64_t q = (int64_t)c->heads * c->head_dim, kv = (int64_t)c->kv_heads * c->head_dim;
-  if (!a->options.training) return MT_OK;
+  int64_t in = most(q, c->hidden), out = most(q + 2 * kv, c->hidden);
+  enum mt_qformat format = a->attention_format;
+  if (!a->options.training)
+    return take_operand(arena, &a->attention_operand[0], format, t, in, 1, MT_SIDE_ROW);
+  MT_TRY(take_operand(arena, &a->attention_operand[0], format, t, most(in, out), 1, MT_SIDE_BOTH));
+  MT_TRY(take_operand(arena, &a->attention_operand[1], format, t, in, 1, MT_SIDE_COL));
   MT_TRY(take(arena, &a->datt, mt_mat(NULL, recipe->act, t, q)));
   return take(arena, &a->dqkv, mt_mat(NULL, recipe->act, t, q + 2 * kv));
+}
+
+/* Forward reads rows alone; backward needs more of [0], and [2] for its columns alone. */
+static mt_err moe_operands_layout(struct mt_acts *a, const struct mt_config *c, int64_t r,
+                                  struct mt_arena *arena) {
+  enum mt_qformat format = a->moe_format;
+  int64_t experts = a->shard.expert_end - a->shard.expert_begin, f = c->ffn;
+  bool training = a->options.training;
+  if (format == MT_Q_NONE) return MT_OK;
+  MT_TRY(take_operand(arena, &a->moe_operand[0], format, r, c->hidden, experts,
+                      training ? MT_SIDE_BOTH : MT_SIDE_ROW));
+  if (training)
+    MT_TRY(take_operand(arena, &a->moe_operand[1], format, r, 2 * f, experts, MT_SIDE_BOTH));
+  size_t row = mt_operand_bytes(format, r, f, experts, MT_SIDE_ROW);
+  size_t col = mt_operand_bytes(format, r, f, experts, MT_SIDE_COL);
+  return mt_arena_alloc(arena, training && col > row ? col : row, &a->moe_operand[2]);
 }
 
 /* The MoE room's buffers of so many rows. */
@@ -162,7 +196,7 @@ static mt_err room_rows_layout(struct mt_acts *a, const struct mt_config *c,
   if (!o->over_ranks) {
     for (int l = 0; l < a->layer_count; l++) a->layer[l].xs = a->layer[l].ys;
   }
-  return MT_OK;
+  return moe_operands_layout(a, c, r, arena);
 }
 
 static mt_err moe_layout(struct mt_acts *a, const struct mt_config *c,
@@ -215,6 +249,9 @@ mt_err mt_acts_layout(struct mt_acts *a, const struct mt_config *c, const struct
   *a = (struct mt_acts){.options = *options, .shard = *shard, .layer_count = c->layers};
   a->layer = calloc((size_t)c->layers, sizeof *a->layer);
   if (!a->layer) return mt_fail(MT_ENOMEM, "activation table of %d layers", c->layers);
+  if (mt_eight_bits(recipe, MT_8BIT_ATTENTION, options->skip_8bit))
+    a->attention_format = recipe->qformat;
+  if (mt_eight_bits(recipe, MT_8BIT_EXPERTS, options->skip_8bit)) a->moe_format = recipe->qformat;
   MT_TRY(batch_layout(a, c, recipe, arena));
   for (int l = 0; l < c->layers; l++) MT_TRY(layer_layout(a, l, c, recipe, arena));
   MT_TRY(take(arena, &a->branch, stream));

@@ -8,6 +8,7 @@
 #include "base/arena.h"
 #include "model/config.h"
 #include "model/exchange.h"
+#include "quant/linear.h"
 #include "quant/recipe.h"
 
 enum { MT_LOGIT_ROWS = 8 };
@@ -56,6 +57,7 @@ struct mt_acts_options {
   bool keep_mlp;       /* each layer keeps gate_up, and ys if outputs are weighed; else shared */
   bool weigh_outputs;  /* backward needs the experts' outputs, which prob weighs; else the
                           probability enters before the down projection */
+  unsigned skip_8bit;  /* as mt_model_options has it */
   bool over_ranks;     /* R is not bounded by the tokens here: what has rows grows */
 };
 
@@ -98,6 +100,12 @@ struct mt_acts {
   struct mt_tensor h;          /* act [R,F]: SwiGLU's output; dh and h again in backward */
   struct mt_tensor dprob, dlogits;
   struct mt_tensor drow_prob; /* stat [R] */
+  /* Memory of 8-bit operands (quant/linear.h), in rooms; NULL in recipes without. Of the attention:
+   * [0] the projections' inputs in forward, then gradients; [1] what meets gradients in wgrad. Of
+   * the MoE: [0] dispatched tokens, then the gradient of the outputs, then tokens again; [1] the
+   * gradient of gate and up; [2] SwiGLU's output. */
+  void *attention_operand[2], *moe_operand[3];
+  enum mt_qformat attention_format, moe_format;
   /* The ends': from the last layer's forward to its backward. */
   struct mt_tensor sf, xf, rstdf; /* final norm */
   struct mt_tensor logit_rows;    /* act [few,V]: logits asked for by the host */

@@ -53,6 +53,48 @@ static mt_err qkv_unfused(struct mt_model *m, struct mt_tensor x, struct mt_tens
   return MT_OK;
 }
 
+/* Operand i of the room, empty. */
+static struct mt_operand operand(const struct mt_model *m, int i) {
+  return (struct mt_operand){.format = m->acts.attention_format,
+                             .memory = m->acts.attention_operand[i]};
+}
+
+static struct mt_weight_forms forms_of(const struct mt_param *p) {
+  return (struct mt_weight_forms){.w = p->compute, .q = p->q};
+}
+
+/* y = x w^T by the recipe. */
+static mt_err multiply(struct mt_model *m, struct mt_tensor x, const struct mt_param *p,
+                       struct mt_tensor y) {
+  struct mt_operand in = operand(m, 0);
+  struct mt_weight_forms w = forms_of(p);
+  MT_TRY(mt_operand_make(m->be, &in, x, x.dim[0], MT_SIDE_ROW, NULL));
+  return mt_product_forward(m->be, &in, &w, y);
+}
+
+/* Its backward: the weight's gradient from x (unless it is frozen), and dx (=). make_x is called
+ * before x is read, or NULL. */
+struct back {
+  struct mt_tensor dy, x, dx;
+  struct mt_param *p;
+  mt_err (*make_x)(struct mt_model *m, int layer, int64_t tokens);
+  int layer, accumulate;
+};
+static mt_err multiply_backward(struct mt_model *m, const struct back *b) {
+  struct mt_operand dy = operand(m, 0), x = operand(m, 1);
+  struct mt_weight_forms w = forms_of(b->p);
+  int64_t rows = b->dy.dim[0];
+  bool learns = b->p->grad.data != NULL;
+  MT_TRY(mt_operand_make(m->be, &dy, b->dy, rows, learns ? MT_SIDE_BOTH : MT_SIDE_ROW, NULL));
+  if (learns) {
+    if (b->make_x) MT_TRY(b->make_x(m, b->layer, rows));
+    MT_TRY(mt_operand_make(m->be, &x, b->x, rows, MT_SIDE_COL, NULL));
+    MT_TRY(mt_product_wgrad(m->be, &dy, &x, b->p->grad, b->accumulate, NULL));
+  }
+  mt_grad_ready(m, b->p);
+  return mt_product_dgrad(m->be, &dy, &w, b->dx);
+}
+
 static struct mt_attention_fwd_args attention_args(struct mt_model *m, struct mt_layer_acts *l,
                                                    int layer, const struct mt_view *v) {
   const struct mt_config *c = &m->config;
@@ -83,11 +125,12 @@ static struct mt_rope_args rope_args(struct mt_model *m, struct mt_tensor qkv, i
 static mt_err project(struct mt_model *m, int layer, int64_t tokens) {
   struct mt_tensor xn = mt_top(m->acts.xn, tokens);
   struct mt_tensor qkv = mt_top(m->acts.layer[layer].qkv, tokens);
-  struct mt_tensor w = mt_params_find(&m->params, MT_PARAM_QKV, layer)->compute;
-  if (m->options.blocks == MT_BLOCKS_FUSED)
-    MT_TRY(mt_linear_forward(m->be, xn, w, qkv, NULL));
+  struct mt_param *p = mt_params_find(&m->params, MT_PARAM_QKV, layer);
+  /* A block of 8-bit weights may reach over two heads: there it is one product in any case. */
+  if (m->options.blocks == MT_BLOCKS_FUSED || p->q.format != MT_Q_NONE)
+    MT_TRY(multiply(m, xn, p, qkv));
   else
-    MT_TRY(qkv_unfused(m, xn, w, qkv));
+    MT_TRY(qkv_unfused(m, xn, p->compute, qkv));
   struct mt_rope_args rope = rope_args(m, qkv, 0);
   return m->be->ops.rope(m->be, &rope);
 }
@@ -105,9 +148,9 @@ mt_err mt_attention_project(struct mt_model *m, int layer, int64_t tokens) {
 }
 
 mt_err mt_attention_output(struct mt_model *m, int layer, int64_t tokens) {
-  return mt_linear_forward(m->be, mt_top(m->acts.layer[layer].att, tokens),
-                           mt_params_find(&m->params, MT_PARAM_ATTN_OUT, layer)->compute,
-                           mt_top(m->acts.branch, tokens), NULL);
+  return multiply(m, mt_top(m->acts.layer[layer].att, tokens),
+                  mt_params_find(&m->params, MT_PARAM_ATTN_OUT, layer),
+                  mt_top(m->acts.branch, tokens));
 }
 
 /* qkv to branch. */
@@ -149,9 +192,9 @@ mt_err mt_attention_backward(struct mt_model *m, int layer, const struct mt_view
                    xn = mt_top(m->acts.xn, t);
 
   mt_acts_enter(&m->acts, m->be, MT_ROOM_ATTENTION);
-  MT_TRY(mt_linear_wgrad(m->be, ds, mt_top(l->att, t), out->grad, NULL, v->accumulate, NULL));
-  mt_grad_ready(m, out);
-  MT_TRY(mt_linear_dgrad(m->be, ds, out->compute, datt, NULL));
+  MT_TRY(multiply_backward(
+      m, &(struct back){
+             .dy = ds, .x = mt_top(l->att, t), .dx = datt, .p = out, .accumulate = v->accumulate}));
 
   struct mt_attention_bwd_args a = {
       .fwd = attention_args(m, l, layer, v), .dout = datt, .dqkv = dqkv};
@@ -159,10 +202,13 @@ mt_err mt_attention_backward(struct mt_model *m, int layer, const struct mt_view
   struct mt_rope_args rope = rope_args(m, dqkv, 1);
   MT_TRY(m->be->ops.rope(m->be, &rope));
 
-  if (proj->grad.data) MT_TRY(norm_again(m, layer, t));
-  MT_TRY(mt_linear_wgrad(m->be, dqkv, xn, proj->grad, NULL, v->accumulate, NULL));
-  mt_grad_ready(m, proj);
-  MT_TRY(mt_linear_dgrad(m->be, dqkv, proj->compute, dxn, NULL));
+  MT_TRY(multiply_backward(m, &(struct back){.dy = dqkv,
+                                             .x = xn,
+                                             .dx = dxn,
+                                             .p = proj,
+                                             .make_x = norm_again,
+                                             .layer = layer,
+                                             .accumulate = v->accumulate}));
   return mt_norm_backward(m, dxn, mt_top(l->s1, t), norm, mt_top(l->rstd1, t), ds, 0,
                           v->accumulate);
 }

@@ -15,6 +15,7 @@ struct mt_route {
   int expert_count;  /* experts held here */
   int32_t *index;    /* [T,K] expert of each choice, -1 none: the router's output */
   int32_t *offsets;  /* [expert_count+1] rows of each local expert */
+  int32_t *padded;   /* [expert_count+1] pad_offsets of them (not of plan's making), or NULL */
   /* The choices of this rank's tokens in the order of their experts, wherever those are. */
   int32_t *row_source; /* [T*K] */
   int32_t *token_row;  /* [T*K] */

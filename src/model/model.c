@@ -4,6 +4,8 @@
 #include <math.h>
 #include <stdlib.h>
 
+#include "quant/linear.h"
+
 const char *mt_phase_name(enum mt_phase phase) {
   static const char *const names[] = {
 #define X(phase, name) name,
@@ -13,20 +15,49 @@ const char *mt_phase_name(enum mt_phase phase) {
   return (unsigned)phase < MT_PHASE_COUNT ? names[phase] : "?";
 }
 
-static mt_err take(struct mt_arena *arena, const struct mt_param *p, enum mt_dtype dtype,
-                   struct mt_tensor *out) {
-  *out = (struct mt_tensor){.dtype = dtype,
+static struct mt_tensor shape_of(const struct mt_param *p, enum mt_dtype dtype) {
+  return (struct mt_tensor){.dtype = dtype,
                             .rank = p->rank,
                             .dim = {p->dim[0], p->dim[1], p->dim[2]},
                             .ld = p->dim[p->rank - 1]};
+}
+
+static mt_err take(struct mt_arena *arena, const struct mt_param *p, enum mt_dtype dtype,
+                   struct mt_tensor *out) {
+  *out = shape_of(p, dtype);
   return mt_arena_alloc(arena, mt_bytes(out), &out->data);
+}
+
+/* In which format products read it, or MT_Q_NONE. */
+static enum mt_qformat format_of(const struct mt_model *m, const struct mt_param *p) {
+  unsigned part = p->kind == MT_PARAM_QKV || p->kind == MT_PARAM_ATTN_OUT   ? MT_8BIT_ATTENTION
+                  : p->kind == MT_PARAM_GATE_UP || p->kind == MT_PARAM_DOWN ? MT_8BIT_EXPERTS
+                                                                            : 0;
+  return part && mt_eight_bits(m->recipe, part, m->options.skip_8bit) ? m->recipe->qformat
+                                                                      : MT_Q_NONE;
+}
+
+/* The 8-bit forms; columns are what dgrad reads. */
+static mt_err take_eight_bits(struct mt_model *m, struct mt_param *p, enum mt_qformat format) {
+  int sides = m->options.training ? MT_SIDE_BOTH : MT_SIDE_ROW;
+  void *memory;
+  MT_TRY(mt_arena_alloc(&m->parameters, mt_qweight_bytes(format, p->rank, p->dim, sides), &memory));
+  mt_qweight_shape(&p->q, format, p->rank, p->dim, sides, memory);
+  return MT_OK;
 }
 
 static mt_err place_one(struct mt_model *m, struct mt_param *p) {
   const struct mt_recipe *recipe = m->recipe;
-  MT_TRY(take(&m->parameters, p, recipe->act, &p->compute));
+  enum mt_qformat format = format_of(m, p);
+  bool learning = m->options.training && p->learns;
+  p->q = (struct mt_qtensor){0};
+  if (format != MT_Q_NONE) MT_TRY(take_eight_bits(m, p, format));
+  if (format == MT_Q_NONE || !learning || recipe->act == recipe->state)
+    MT_TRY(take(&m->parameters, p, recipe->act, &p->compute));
+  else
+    p->compute = shape_of(p, recipe->act);
   p->master = p->grad = p->m = p->v = (struct mt_tensor){0};
-  if (!m->options.training || !p->learns) return MT_OK;
+  if (!learning) return MT_OK;
   if (recipe->act == recipe->state)
     p->master = p->compute;
   else
@@ -52,11 +83,36 @@ static mt_err place(struct mt_model *m) {
       .keep_attention = m->options.training && m->options.recompute != MT_RECOMPUTE_FULL,
       .keep_mlp = m->options.training && m->options.recompute == MT_RECOMPUTE_NONE,
       .weigh_outputs = m->options.experts == MT_EXPERTS_LOOP && !over_ranks,
-      .over_ranks = over_ranks};
+      .over_ranks = over_ranks,
+      .skip_8bit = m->options.skip_8bit};
   return mt_acts_layout(&m->acts, &m->config, shard, m->recipe, m->be, &a, &m->activations);
 }
 
+/* What 8-bit products contract over: the widths of the activations that they take and, in backward,
+ * give. */
+static mt_err check_widths(const struct mt_model *m) {
+  const struct mt_config *c = &m->config;
+  const struct mt_recipe *r = m->recipe;
+  int64_t q = (int64_t)c->heads * c->head_dim, kv = (int64_t)c->kv_heads * c->head_dim;
+  const struct {
+    unsigned parts;
+    const char *key;
+    int64_t width;
+  } widths[] = {{MT_8BIT_ATTENTION | MT_8BIT_EXPERTS, "hidden_size", c->hidden},
+                {MT_8BIT_ATTENTION, "num_attention_heads x head_dim", q},
+                {MT_8BIT_ATTENTION, "num_key_value_heads x head_dim", kv},
+                {MT_8BIT_EXPERTS, "intermediate_size", c->ffn}};
+  for (size_t i = 0; i < sizeof widths / sizeof *widths; i++) {
+    bool used = r->qformat != MT_Q_NONE && (widths[i].parts & ~m->options.skip_8bit);
+    if (!used || widths[i].width % r->width_multiple == 0) continue;
+    return mt_fail(MT_EUNSUPPORTED, "%s is %lld: precision %s needs a multiple of %d",
+                   widths[i].key, (long long)widths[i].width, r->precision, r->width_multiple);
+  }
+  return MT_OK;
+}
+
 static mt_err plan(struct mt_model *m) {
+  MT_TRY(check_widths(m));
   if (m->options.shard.expert_end == 0) m->options.shard = mt_shard_whole(&m->config);
   mt_arena_plan(&m->parameters, "parameters");
   mt_arena_plan(&m->gradients, "gradients");
@@ -100,6 +156,18 @@ static mt_err arena_on_device(struct mt_backend *be, struct mt_arena *a) {
 static void arena_release(struct mt_backend *be, struct mt_arena *a) {
   if (a->base) be->mem_free(be, a->base, a->capacity_bytes);
   *a = (struct mt_arena){0};
+}
+
+mt_err mt_model_quantize_weights(struct mt_model *m) {
+  if (m->recipe->qformat == MT_Q_NONE) return MT_OK;
+  mt_acts_enter(&m->acts, m->be, MT_ROOM_ENDS);
+  for (int i = 0; i < m->params.count; i++) {
+    const struct mt_param *p = &m->params.row[i];
+    if (p->q.format == MT_Q_NONE) continue;
+    struct mt_quantize_weight_args a = {.w = p->master.data ? p->master : p->compute, .q = p->q};
+    MT_TRY(mt_context(m->be->ops.quantize_weight(m->be, &a), "'%s'", p->name));
+  }
+  return MT_OK;
 }
 
 static int lowest_learning(const struct mt_model *m) {

@@ -6,7 +6,7 @@
 #include "model/params.h"
 
 /* How the rungs of the ladder differ. */
-enum mt_experts_strategy { MT_EXPERTS_LOOP, MT_EXPERTS_GROUPED };
+enum mt_experts_strategy { MT_EXPERTS_LOOP, MT_EXPERTS_GROUPED, MT_EXPERTS_FUSED };
 enum mt_blocks_strategy { MT_BLOCKS_UNFUSED, MT_BLOCKS_FUSED };
 
 /* What backward computes again instead of finding it kept. MLP: the experts' hidden products (and
@@ -43,6 +43,7 @@ struct mt_model_options {
   int64_t token_capacity;    /* T at most */
   int64_t sequence_capacity; /* packed samples at most */
   struct mt_shard shard;     /* what of the model is here; all zero: all of it */
+  unsigned skip_8bit;        /* parts that an 8-bit recipe leaves in its activations' format */
 };
 
 /* Bytes by lifetime. `planned` from mt_model_plan, the same from a built model's arenas. */
@@ -84,6 +85,11 @@ mt_err mt_model_create(struct mt_model *m, const struct mt_config *config, struc
                        const struct mt_model_options *options);
 void mt_model_destroy(struct mt_model *m);
 struct mt_memory mt_model_memory(const struct mt_model *m);
+
+/* Makes the 8-bit forms of all parameters that have them from their masters, or where there are
+ * none from compute: after every change of the weights, once a step and not once a pass. Nothing to
+ * do in other recipes. */
+mt_err mt_model_quantize_weights(struct mt_model *m);
 
 /* What a pass over one micro-batch computes. */
 struct mt_pass {

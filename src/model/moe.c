@@ -1,14 +1,17 @@
 /* MoE block: residual add, RMSNorm, router, dispatch, experts (gate_up, SwiGLU, down), combine.
  * Formulas: docs/math.md, "Router", "Dispatch and combine", "SwiGLU".
  *
- * Three ways through the experts:
+ * Four ways through the experts:
  * - blocks unfused, experts loop: one expert after another gathers its tokens, runs, and adds its
  *   weighted output to the result, as transformers' eager code does;
  * - experts loop: tokens are permuted once, then one expert after another runs on its slice;
  * - experts grouped: tokens are permuted once, each projection is one grouped product; the routing
  *   probability enters with SwiGLU, before the down projection (down is linear: the same result),
  *   so that backward needs no expert's output and none is kept. With blocks fused, SwiGLU is part
- *   of the products that it stands between.
+ *   of the products that it stands between;
+ * - experts fused: the same, always with SwiGLU part of its neighbours. In an 8-bit recipe those
+ * are the quantizing: tokens are quantized on their way to their experts, SwiGLU's output and its
+ *   gradient as they are made, and neither exists in more bits.
  *
  * The loops read the row counts back to the host, once a layer; the grouped way never does. */
 #include "model/layers.h"
@@ -25,6 +28,51 @@ struct moe {
   struct mt_tensor xn, y, prob, gu, xs, ys, h;
   struct mt_tensor row_prob, drow_prob; /* NULL data: prob weighs the outputs instead */
 };
+
+/* Rows of one call: of one expert, or of all (groups of them, device offsets). */
+struct span {
+  int64_t begin, rows;
+  struct mt_weight_forms w1, w2;
+  struct mt_tensor dw1, dw2;
+  struct mt_row_groups groups; /* offsets NULL: one expert */
+};
+
+static enum mt_qformat format_of(const struct moe *o) {
+  return o->m->acts.moe_format;
+}
+
+/* Operand i of the room, empty. */
+static struct mt_operand operand(const struct moe *o, int i) {
+  return (struct mt_operand){.format = format_of(o), .memory = o->m->acts.moe_operand[i]};
+}
+
+static struct mt_weight_forms forms_of(const struct mt_param *p) {
+  return (struct mt_weight_forms){.w = p->compute, .q = p->q};
+}
+
+/* All experts' rows. */
+static struct span whole_span(const struct moe *o) {
+  return (struct span){.rows = o->ys.dim[0],
+                       .w1 = forms_of(o->gate_up),
+                       .w2 = forms_of(o->down),
+                       .dw1 = o->gate_up->grad,
+                       .dw2 = o->down->grad,
+                       .groups = {.offsets = o->route.offsets,
+                                  .padded = o->route.padded,
+                                  .count = o->route.expert_count}};
+}
+
+/* Those of expert e. */
+static struct span expert_span(const struct moe *o, int e) {
+  struct mt_weight_forms w1 = forms_of(o->gate_up), w2 = forms_of(o->down);
+  return (struct span){.begin = o->m->host_route[e],
+                       .rows = o->m->host_route[e + 1] - o->m->host_route[e],
+                       .w1 = mt_weight_slice(&w1, e),
+                       .w2 = mt_weight_slice(&w2, e),
+                       .dw1 = mt_slice(&o->gate_up->grad, e),
+                       .dw2 = mt_slice(&o->down->grad, e),
+                       .groups = {.count = 1}};
+}
 
 static struct moe moe_open(struct mt_model *m, int layer, const struct mt_view *v) {
   struct mt_layer_acts *l = &m->acts.layer[layer];
@@ -64,6 +112,12 @@ static mt_err make_plan(struct moe *o) {
   struct mt_model *m = o->m;
   bool grown;
   MT_TRY(m->exchange.plan(&m->exchange, o->be, &o->route));
+  if (o->route.padded) {
+    MT_TRY(o->be->ops.pad_offsets(
+        o->be, &(struct mt_pad_offsets_args){.offsets = o->route.offsets,
+                                             .group_count = o->route.expert_count,
+                                             .padded = o->route.padded}));
+  }
   o->l->route = o->route;
   if (m->acts.options.over_ranks) {
     MT_TRY(mt_acts_reserve_rows(&m->acts, &m->config, m->recipe, o->be, o->route.layer,
@@ -104,60 +158,141 @@ static struct mt_tensor prob_rows(const struct mt_tensor *t, int64_t begin, int6
   return mt_vec((char *)t->data + (size_t)begin * mt_dtype_bytes(t->dtype), t->dtype, rows);
 }
 
-/* SwiGLU inside the grouped products that it stands between. */
-static bool joined(const struct moe *o, const int32_t *offsets) {
-  return offsets && o->m->options.blocks == MT_BLOCKS_FUSED;
+/* SwiGLU inside its neighbours: the grouped products that it stands between, or quantizing. */
+static bool joined(const struct moe *o, const struct span *s) {
+  const struct mt_model_options *m = &o->m->options;
+  if (format_of(o) != MT_Q_NONE) return m->experts == MT_EXPERTS_FUSED;
+  return s->groups.offsets && (m->experts == MT_EXPERTS_FUSED || m->blocks == MT_BLOCKS_FUSED);
 }
 
-/* gate_up, SwiGLU, down on rows [begin, begin+rows) of xs, dense for one expert or grouped over
- * all. */
-static mt_err mlp_forward(struct moe *o, struct mt_tensor w1, struct mt_tensor w2, int64_t begin,
-                          int64_t rows, const int32_t *offsets) {
-  struct mt_tensor gu = mt_rows(&o->gu, begin, rows), h = mt_rows(&o->h, begin, rows),
-                   xs = mt_rows(&o->xs, begin, rows), ys = mt_rows(&o->ys, begin, rows);
-  if (joined(o, offsets)) {
-    MT_TRY(mt_linear_experts_up(
-        o->be,
-        &(struct mt_experts_up_fwd_args){
-            .x = xs, .w = w1, .offsets = offsets, .row_prob = o->row_prob, .gate_up = gu, .h = h}));
-    return mt_linear_forward(o->be, h, w2, ys, offsets);
+/* Tokens are quantized straight from where they lie, both ways: xs is no tensor then, and no dys.
+ */
+static bool quantizes_on_the_way(const struct moe *o) {
+  return format_of(o) != MT_Q_NONE && o->m->options.experts == MT_EXPERTS_FUSED &&
+         !o->m->acts.options.over_ranks;
+}
+
+/* An operand of dispatched rows: gathered from `tokens`, or (already in expert order) `rows`. */
+static mt_err routed_operand(struct moe *o, const struct span *s, struct mt_tensor tokens,
+                             struct mt_tensor rows, int sides, struct mt_operand *out) {
+  struct mt_row_groups g = s->groups;
+  bool gathered = quantizes_on_the_way(o);
+  if (gathered) {
+    g.row_source = o->route.row_source;
+    g.top_k = o->route.top_k;
   }
-  MT_TRY(mt_linear_forward(o->be, xs, w1, gu, offsets));
+  *out = operand(o, 0);
+  return mt_operand_make(o->be, out, gathered ? tokens : rows, s->rows, sides, &g);
+}
+
+static const int32_t *row_count(const struct span *s) {
+  return s->groups.offsets ? s->groups.offsets + s->groups.count : NULL;
+}
+
+/* gate_up (=) from the tokens. */
+static mt_err up_forward(struct moe *o, const struct span *s) {
+  struct mt_operand x;
+  MT_TRY(routed_operand(o, s, o->xn, mt_rows(&o->xs, s->begin, s->rows), MT_SIDE_ROW, &x));
+  return mt_product_forward(o->be, &x, &s->w1, mt_rows(&o->gu, s->begin, s->rows));
+}
+
+/* SwiGLU of gate_up as down's operand; h is its memory where that is no 8-bit one. */
+static mt_err middle_forward(struct moe *o, const struct span *s, struct mt_operand *out) {
+  struct mt_tensor gu = mt_rows(&o->gu, s->begin, s->rows), h = mt_rows(&o->h, s->begin, s->rows);
+  struct mt_tensor prob = prob_rows(&o->row_prob, s->begin, s->rows);
+  *out = operand(o, 2);
+  if (joined(o, s)) {
+    mt_operand_shape(out, s->rows, h.dim[1], MT_SIDE_ROW, &s->groups);
+    return o->be->ops.swiglu_quantize_fwd(
+        o->be, &(struct mt_swiglu_quantize_fwd_args){.gate_up = gu,
+                                                     .row_prob = prob,
+                                                     .offsets = s->groups.offsets,
+                                                     .padded = s->groups.padded,
+                                                     .group_count = s->groups.count,
+                                                     .h = out->q});
+  }
   MT_TRY(o->be->ops.swiglu_fwd(
-      o->be,
-      &(struct mt_swiglu_fwd_args){.gate_up = gu,
-                                   .row_prob = prob_rows(&o->row_prob, begin, rows),
-                                   .row_count = offsets ? offsets + o->route.expert_count : NULL,
-                                   .h = h}));
-  return mt_linear_forward(o->be, h, w2, ys, offsets);
+      o->be, &(struct mt_swiglu_fwd_args){
+                 .gate_up = gu, .row_prob = prob, .row_count = row_count(s), .h = h}));
+  return mt_operand_make(o->be, out, h, s->rows, MT_SIDE_ROW, &s->groups);
 }
 
-/* ys holds dys: gate_up becomes its gradient, h is made again. */
-static mt_err down_backward(struct moe *o, struct mt_tensor w2, int64_t begin, int64_t rows,
-                            const int32_t *offsets) {
-  struct mt_tensor gu = mt_rows(&o->gu, begin, rows), h = mt_rows(&o->h, begin, rows),
-                   ys = mt_rows(&o->ys, begin, rows);
-  if (joined(o, offsets)) {
-    return mt_linear_experts_down_dgrad(
-        o->be, &(struct mt_experts_down_dgrad_args){.dy = ys,
-                                                    .w = w2,
-                                                    .offsets = offsets,
-                                                    .gate_up = gu,
-                                                    .row_prob = o->row_prob,
-                                                    .dgate_up = gu,
-                                                    .h = h,
-                                                    .drow_prob = o->drow_prob});
+/* gate_up, SwiGLU, down on the span's rows of xs, dense for one expert or grouped over all. */
+static mt_err mlp_forward(struct moe *o, const struct span *s) {
+  struct mt_tensor ys = mt_rows(&o->ys, s->begin, s->rows);
+  struct mt_operand h = operand(o, 2);
+  if (joined(o, s) && format_of(o) == MT_Q_NONE) {
+    MT_TRY(
+        mt_linear_experts_up(o->be, &(struct mt_experts_up_fwd_args){.x = o->xs,
+                                                                     .w = s->w1.w,
+                                                                     .offsets = s->groups.offsets,
+                                                                     .row_prob = o->row_prob,
+                                                                     .gate_up = o->gu,
+                                                                     .h = o->h}));
+    return mt_linear_forward(o->be, o->h, s->w2.w, ys, s->groups.offsets);
   }
-  MT_TRY(mt_linear_dgrad(o->be, ys, w2, h, offsets));
-  return o->be->ops.swiglu_bwd(
-      o->be,
-      &(struct mt_swiglu_bwd_args){.dh = h,
-                                   .gate_up = gu,
-                                   .row_prob = prob_rows(&o->row_prob, begin, rows),
-                                   .row_count = offsets ? offsets + o->route.expert_count : NULL,
-                                   .dgate_up = gu,
-                                   .h = h,
-                                   .drow_prob = prob_rows(&o->drow_prob, begin, rows)});
+  MT_TRY(up_forward(o, s));
+  MT_TRY(middle_forward(o, s, &h));
+  return mt_product_forward(o->be, &h, &s->w2, ys);
+}
+
+/* From dh, in h, to the gradient of gate and up and to h again, as the operands of what follows;
+ * the former's memory is gate_up where that is no 8-bit one, the latter's h. */
+static mt_err middle_backward(struct moe *o, const struct span *s, struct mt_operand *dgu,
+                              struct mt_operand *again) {
+  struct mt_tensor gu = mt_rows(&o->gu, s->begin, s->rows), h = mt_rows(&o->h, s->begin, s->rows);
+  struct mt_tensor prob = prob_rows(&o->row_prob, s->begin, s->rows);
+  struct mt_tensor dprob = prob_rows(&o->drow_prob, s->begin, s->rows);
+  *dgu = operand(o, 1);
+  *again = operand(o, 2);
+  if (joined(o, s)) {
+    mt_operand_shape(dgu, s->rows, gu.dim[1], MT_SIDE_BOTH, &s->groups);
+    mt_operand_shape(again, s->rows, h.dim[1], MT_SIDE_COL, &s->groups);
+    return o->be->ops.swiglu_quantize_bwd(
+        o->be, &(struct mt_swiglu_quantize_bwd_args){.dh = h,
+                                                     .gate_up = gu,
+                                                     .row_prob = prob,
+                                                     .offsets = s->groups.offsets,
+                                                     .padded = s->groups.padded,
+                                                     .group_count = s->groups.count,
+                                                     .dgate_up = dgu->q,
+                                                     .h = again->q,
+                                                     .drow_prob = dprob});
+  }
+  MT_TRY(o->be->ops.swiglu_bwd(o->be, &(struct mt_swiglu_bwd_args){.dh = h,
+                                                                   .gate_up = gu,
+                                                                   .row_prob = prob,
+                                                                   .row_count = row_count(s),
+                                                                   .dgate_up = gu,
+                                                                   .h = h,
+                                                                   .drow_prob = dprob}));
+  MT_TRY(mt_operand_make(o->be, dgu, gu, s->rows, MT_SIDE_BOTH, &s->groups));
+  return mt_operand_make(o->be, again, h, s->rows, MT_SIDE_COL, &s->groups);
+}
+
+/* The operands of everything that follows, from dys, which lies in ys (or, quantized on the way, is
+ * the tokens' gradient dy). */
+static mt_err down_backward(struct moe *o, const struct span *s, struct mt_tensor dy,
+                            struct mt_operand *dys, struct mt_operand *dgu, struct mt_operand *h) {
+  struct mt_tensor ys = mt_rows(&o->ys, s->begin, s->rows);
+  MT_TRY(routed_operand(o, s, dy, ys, MT_SIDE_BOTH, dys));
+  if (joined(o, s) && format_of(o) == MT_Q_NONE) {
+    *dgu = operand(o, 1);
+    *h = operand(o, 2);
+    MT_TRY(mt_linear_experts_down_dgrad(
+        o->be, &(struct mt_experts_down_dgrad_args){.dy = ys,
+                                                    .w = s->w2.w,
+                                                    .offsets = s->groups.offsets,
+                                                    .gate_up = o->gu,
+                                                    .row_prob = o->row_prob,
+                                                    .dgate_up = o->gu,
+                                                    .h = o->h,
+                                                    .drow_prob = o->drow_prob}));
+    MT_TRY(mt_operand_make(o->be, dgu, o->gu, s->rows, MT_SIDE_BOTH, &s->groups));
+    return mt_operand_make(o->be, h, o->h, s->rows, MT_SIDE_COL, &s->groups);
+  }
+  MT_TRY(mt_product_dgrad(o->be, dys, &s->w2, mt_rows(&o->h, s->begin, s->rows)));
+  return middle_backward(o, s, dgu, h);
 }
 
 /* Where all of a weight's gradient is made at once, its squares can be added up on the way. */
@@ -165,19 +300,20 @@ static double *sumsq_of(const struct mt_param *w, const int32_t *offsets) {
   return w->grad_summed && offsets ? w->grad_sumsq : NULL;
 }
 
-/* In: ys holds dys. Out: ys holds dxs, gate_up its gradient. Between, xs holds the tokens (again).
- */
-static mt_err mlp_backward(struct moe *o, struct mt_tensor w1, struct mt_tensor w2,
-                           struct mt_tensor dw1, struct mt_tensor dw2, int64_t begin, int64_t rows,
-                           const int32_t *offsets) {
-  struct mt_tensor gu = mt_rows(&o->gu, begin, rows), h = mt_rows(&o->h, begin, rows),
-                   xs = mt_rows(&o->xs, begin, rows), ys = mt_rows(&o->ys, begin, rows);
-  MT_TRY(down_backward(o, w2, begin, rows, offsets));
-  MT_TRY(mt_linear_wgrad(o->be, ys, h, dw2, offsets, o->v->accumulate, sumsq_of(o->down, offsets)));
-  if (dw1.data) MT_TRY(gather(o, begin, rows, offsets)); /* dys has served */
-  MT_TRY(mt_linear_wgrad(o->be, gu, xs, dw1, offsets, o->v->accumulate,
-                         sumsq_of(o->gate_up, offsets)));
-  return mt_linear_dgrad(o->be, gu, w1, ys, offsets);
+/* In: ys holds dys (or see down_backward). Out: ys holds dxs; gate_up is no longer. Between, xs
+ * holds the tokens (again). */
+static mt_err mlp_backward(struct moe *o, const struct span *s, struct mt_tensor dy) {
+  struct mt_operand dys, dgu, h, x;
+  const int32_t *offsets = s->groups.offsets;
+  int accumulate = o->v->accumulate;
+  MT_TRY(down_backward(o, s, dy, &dys, &dgu, &h));
+  MT_TRY(mt_product_wgrad(o->be, &dys, &h, s->dw2, accumulate, sumsq_of(o->down, offsets)));
+  if (s->dw1.data) { /* dys has served */
+    if (!quantizes_on_the_way(o)) MT_TRY(gather(o, s->begin, s->rows, offsets));
+    MT_TRY(routed_operand(o, s, o->xn, mt_rows(&o->xs, s->begin, s->rows), MT_SIDE_COL, &x));
+    MT_TRY(mt_product_wgrad(o->be, &dgu, &x, s->dw1, accumulate, sumsq_of(o->gate_up, offsets)));
+  }
+  return mt_product_dgrad(o->be, &dgu, &s->w1, mt_rows(&o->ys, s->begin, s->rows));
 }
 
 /* again: for backward, up to ys alone, whatever lies in ys. */
@@ -189,8 +325,8 @@ static mt_err loop_forward(struct moe *o, bool again) {
     int64_t begin = o->m->host_route[e], rows = o->m->host_route[e + 1] - begin;
     if (rows == 0) continue;
     if (scattered(o) || again) MT_TRY(gather(o, begin, rows, NULL));
-    MT_TRY(mlp_forward(o, mt_slice(&o->gate_up->compute, e), mt_slice(&o->down->compute, e), begin,
-                       rows, NULL));
+    struct span s = expert_span(o, e);
+    MT_TRY(mlp_forward(o, &s));
     if (scatter) {
       MT_TRY(o->be->ops.scatter_add(
           o->be, &(struct mt_scatter_add_args){.ys = mt_rows(&o->ys, begin, rows),
@@ -217,10 +353,10 @@ static mt_err loop_backward(struct moe *o, struct mt_tensor dy, struct mt_tensor
   MT_TRY(read_offsets(o));
   for (int e = 0; e < o->route.expert_count; e++) {
     int64_t begin = o->m->host_route[e], rows = o->m->host_route[e + 1] - begin;
-    struct mt_tensor dw1 = mt_slice(&o->gate_up->grad, e), dw2 = mt_slice(&o->down->grad, e);
+    struct span s = expert_span(o, e);
     if (rows == 0) {
-      MT_TRY(zero_expert_grad(o, dw1));
-      MT_TRY(zero_expert_grad(o, dw2));
+      MT_TRY(zero_expert_grad(o, s.dw1));
+      MT_TRY(zero_expert_grad(o, s.dw2));
       continue;
     }
     struct mt_tensor ys = mt_rows(&o->ys, begin, rows);
@@ -234,8 +370,7 @@ static mt_err loop_backward(struct moe *o, struct mt_tensor dy, struct mt_tensor
                                                .dys = ys,
                                                .dprob = dprob}));
     }
-    MT_TRY(mlp_backward(o, mt_slice(&o->gate_up->compute, e), mt_slice(&o->down->compute, e), dw1,
-                        dw2, begin, rows, NULL));
+    MT_TRY(mlp_backward(o, &s, dy));
     if (scattered(o)) {
       MT_TRY(o->be->ops.scatter_add(
           o->be, &(struct mt_scatter_add_args){.ys = ys,
@@ -268,13 +403,14 @@ mt_err mt_moe_forward(struct mt_model *m, int layer, const struct mt_view *v) {
   MT_TRY(make_plan(&o));
   if (scattered(&o)) return loop_forward(&o, false);
   struct mt_exchange *x = &m->exchange;
-  MT_TRY(x->dispatch(x, o.be, &o.route, &o.xn, &o.xs));
+  if (!quantizes_on_the_way(&o)) MT_TRY(x->dispatch(x, o.be, &o.route, &o.xn, &o.xs));
+  struct span all = whole_span(&o);
   bool weigh = m->acts.options.weigh_outputs;
   if (!weigh) MT_TRY(x->dispatch_prob(x, o.be, &o.route, &o.prob, &o.row_prob));
   if (m->options.experts == MT_EXPERTS_LOOP)
     MT_TRY(loop_forward(&o, false));
   else
-    MT_TRY(mlp_forward(&o, o.gate_up->compute, o.down->compute, 0, o.ys.dim[0], o.route.offsets));
+    MT_TRY(mlp_forward(&o, &all));
   return x->combine(x, o.be, &o.route, &o.ys, weigh ? &o.prob : NULL, &o.y);
 }
 
@@ -283,13 +419,15 @@ static mt_err permuted_backward(struct moe *o, struct mt_tensor dy, struct mt_te
                                 struct mt_tensor dxn) {
   struct mt_exchange *x = &o->m->exchange;
   bool weigh = o->m->acts.options.weigh_outputs;
-  MT_TRY(x->combine_bwd(x, o->be, &o->route, &dy, weigh ? &o->prob : NULL, &o->ys,
-                        weigh ? &dprob : NULL));
+  struct span all = whole_span(o);
+  if (!quantizes_on_the_way(o)) {
+    MT_TRY(x->combine_bwd(x, o->be, &o->route, &dy, weigh ? &o->prob : NULL, &o->ys,
+                          weigh ? &dprob : NULL));
+  }
   if (o->m->options.experts == MT_EXPERTS_LOOP)
     MT_TRY(loop_backward(o, dy, dprob, dxn));
   else
-    MT_TRY(mlp_backward(o, o->gate_up->compute, o->down->compute, o->gate_up->grad, o->down->grad,
-                        0, o->ys.dim[0], o->route.offsets));
+    MT_TRY(mlp_backward(o, &all, dy));
   if (!weigh) MT_TRY(x->dispatch_prob_bwd(x, o->be, &o->route, &o->drow_prob, &dprob));
   return x->dispatch_bwd(x, o->be, &o->route, &o->ys, &dxn);
 }
@@ -310,8 +448,9 @@ static mt_err forward_again(struct moe *o, int layer) {
     return m->options.recompute != MT_RECOMPUTE_NONE ? loop_forward(o, true) : MT_OK;
   if (!mt_layer_gate_up_lost(m, layer)) return MT_OK;
   if (m->options.experts == MT_EXPERTS_LOOP) return loop_forward(o, true);
-  MT_TRY(gather(o, 0, o->ys.dim[0], o->route.offsets));
-  return mt_linear_forward(o->be, o->xs, o->gate_up->compute, o->gu, o->route.offsets);
+  struct span all = whole_span(o);
+  if (!quantizes_on_the_way(o)) MT_TRY(gather(o, 0, all.rows, o->route.offsets));
+  return up_forward(o, &all);
 }
 
 mt_err mt_moe_backward(struct mt_model *m, int layer, const struct mt_view *v) {

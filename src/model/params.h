@@ -4,6 +4,7 @@
 #ifndef MT_MODEL_PARAMS_H
 #define MT_MODEL_PARAMS_H
 
+#include "backend/qtensor.h"
 #include "backend/tensor.h"
 #include "model/config.h"
 
@@ -43,6 +44,8 @@ struct mt_param {
   bool learns; /* false (frozen): no gradient, no state */
   /* The forms it has; data NULL where it has not. */
   struct mt_tensor compute; /* act format: what operations read */
+  struct mt_qtensor q;      /* what products read instead, where the recipe has them in 8 bits;
+                               compute is then absent where there is a master of its own */
   struct mt_tensor master;  /* the optimizer's copy, in the recipe's state format; the same memory
                                as compute where the formats are; absent when frozen or not
                                training */

@@ -171,7 +171,7 @@ static struct mt_view view_of(const struct mt_model *m, const struct mt_batch *b
 }
 
 void mt_model_say_summed(struct mt_model *m, bool summed) {
-  summed &= m->options.experts == MT_EXPERTS_GROUPED;
+  summed &= m->options.experts != MT_EXPERTS_LOOP;
   for (int i = 0; i < m->params.count; i++) {
     struct mt_param *p = &m->params.row[i];
     p->grad_summed = summed && p->grad_sumsq && p->grad.data;

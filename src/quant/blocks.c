@@ -1,7 +1,5 @@
 #include "quant/blocks.h"
 
-#include <math.h>
-
 #include "base/fp8.h"
 
 /* Columns handled at a time: a tile of 32 or 128 rows of them stays in the cache. */
@@ -43,20 +41,9 @@ static float as_float(uint32_t u) {
   return f;
 }
 
-/* What elements are multiplied with: exact, for scales are powers of two. 2^-127 makes zeros. */
-static float mx_inverse(uint8_t scale) {
-  if (scale == 255) return NAN;
-  if (scale == 254) return as_float(0x00400000u); /* 2^-127, no normal number */
-  return scale == 0 ? 0.0f : as_float((uint32_t)(254 - scale) << 23);
-}
-
-/* FP8's scale and its inverse: as e8m0's, but 1 for a block of zeros, and not below 2^-126, whose
- * inverse is a number still. */
 static float fp8_scale(uint32_t amax, float *inverse) {
-  uint8_t byte = mt_e8m0_scale(as_float(amax));
-  if (amax == 0) byte = 127;
-  if (byte == 0) byte = 1;
-  *inverse = mx_inverse(byte);
+  uint8_t byte = mt_fp8_scale(as_float(amax));
+  *inverse = mt_e8m0_inverse(byte);
   return mt_e8m0_to_f32(byte);
 }
 
@@ -83,7 +70,7 @@ static void mx_tile(const struct mt_tensor *x, int64_t row0, int64_t rows, int64
       int64_t n = least(MT_MX_BLOCK, cols - c), at = (row0 + r) * blocks + (col0 + c) / MT_MX_BLOCK;
       uint8_t scale = mt_e8m0_scale(as_float(largest(v[r] + c, n)));
       row_scale[at] = scale;
-      encode(v[r] + c, n, mx_inverse(scale), row + (row0 + r) * all + col0 + c);
+      encode(v[r] + c, n, mt_e8m0_inverse(scale), row + (row0 + r) * all + col0 + c);
     }
     for (int64_t c = 0; col && c < cols; c++)
       top[c] = magnitude(v[r][c]) > top[c] ? magnitude(v[r][c]) : top[c];
@@ -92,7 +79,7 @@ static void mx_tile(const struct mt_tensor *x, int64_t row0, int64_t rows, int64
   for (int64_t c = 0; c < cols; c++) {
     uint8_t scale = mt_e8m0_scale(as_float(top[c]));
     col_scale[row0 / MT_MX_BLOCK * all + col0 + c] = scale;
-    inverse[c] = mx_inverse(scale);
+    inverse[c] = mt_e8m0_inverse(scale);
   }
   for (int64_t r = 0; r < rows; r++) {
     uint8_t *to = col + (row0 + r) * all + col0;

@@ -115,7 +115,7 @@ static mt_err random_weights(struct mt_model *m, uint64_t seed) {
     for (int64_t k = 0; k < BLOCK && k < n; k++) {
       values[k] = p->rank == 1 ? 1.0f : (float)((mt_rng_uniform(&rng) - 0.5) * 0.07);
     }
-    bool narrow = p->compute.dtype != MT_F32, wide = p->master.dtype == MT_F32;
+    bool narrow = p->compute.data && p->compute.dtype != MT_F32, wide = p->master.dtype == MT_F32;
     if (narrow) mt_dtype_convert(rounded, p->compute.dtype, values, MT_F32, BLOCK);
     for (int64_t at = 0; !err && at < n; at += BLOCK) {
       size_t count = (size_t)(n - at < BLOCK ? n - at : BLOCK);
@@ -123,6 +123,7 @@ static mt_err random_weights(struct mt_model *m, uint64_t seed) {
       if (!err && narrow) err = put_values(m->be, &p->compute, at, rounded, count);
     }
   }
+  if (!err) err = mt_model_quantize_weights(m);
   if (!err) err = m->be->sync(m->be);
   free(values);
   free(rounded);
@@ -152,6 +153,7 @@ static mt_err random_model(struct mt_model *m, struct mt_backend *be,
                                 .sequence_capacity = o->batch_size};
   struct mt_params params;
   for (int l = 0; l < o->layers && l < MT_MAX_LAYERS; l++) c.layer[l].renormalize = true;
+  MT_TRY(mt_device_skips(&o->device, &mo.skip_8bit));
   MT_TRY(mt_config_check(&c));
   MT_TRY(mt_params_build(&c, NULL, &params));
   MT_TRY(mt_model_create(m, &c, &params, recipe, be, &mo));

@@ -15,16 +15,17 @@ static json_t *files(void) {
 
 static json_t *options(const struct mt_run_facts *f) {
   static const char *const schedules[] = {"linear", "cosine", "constant"};
+  static const char *const experts[] = {"loop", "grouped", "fused"};
   static const char *const recompute[] = {"none", "mlp", "full"};
   const struct mt_train_options *o = f->options;
   json_t *root = json_pack(
-      "{s:s, s:s, s:s?, s:s, s:s, s:s, s:s, s:s, s:i, s:i, s:i, s:I, s:I}", "model", o->model,
+      "{s:s, s:s, s:s?, s:s, s:s?, s:s, s:s, s:s, s:s, s:i, s:i, s:i, s:I, s:I}", "model", o->model,
       "data", o->data, "eval-data", o->eval_data, "precision", f->session->recipe->precision,
-      "optim-state", f->session->recipe->states, "experts",
-      o->experts == MT_EXPERTS_LOOP ? "loop" : "grouped", "blocks",
-      o->blocks == MT_BLOCKS_UNFUSED ? "unfused" : "fused", "recompute", recompute[o->recompute],
-      "batch-size", o->batch_size, "grad-accum", o->grad_accum, "max-seq-length", o->max_seq_length,
-      "warmup-steps", (json_int_t)o->warmup_steps, "total-steps", (json_int_t)f->total_steps);
+      "fp8-skip", o->device.fp8_skip, "optim-state", f->session->recipe->states, "experts",
+      experts[o->experts], "blocks", o->blocks == MT_BLOCKS_UNFUSED ? "unfused" : "fused",
+      "recompute", recompute[o->recompute], "batch-size", o->batch_size, "grad-accum",
+      o->grad_accum, "max-seq-length", o->max_seq_length, "warmup-steps",
+      (json_int_t)o->warmup_steps, "total-steps", (json_int_t)f->total_steps);
   json_t *numbers = json_pack(
       "{s:f, s:s, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:I, s:I, s:I, s:i, s:f, s:b, s:i}", "lr",
       o->lr, "lr-schedule", schedules[o->lr_schedule], "weight-decay", o->weight_decay,

@@ -5,7 +5,7 @@
 enum { FAILURES_MOST = 3 };
 
 bool mt_graphs_possible(const struct mt_backend *be, enum mt_experts_strategy experts) {
-  return be->graph_begin && experts == MT_EXPERTS_GROUPED;
+  return be->graph_begin && experts != MT_EXPERTS_LOOP;
 }
 
 void mt_graphs_open(struct mt_graphs *g, struct mt_model *m, bool on) {

@@ -201,6 +201,7 @@ static mt_err plan_on(struct mt_backend *be, const struct mt_recipe *recipe, str
                                .sequence_capacity = o->batch_size};
   if (m.token_capacity < 0) return mt_fail(MT_EINVAL, "batch-size x max-seq-length is too large");
   struct mt_params params;
+  MT_TRY(mt_device_skips(&o->device, &m.skip_8bit));
   m.shard = o->mesh ? mt_ranks_shard(&s->mesh) : mt_shard_whole(&s->h.config);
   MT_TRY(mt_params_build(&s->h.config, &m.shard, &params));
   mt_err err = mt_hf_freeze(&s->h.config, &params, o->freeze.item, o->freeze.count);

@@ -48,7 +48,7 @@ mt_err mt_optimizer_create(struct mt_optimizer *o, struct mt_model *m,
                                    .v = flat(p->v),
                                    .decay = p->decay,
                                    .tensor = (uint32_t)i};
-    if (p->compute.data != p->master.data) s->compute = flat(p->compute);
+    if (p->compute.data && p->compute.data != p->master.data) s->compute = flat(p->compute);
     o->segment_count++;
     o->part_count += leaves_sumsq(p);
   }
@@ -103,12 +103,13 @@ double mt_optimizer_prepare(struct mt_optimizer *o) {
 
 mt_err mt_optimizer_update(struct mt_optimizer *o) {
   struct mt_backend *be = o->model->be;
-  return be->ops.adamw(be, &(struct mt_adamw_args){.segments = o->segments,
+  MT_TRY(be->ops.adamw(be, &(struct mt_adamw_args){.segments = o->segments,
                                                    .segment_count = o->segment_count,
                                                    .beta1 = o->options.beta1,
                                                    .beta2 = o->options.beta2,
                                                    .eps = o->options.eps,
                                                    .values = &o->model->acts.values->adamw,
                                                    .clip = o->options.clip,
-                                                   .grad_sumsq = o->grad_sumsq});
+                                                   .grad_sumsq = o->grad_sumsq}));
+  return mt_model_quantize_weights(o->model);
 }

@@ -17,7 +17,9 @@ struct mt_device_options {
   const char *device;    /* "auto" (a GPU where there is one), "cpu", "cuda" */
   const char *kernels;   /* of a GPU: "native", or "portable" (what every GPU from sm_80 on has) */
   const char *precision; /* name of a recipe; NULL: bf16 on a GPU, fp32 on the CPU */
-  int threads;           /* of the CPU backend; 0: all cores */
+  const char
+      *fp8_skip; /* parts that an 8-bit one leaves out: "attn", "experts", both; NULL: none */
+  int threads;   /* of the CPU backend; 0: all cores */
   const char *optim_state; /* of training: "fp32" or "bf16"; NULL: fp32 */
   const char *graphs;      /* of a GPU's training: "auto" or "off"; NULL: auto */
   bool plan_only;          /* no GPU is opened: the backend plans memory and runs nothing */
@@ -42,7 +44,7 @@ struct mt_train_options {
   const char *eval_data;
   const char *out;    /* run directory; the final checkpoint lies in it */
   const char *resume; /* NULL: fresh; "": the newest checkpoint under out; else that directory */
-  int improvement;    /* 0..2, the rung that preset experts and blocks */
+  int improvement;    /* 0..3, the rung that preset experts, blocks, precision */
   struct mt_world *world; /* the ranks that train together; NULL: this process alone */
   int ep_size;            /* of them, those that share a layer's experts */
   int pp_size;            /* stages that the layers are cut into */

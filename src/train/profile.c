@@ -70,6 +70,35 @@ WORK(linear_wgrad) {
   return (struct work){2 * n(a->dy) * (double)a->x.dim[1],
                        b(a->dy) + b(a->x) + acc(a->dw, a->accumulate)};
 }
+/* An 8-bit operand's copies, without its scales. */
+static double q(struct mt_qtensor t) {
+  double count = (double)(t.dim[0] * t.dim[1] * (t.rank == 3 ? t.dim[2] : 1));
+  return count * ((t.row ? 1 : 0) + (t.col ? 1 : 0));
+}
+/* One copy of it. */
+static double side(struct mt_qtensor t) {
+  return (double)(t.dim[0] * t.dim[1] * (t.rank == 3 ? t.dim[2] : 1));
+}
+MEMORY(pad_offsets, 8.0 * a->group_count)
+MEMORY(quantize,
+       (double)a->q.dim[0] * (double)(a->q.dim[1] * (int64_t)mt_dtype_bytes(a->x.dtype)) + q(a->q))
+MEMORY(quantize_weight, b(a->w) + q(a->q))
+MEMORY(swiglu_quantize_fwd, b(a->gate_up) + q(a->h))
+MEMORY(swiglu_quantize_bwd, b(a->dh) + b(a->gate_up) + q(a->dgate_up) + (a->h.format ? q(a->h) : 0))
+WORK(qlinear_fwd) {
+  (void)length;
+  return (struct work){2 * side(a->x) * (double)a->y.dim[1], side(a->x) + side(a->w) + b(a->y)};
+}
+WORK(qlinear_dgrad) {
+  (void)length;
+  return (struct work){2 * side(a->dy) * (double)a->dx.dim[1],
+                       side(a->dy) + side(a->w) + acc(a->dx, a->accumulate)};
+}
+WORK(qlinear_wgrad) {
+  (void)length;
+  return (struct work){2 * side(a->dy) * (double)a->x.dim[1],
+                       side(a->dy) + side(a->x) + acc(a->dw, a->accumulate)};
+}
 WORK(experts_up_fwd) {
   (void)length;
   return (struct work){2 * n(a->x) * (double)a->gate_up.dim[1],

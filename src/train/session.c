@@ -30,6 +30,23 @@ mt_err mt_device_open(const struct mt_device_options *o, const struct mt_recipe 
   return mt_backend_cpu_create(be, o->threads);
 }
 
+mt_err mt_device_skips(const struct mt_device_options *o, unsigned *skip_8bit) {
+  const char *at = o->fp8_skip ? o->fp8_skip : "";
+  *skip_8bit = 0;
+  while (*at) {
+    size_t n = strcspn(at, ",");
+    if (n == 4 && strncmp(at, "attn", n) == 0)
+      *skip_8bit |= MT_8BIT_ATTENTION;
+    else if (n == 7 && strncmp(at, "experts", n) == 0)
+      *skip_8bit |= MT_8BIT_EXPERTS;
+    else
+      return mt_fail(MT_EINVAL, "--fp8-skip: no part '%.*s'; there are attn and experts", (int)n,
+                     at);
+    at += n + (at[n] == ',');
+  }
+  return MT_OK;
+}
+
 bool mt_device_graphs(const struct mt_device_options *o) {
   return !o->graphs || strcmp(o->graphs, "off") != 0;
 }
@@ -51,6 +68,7 @@ mt_err mt_session_open(struct mt_session *s, const char *model_dir,
     MT_GO(mt_template_find(chat_template, &s->chat));
   else
     MT_GO(mt_template_detect(model_dir, &s->chat));
+  MT_GO(mt_device_skips(device, &s->skip_8bit));
   MT_GO(mt_device_open(device, &s->recipe, &s->be));
 done:
   if (err) mt_session_close(s);
@@ -109,9 +127,11 @@ static mt_err load(struct mt_session *s, const struct mt_model_options *options,
   struct mt_model_options o = *options;
   struct mt_params params = {0};
   mt_err err;
+  o.skip_8bit = s->skip_8bit;
   MT_GO(make_tables(s, freeze, &o, &params));
   MT_GO(mt_model_create(&s->model, &s->checkpoint.config, &params, s->recipe, &s->be, &o));
   MT_GO(mt_hf_load(&s->checkpoint, &s->model.params, &s->be));
+  MT_GO(mt_model_quantize_weights(&s->model));
 done:
   mt_params_free(&params);
   return err;

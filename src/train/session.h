@@ -12,6 +12,7 @@ struct mt_session {
   struct mt_tokenizer *tokenizer;
   const struct mt_template *chat;
   const struct mt_recipe *recipe;
+  unsigned skip_8bit; /* as mt_model_options has it */
   struct mt_backend be;
   struct mt_model model;
   struct mt_params whole;  /* the table of all ranks' model, without memory */
@@ -24,6 +25,10 @@ struct mt_session {
  */
 mt_err mt_device_open(const struct mt_device_options *o, const struct mt_recipe **recipe,
                       struct mt_backend *be);
+
+/* The parts that fp8_skip names, as mt_model_options has them. Errors: MT_EINVAL naming the part.
+ */
+mt_err mt_device_skips(const struct mt_device_options *o, unsigned *skip_8bit);
 
 /* Whether graphs are wanted, where they are possible. */
 bool mt_device_graphs(const struct mt_device_options *o);

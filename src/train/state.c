@@ -312,7 +312,8 @@ static mt_err load_form(const char *path, const struct mt_st_file *file, struct 
   }
   struct mt_tensor form = mt_param_form(p, kept[k].form);
   MT_TRY(s->be.upload(&s->be, form.data, t->data + first * item, n * item));
-  if (kept[k].form != MT_FORM_MASTER || p->compute.data == p->master.data) return MT_OK;
+  if (kept[k].form != MT_FORM_MASTER || !p->compute.data || p->compute.data == p->master.data)
+    return MT_OK;
   /* What operations read is the master, rounded. */
   void *rounded = malloc(mt_bytes(&p->compute));
   if (!rounded) return mt_fail(MT_ENOMEM, "'%s'", p->name);
@@ -330,6 +331,7 @@ static mt_err load_tensors(const char *path, struct mt_session *s) {
     const struct mt_param *p = &s->model.params.row[i];
     for (int k = 0; !err && p->learns && k < KEPT; k++) err = load_form(path, &file, s, p, k);
   }
+  if (!err) err = mt_model_quantize_weights(&s->model);
   mt_st_close(&file);
   return err;
 }

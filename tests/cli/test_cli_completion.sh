@@ -44,10 +44,10 @@ check '--help|--version' moetune -
 check 'inspect' moetune help ins
 check '--experts' moetune train --exp
 check '--no-cache --no-report' moetune train --no-
-check 'loop|grouped' moetune train --experts ''
+check 'loop|grouped|fused' moetune train --experts ''
 check 'grouped' moetune train --model x --experts g
 check 'grouped' moetune train --experts = g
-check 'loop|grouped' moetune train --experts =
+check 'loop|grouped|fused' moetune train --experts =
 check 'sub dir' moetune train --out ''
 check 'some file.jsonl|sub dir' moetune train --data s
 check 'some file.jsonl|sub dir' moetune inspect ''

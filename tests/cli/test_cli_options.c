@@ -67,7 +67,7 @@ static void presets(void **state) {
   assert_int_equal(TRAIN("--experts", "grouped", "--improvement", "0"), MT_OK);
   assert_int_equal(train()->experts, MT_EXPERTS_GROUPED);
   assert_int_equal(train()->blocks, MT_BLOCKS_UNFUSED);
-  assert_message(TRAIN("--improvement", "3"), "--improvement: 3 is out of range");
+  assert_message(TRAIN("--improvement", "4"), "--improvement: 4 is out of range");
   assert_message(TRAIN("--ep-size", "0"), "--ep-size");
 }
 
@@ -165,7 +165,7 @@ static void values(void **state) {
       {"--adam-beta1", "1", "out of range"},
       {"--lr-schedule", "Cosine", "'Cosine' is none of linear|cosine|constant"},
       {"--lr-schedule", "cos", "none of"},
-      {"--precision", "fp64", "'fp64' is none of fp32|bf16"},
+      {"--precision", "fp64", "'fp64' is none of fp32|bf16|fp8|mxfp8"},
       {"--model", "", "the value is empty"},
   };
   for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {

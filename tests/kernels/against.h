@@ -32,7 +32,8 @@ static void workspace_for(struct mt_backend *be, const struct mt_recipe *recipe)
                         .heads = 16,
                         .kv_heads = 2,
                         .head_dim = 128,
-                        .act = recipe->act};
+                        .act = recipe->act,
+                        .qformat = MT_Q_MXFP8};
   size_t bytes = be->workspace_bytes(be, &l);
   if (bytes != be->workspace_size_bytes) {
     be->mem_free(be, be->workspace, be->workspace_size_bytes);

@@ -595,4 +595,6 @@ static void case_adamw(struct bench_case *c, const struct size *z, int acc) {
   }
 }
 
+#include "kernels/quant_cases.h"
+
 #endif

@@ -67,7 +67,8 @@ static inline void bed_open(struct bed *b, const char *backend, const char *reci
                         .heads = 16,
                         .kv_heads = 2,
                         .head_dim = 128,
-                        .act = b->recipe->act};
+                        .act = b->recipe->act,
+                        .qformat = MT_Q_MXFP8};
   b->be.workspace_size_bytes = b->be.workspace_bytes(&b->be, &l);
   b->be.workspace = dev_mem(b, b->be.workspace_size_bytes);
 }

@@ -18,7 +18,7 @@
 #include "kernels/registry.h"
 #include "quant/recipe.h"
 
-enum { MAX_DUALS = 64 };
+enum { MAX_DUALS = 192 };
 
 struct dual {
   const char *name;

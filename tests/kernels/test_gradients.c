@@ -10,9 +10,13 @@ static const case_fn cases[] = {
 };
 enum { CASES = sizeof cases / sizeof *cases };
 
-/* Inference, and what comes after the gradient. Every other operation must have run in a case. */
-static const char *const without_gradient[] = {"kv_append", "attention_cache", "tally", "sumsq",
-                                               "adamw"};
+/* Inference, what comes after the gradient, and 8 bits (test_quant.c holds those against operations
+ * that are here). Every other operation must have run in a case. */
+static const char *const without_gradient[] = {
+    "kv_append", "attention_cache", "tally", "sumsq", "adamw",
+    /* What rounds to 8 bits has no derivative: */
+    "pad_offsets", "quantize", "quantize_weight", "qlinear_fwd", "qlinear_dgrad", "qlinear_wgrad",
+    "swiglu_quantize_fwd", "swiglu_quantize_bwd"};
 
 static bool has_gradient(const char *op) {
   for (size_t i = 0; i < sizeof without_gradient / sizeof *without_gradient; i++) {

@@ -29,13 +29,15 @@ static size_t larger(size_t a, size_t b) {
 }
 
 /* Shared part: the head's chunk, attention's float32 gradient, the router's weight in float32,
- * lists of tokens by id, or sumsq's partial sums. Products live in the threads' scratch alone. */
+ * lists of tokens by id, sumsq's partial sums, or operands that were 8-bit. Products live in the
+ * threads' scratch alone. */
 static size_t workspace_bytes(const struct mt_backend *be, const struct mt_limits *l) {
   size_t qkv = (size_t)(l->heads + 2 * l->kv_heads) * (size_t)l->head_dim, shared = 1 << 16;
   shared = larger(shared, mt_cpu_head_floats(l));
   shared = larger(shared, (size_t)l->tokens * qkv);
   shared = larger(shared, (size_t)(l->tokens + l->vocab));
   shared = larger(shared, (size_t)l->experts * (size_t)l->hidden);
+  shared = larger(shared, (mt_cpu_qlinear_bytes(l) + sizeof(float) - 1) / sizeof(float));
   return (shared + (size_t)be->thread_count * CPU_THREAD_FLOATS) * sizeof(float);
 }
 

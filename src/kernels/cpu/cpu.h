@@ -74,4 +74,14 @@ size_t mt_cpu_head_floats(const struct mt_limits *l);
  */
 void mt_cpu_exp(const float *x, float *out, int64_t n);
 
+/* SwiGLU on n elements of a row in float32: h (=). And back, dg, du and h (=); returns the
+ * elements' share of the gradient of p. No output is an input. */
+void mt_cpu_swiglu_row(const float *g, const float *u, float p, int64_t n, float *h);
+float mt_cpu_swiglu_bwd_row(const float *d, const float *g, const float *u, float p, int64_t n,
+                            float *dg, float *du, float *h);
+
+/* Bytes of shared scratch that products of 8-bit operands need: they are made of both operands as
+ * bf16. */
+size_t mt_cpu_qlinear_bytes(const struct mt_limits *l);
+
 #endif

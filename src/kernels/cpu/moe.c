@@ -128,6 +128,11 @@ mt_err mt_cpu_scatter_add(struct mt_backend *be, const struct mt_scatter_add_arg
 /* SwiGLU runs over short pieces of a row, so that its temporaries stay in L1. */
 enum { PIECE = 256 };
 
+void mt_cpu_swiglu_row(const float *g, const float *u, float p, int64_t n, float *h) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; i++) h[i] = g[i] / (1.0f + cpu_exp_one(-g[i])) * u[i] * p;
+}
+
 static void swiglu_piece(const struct mt_swiglu_fwd_args *a, int64_t r, int64_t i0, int64_t n,
                          float p) {
   float gbuf[PIECE], ubuf[PIECE], hbuf[PIECE];
@@ -136,8 +141,7 @@ static void swiglu_piece(const struct mt_swiglu_fwd_args *a, int64_t r, int64_t 
   struct mt_tensor out = mt_cols(&a->h, i0, n);
   const float *g = cpu_read(&gate, r, n, gbuf), *u = cpu_read(&up, r, n, ubuf);
   float *h = cpu_target(&out, r, hbuf);
-#pragma omp simd
-  for (int64_t i = 0; i < n; i++) h[i] = g[i] / (1.0f + cpu_exp_one(-g[i])) * u[i] * p;
+  mt_cpu_swiglu_row(g, u, p, n, h);
   cpu_write(&out, r, n, h);
 }
 
@@ -153,16 +157,9 @@ mt_err mt_cpu_swiglu_fwd(struct mt_backend *be, const struct mt_swiglu_fwd_args 
   return MT_OK;
 }
 
-/* Returns the piece's share of drow_prob. Everything is read before anything is written: outputs
- * may be the inputs. */
-static float swiglu_piece_bwd(const struct mt_swiglu_bwd_args *a, int64_t r, int64_t i0, int64_t n,
-                              float p) {
-  float dbuf[PIECE], gbuf[PIECE], ubuf[PIECE], dg[PIECE], du[PIECE], h[PIECE], dp = 0;
-  int64_t f = a->dh.dim[1];
-  struct mt_tensor gate = mt_cols(&a->gate_up, i0, n), up = mt_cols(&a->gate_up, f + i0, n);
-  struct mt_tensor in = mt_cols(&a->dh, i0, n);
-  const float *d = cpu_read(&in, r, n, dbuf), *g = cpu_read(&gate, r, n, gbuf),
-              *u = cpu_read(&up, r, n, ubuf);
+float mt_cpu_swiglu_bwd_row(const float *d, const float *g, const float *u, float p, int64_t n,
+                            float *dg, float *du, float *h) {
+  float dp = 0;
 #pragma omp simd reduction(+ : dp)
   for (int64_t i = 0; i < n; i++) {
     float sig = 1.0f / (1.0f + cpu_exp_one(-g[i])), silu = g[i] * sig, value = silu * u[i];
@@ -171,6 +168,20 @@ static float swiglu_piece_bwd(const struct mt_swiglu_bwd_args *a, int64_t r, int
     du[i] = d[i] * p * silu;
     h[i] = value * p;
   }
+  return dp;
+}
+
+/* Returns the piece's share of drow_prob. Everything is read before anything is written: outputs
+ * may be the inputs. */
+static float swiglu_piece_bwd(const struct mt_swiglu_bwd_args *a, int64_t r, int64_t i0, int64_t n,
+                              float p) {
+  float dbuf[PIECE], gbuf[PIECE], ubuf[PIECE], dg[PIECE], du[PIECE], h[PIECE];
+  int64_t f = a->dh.dim[1];
+  struct mt_tensor gate = mt_cols(&a->gate_up, i0, n), up = mt_cols(&a->gate_up, f + i0, n);
+  struct mt_tensor in = mt_cols(&a->dh, i0, n);
+  const float *d = cpu_read(&in, r, n, dbuf), *g = cpu_read(&gate, r, n, gbuf),
+              *u = cpu_read(&up, r, n, ubuf);
+  float dp = mt_cpu_swiglu_bwd_row(d, g, u, p, n, dg, du, h);
   const struct {
     const struct mt_tensor *t;
     int64_t col;

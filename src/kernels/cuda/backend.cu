@@ -45,10 +45,11 @@ extern "C" mt_err mt_cuda_scratch(const struct mt_backend *be, const char *op, s
 
 static size_t workspace_bytes(const struct mt_backend *be, const struct mt_limits *l) {
   (void)be;
-  const size_t parts[] = {mt_cuda_embed_bytes(l),   mt_cuda_norm_bytes(l),
-                          mt_cuda_router_bytes(l),  mt_cuda_permute_bytes(l),
-                          mt_cuda_experts_bytes(l), mt_cuda_attention_bytes(l),
-                          mt_cuda_head_bytes(l),    mt_cuda_optimizer_bytes(l)};
+  const size_t parts[] = {mt_cuda_embed_bytes(l),    mt_cuda_norm_bytes(l),
+                          mt_cuda_router_bytes(l),   mt_cuda_permute_bytes(l),
+                          mt_cuda_experts_bytes(l),  mt_cuda_attention_bytes(l),
+                          mt_cuda_head_bytes(l),     mt_cuda_optimizer_bytes(l),
+                          mt_cuda_quantize_bytes(l), mt_cuda_qlinear_bytes(l)};
   size_t most = 0;
   for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
     if (parts[i] > most) most = parts[i];

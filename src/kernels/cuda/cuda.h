@@ -65,6 +65,8 @@ size_t mt_cuda_experts_bytes(const struct mt_limits *l);
 size_t mt_cuda_attention_bytes(const struct mt_limits *l);
 size_t mt_cuda_head_bytes(const struct mt_limits *l);
 size_t mt_cuda_optimizer_bytes(const struct mt_limits *l);
+size_t mt_cuda_quantize_bytes(const struct mt_limits *l);
+size_t mt_cuda_qlinear_bytes(const struct mt_limits *l);
 
 /* One dense product, row-major: c[m,n] = a b + beta c.
  * a: [m,k], or where a_columns is set stored as [k,m]; b: [k,n], or where b_columns is set stored

@@ -1,0 +1,206 @@
+/* Products of 8-bit operands on GPUs (or in shapes) without kernels of their own: the operands
+ * become bf16, exactly (down to 2^-133), and are multiplied as any other. */
+#include "kernels/cuda/quantize.cuh"
+
+extern "C" {
+#include "backend/dequant.h"
+}
+
+/* What products themselves take of the scratch: sums of squares, in parts. */
+enum { PRODUCTS_BYTES = 64 << 10, STRIP = 32 };
+
+extern "C" size_t mt_cuda_qlinear_bytes(const struct mt_limits *l) {
+  size_t item = l->act == MT_F32 ? sizeof(float) : sizeof(bf16);
+  size_t count = mt_dequant_elements(l, l->experts);
+  return count ? count * item + PRODUCTS_BYTES : 0;
+}
+
+/* Scales of a copy: element (matrix g, row, col) as stored has that of index
+ * g * scales + (row / tall) * ld + col / wide, or where turned g * scales + (col / wide) * ld +
+ * row / tall. */
+struct scales {
+  const void *p;
+  int64_t count, ld;
+  int tall, wide;
+  bool turned, fp8;
+};
+__device__ __forceinline__ float scale_at(const struct scales &s, int64_t g, int64_t row,
+                                          int64_t col) {
+  int64_t i = row / s.tall, j = col / s.wide;
+  int64_t at = g * s.count + (s.turned ? j * s.ld + i : i * s.ld + j);
+  return s.fp8 ? ((const float *)s.p)[at] : scale_value(((const uint8_t *)s.p)[at]);
+}
+
+/* [matrices][rows][cols] as stored, elements in rows `ld` apart, to [matrices][rows][cols]. */
+template <class T>
+__global__ void __launch_bounds__(256)
+    restore(const uint8_t *e, struct scales s, int64_t rows, int64_t cols, int64_t ld, T *to) {
+  int64_t g = blockIdx.z;
+  e += g * rows * ld;
+  to += g * rows * cols;
+  for (int64_t row = blockIdx.y; row < rows; row += gridDim.y) {
+    int64_t c = ((int64_t)blockIdx.x * 256 + threadIdx.x) * 4;
+    for (int i = 0; i < 4 && c < cols; i++, c++)
+      to[row * cols + c] = from_float<T>(from_e4m3(e[row * ld + c]) * scale_at(s, g, row, c));
+  }
+}
+
+/* The same to [matrices][cols][rows]. */
+template <class T>
+__global__ void __launch_bounds__(STRIP * 8)
+    restore_turned(const uint8_t *e, struct scales s, int64_t rows, int64_t cols, int64_t ld,
+                   T *to) {
+  __shared__ T tile[STRIP][STRIP + 1];
+  int64_t g = blockIdx.z, col0 = (int64_t)blockIdx.x * STRIP;
+  e += g * rows * ld;
+  to += g * rows * cols;
+  for (int64_t row0 = (int64_t)blockIdx.y * STRIP; row0 < rows;
+       row0 += (int64_t)gridDim.y * STRIP) {
+    for (int i = threadIdx.y; i < STRIP; i += 8) {
+      int64_t row = row0 + i, col = col0 + threadIdx.x;
+      if (row < rows && col < cols)
+        tile[i][threadIdx.x] =
+            from_float<T>(from_e4m3(e[row * ld + col]) * scale_at(s, g, row, col));
+    }
+    __syncthreads();
+    for (int i = threadIdx.y; i < STRIP; i += 8) {
+      int64_t row = row0 + threadIdx.x, col = col0 + i;
+      if (row < rows && col < cols) to[col * rows + row] = tile[threadIdx.x][i];
+    }
+    __syncthreads();
+  }
+}
+
+/* A copy to be restored: as stored. */
+struct stored {
+  const uint8_t *e;
+  struct scales s;
+  int64_t matrices, rows, cols, ld;
+  bool turned; /* stored transposed */
+};
+
+static struct stored row_copy(const struct mt_qtensor *q) {
+  bool fp8 = q->format == MT_Q_FP8, many = q->rank == 3;
+  int64_t n = q->dim[q->rank - 2], k = q->dim[q->rank - 1], wide = mt_q_blocks(q->format, k);
+  struct stored c = {q->row,
+                     {q->row_scale, 0, wide, 1, mt_q_block(q->format), false, fp8},
+                     many ? q->dim[0] : 1,
+                     n,
+                     k,
+                     k,
+                     false};
+  if (fp8 && q->weight)
+    c.s.tall = 128;
+  else if (fp8)
+    c.s.turned = true, c.s.ld = q->scale_ld;
+  c.s.count = (fp8 && q->weight ? mt_q_blocks(q->format, n) : n) * wide;
+  return c;
+}
+
+/* Rows: the first of the column copy that count. */
+static struct stored col_copy(const struct mt_qtensor *q, int64_t rows) {
+  int64_t n = q->dim[q->rank - 2], k = q->dim[q->rank - 1], block = mt_q_block(q->format);
+  int64_t matrices = q->rank == 3 ? q->dim[0] : 1, tall = mt_q_blocks(q->format, n);
+  if (q->format == MT_Q_MXFP8) {
+    return {q->col, {q->col_scale, tall * k, k, (int)block, 1, false, false}, matrices, rows, k, k,
+            false};
+  }
+  if (q->weight) {
+    return {q->col,   {q->col_scale, tall * mt_q_blocks(q->format, k), tall, 128, 128, false, true},
+            matrices, k,
+            n,        n,
+            true};
+  }
+  return {q->col, {q->col_scale, 0, k, 1, 128, true, true}, 1, k, rows, q->col_rows, true};
+}
+
+/* Takes the next part of the scratch and fills it with the operand as it is (not transposed). */
+template <class T>
+static mt_err bring_back(struct mt_backend *be, const char *op, const struct stored *c,
+                         size_t *used, T **out) {
+  void *scratch;
+  size_t bytes = (size_t)(c->matrices * c->rows * c->cols) * sizeof(T), at = *used;
+  MT_TRY(mt_cuda_scratch(be, op, at + bytes, &scratch));
+  *out = (T *)((char *)scratch + at);
+  *used = at + (bytes + 255) / 256 * 256;
+  if (bytes == 0) return MT_OK;
+  unsigned z = (unsigned)c->matrices, most = 32768;
+  if (c->turned) {
+    int64_t y = div_up(c->rows, STRIP);
+    restore_turned<T>
+        <<<dim3((unsigned)div_up(c->cols, STRIP), y < most ? (unsigned)y : most, z), dim3(STRIP, 8),
+           0, mt_cuda_of(be)->stream>>>(c->e, c->s, c->rows, c->cols, c->ld, *out);
+  } else {
+    restore<T>
+        <<<dim3((unsigned)div_up(c->cols, 1024), c->rows < most ? (unsigned)c->rows : most, z), 256,
+           0, mt_cuda_of(be)->stream>>>(c->e, c->s, c->rows, c->cols, c->ld, *out);
+  }
+  return mt_cuda_launched(op);
+}
+
+template <class T> static enum mt_dtype dtype_of(void) {
+  return sizeof(T) == sizeof(float) ? MT_F32 : MT_BF16;
+}
+
+template <class T> static struct mt_tensor weight_of(const struct mt_qtensor *q, T *data) {
+  if (q->rank == 3) return mt_cube(data, dtype_of<T>(), q->dim[0], q->dim[1], q->dim[2]);
+  return mt_mat(data, dtype_of<T>(), q->dim[0], q->dim[1]);
+}
+
+template <class T>
+static mt_err forward(struct mt_backend *be, const struct mt_qlinear_fwd_args *a) {
+  struct stored x = row_copy(&a->x), w = row_copy(&a->w);
+  size_t used = PRODUCTS_BYTES;
+  T *px, *pw;
+  MT_TRY(bring_back<T>(be, "qlinear_fwd", &x, &used, &px));
+  MT_TRY(bring_back<T>(be, "qlinear_fwd", &w, &used, &pw));
+  struct mt_linear_fwd_args l = {mt_mat(px, dtype_of<T>(), x.rows, x.cols), weight_of(&a->w, pw),
+                                 a->y, a->offsets};
+  return mt_cuda_linear_fwd(be, &l);
+}
+
+extern "C" mt_err mt_cuda_qlinear_fwd(struct mt_backend *be, const struct mt_qlinear_fwd_args *a) {
+  MT_TRY(mt_check_qlinear_fwd(a));
+  MT_TRY(mt_cuda_format("qlinear_fwd", &a->y));
+  return a->y.dtype == MT_F32 ? forward<float>(be, a) : forward<bf16>(be, a);
+}
+
+template <class T>
+static mt_err dgrad(struct mt_backend *be, const struct mt_qlinear_dgrad_args *a) {
+  struct stored dy = row_copy(&a->dy), w = col_copy(&a->w, a->w.dim[a->w.rank - 2]);
+  size_t used = PRODUCTS_BYTES;
+  T *py, *pw;
+  MT_TRY(bring_back<T>(be, "qlinear_dgrad", &dy, &used, &py));
+  MT_TRY(bring_back<T>(be, "qlinear_dgrad", &w, &used, &pw));
+  struct mt_linear_dgrad_args l = {mt_mat(py, dtype_of<T>(), dy.rows, dy.cols),
+                                   weight_of(&a->w, pw), a->dx, a->offsets, a->accumulate};
+  return mt_cuda_linear_dgrad(be, &l);
+}
+
+extern "C" mt_err mt_cuda_qlinear_dgrad(struct mt_backend *be,
+                                        const struct mt_qlinear_dgrad_args *a) {
+  MT_TRY(mt_check_qlinear_dgrad(a));
+  MT_TRY(mt_cuda_format("qlinear_dgrad", &a->dx));
+  return a->dx.dtype == MT_F32 ? dgrad<float>(be, a) : dgrad<bf16>(be, a);
+}
+
+/* Groups are what they are in the column copies, padding included: its rows are zeros. */
+extern "C" mt_err mt_cuda_qlinear_wgrad(struct mt_backend *be,
+                                        const struct mt_qlinear_wgrad_args *a) {
+  const char *op = "qlinear_wgrad";
+  MT_TRY(mt_check_qlinear_wgrad(a));
+  MT_TRY(mt_cuda_format(op, &a->dw));
+  int64_t rows = a->offsets ? a->x.col_rows : a->x.dim[0];
+  struct stored dy = col_copy(&a->dy, rows), x = col_copy(&a->x, rows);
+  size_t used = PRODUCTS_BYTES;
+  bf16 *py, *px;
+  MT_TRY(bring_back<bf16>(be, op, &dy, &used, &py));
+  MT_TRY(bring_back<bf16>(be, op, &x, &used, &px));
+  struct mt_linear_wgrad_args l = {mt_mat(py, MT_BF16, rows, a->dy.dim[1]),
+                                   mt_mat(px, MT_BF16, rows, a->x.dim[1]),
+                                   a->dw,
+                                   a->padded,
+                                   a->accumulate,
+                                   a->sumsq};
+  return mt_cuda_linear_wgrad(be, &l);
+}

@@ -1,0 +1,49 @@
+/* What kernels that quantize share: the scale of a block, elements, where a tile lies. Numbers:
+ * base/fp8.h, whose functions these are once more. */
+#ifndef MT_KERNELS_CUDA_QUANTIZE_CUH
+#define MT_KERNELS_CUDA_QUANTIZE_CUH
+
+#include <cuda_fp8.h>
+
+#include "kernels/cuda/rows.cuh"
+
+/* As an integer: a NaN is larger than all numbers, so it stays. */
+__device__ __forceinline__ unsigned magnitude_bits(float x) {
+  return __float_as_uint(x) & 0x7fffffffu;
+}
+
+/* The e8m0 byte of a block whose largest magnitude has these bits. FP8: 1 for zeros and not below
+ * 2^-126. */
+template <bool FP8> __device__ __forceinline__ unsigned scale_byte(unsigned top) {
+  if (top > 0x7f800000u) return 255;
+  if (top == 0x7f800000u) return 254;
+  int byte = (int)(top >> 23) - 8 + ((top & 0x7fffffu) > 0x600000u);
+  if (FP8) return top == 0 ? 127 : byte < 1 ? 1 : (unsigned)byte;
+  return byte < 0 ? 0 : (unsigned)byte;
+}
+__device__ __forceinline__ float scale_value(unsigned byte) {
+  return __uint_as_float(byte == 0 ? 0x00400000u : byte == 255 ? 0x7fc00000u : byte << 23);
+}
+__device__ __forceinline__ float scale_inverse(unsigned byte) {
+  return __uint_as_float(byte == 255   ? 0x7fc00000u
+                         : byte == 254 ? 0x00400000u
+                         : byte == 0   ? 0u
+                                       : (254u - byte) << 23);
+}
+__device__ __forceinline__ uint8_t to_e4m3(float x) {
+  return (uint8_t)__nv_cvt_float_to_fp8(x, __NV_SATFINITE, __NV_E4M3);
+}
+__device__ __forceinline__ float from_e4m3(uint8_t x) {
+  __half_raw h = __nv_cvt_fp8_to_halfraw((__nv_fp8_storage_t)x, __NV_E4M3);
+  return __half2float(__half(h));
+}
+
+template <bool FP8>
+__device__ __forceinline__ void put_scale(void *scales, int64_t at, unsigned byte) {
+  if (FP8)
+    ((float *)scales)[at] = scale_value(byte);
+  else
+    ((uint8_t *)scales)[at] = (uint8_t)byte;
+}
+
+#endif

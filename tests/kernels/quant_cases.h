@@ -1,0 +1,279 @@
+/* The cases of 8-bit operands. Bytes are compared as bytes: scales and elements are exact functions
+ * of the source. What no operation may touch is poisoned on both sides and must stay so. */
+#ifndef TESTS_KERNELS_QUANT_CASES_H
+#define TESTS_KERNELS_QUANT_CASES_H
+
+#include "kernels/compare.h"
+#include "quant/linear.h"
+
+enum { POISON = 0x7f }; /* NaN as an element and, in float32, as a scale */
+
+static const enum mt_qformat q_formats[] = {MT_Q_MXFP8, MT_Q_FP8};
+
+struct dual_q {
+  const char *name;
+  struct mt_qtensor dev, ref;
+  void *dev_memory, *ref_memory;
+  size_t bytes;
+};
+
+static struct dual_q dual_q_memory(struct bench_case *c, const char *name, size_t bytes) {
+  struct dual_q x = {.name = name, .bytes = bytes};
+  x.dev_memory = own_dev(c, bytes);
+  x.ref_memory = own(c, bytes);
+  memset(x.ref_memory, POISON, bytes);
+  OK(c->be->upload(c->be, x.dev_memory, x.ref_memory, bytes));
+  return x;
+}
+
+/* Rows of activations in so many groups. */
+static struct dual_q dual_rows(struct bench_case *c, const char *name, enum mt_qformat format,
+                               int64_t rows, int64_t cols, int groups, int sides) {
+  struct dual_q x = dual_q_memory(c, name, mt_operand_bytes(format, rows, cols, groups, sides));
+  struct mt_row_groups g = {.count = groups};
+  struct mt_operand o = {.format = format, .memory = x.dev_memory};
+  mt_operand_shape(&o, rows, cols, sides, &g);
+  x.dev = o.q;
+  o.memory = x.ref_memory;
+  mt_operand_shape(&o, rows, cols, sides, &g);
+  x.ref = o.q;
+  return x;
+}
+
+/* groups 0: of rank 2. */
+static struct dual_q dual_weight(struct bench_case *c, const char *name, enum mt_qformat format,
+                                 int64_t groups, int64_t n, int64_t k) {
+  int64_t dim[3] = {groups ? groups : n, groups ? n : k, k};
+  int rank = groups ? 3 : 2;
+  struct dual_q x = dual_q_memory(c, name, mt_qweight_bytes(format, rank, dim, MT_SIDE_BOTH));
+  mt_qweight_shape(&x.dev, format, rank, dim, MT_SIDE_BOTH, x.dev_memory);
+  mt_qweight_shape(&x.ref, format, rank, dim, MT_SIDE_BOTH, x.ref_memory);
+  return x;
+}
+
+static void expect_bytes(struct bench_case *c, const char *name, const void *dev, const void *want,
+                         size_t bytes) {
+  uint8_t *got = own(c, bytes);
+  OK(c->be->download(c->be, got, dev, bytes));
+  mix_bits(c, got, bytes);
+  if (c->plant != 0 && bytes > 0) got[bytes / 2] ^= 1;
+  if (memcmp(got, want, bytes) == 0) return;
+  c->worst = INFINITY;
+  c->worst_name = name;
+}
+
+static void expect_q(struct bench_case *c, const struct dual_q *x) {
+  expect_bytes(c, x->name, x->dev_memory, x->ref_memory, x->bytes);
+}
+
+/* What the reference made, on the device too. */
+static void share_q(struct bench_case *c, const struct dual_q *x) {
+  OK(c->be->upload(c->be, x->dev_memory, x->ref_memory, x->bytes));
+}
+
+/* Where groups begin in column copies. */
+static struct dual_ints padded_of(struct bench_case *c, const struct plan *p, int groups) {
+  struct dual_ints x = ints(c, groups + 1, NULL);
+  OK(c->ref_be.ops.pad_offsets(&c->ref_be,
+                               &(struct mt_pad_offsets_args){p->offsets.ref, groups, x.ref}));
+  OK(c->be->upload(c->be, x.dev, x.ref, (size_t)(groups + 1) * sizeof(int32_t)));
+  return x;
+}
+
+#define Q(field, x) (dev.field = (x).dev, ref.field = (x).ref)
+#define GROUPS                                                                                     \
+  dev.offsets = p.offsets.dev, ref.offsets = p.offsets.ref, dev.padded = padded.dev,               \
+  ref.padded = padded.ref
+#define OWN_GROUPS(op_args)                                                                        \
+  (op_args).offsets = p.offsets.dev, (op_args).padded = padded.dev, (op_args).group_count = z->e
+
+static void case_pad_offsets(struct bench_case *c, const struct size *z, int acc) {
+  (void)acc;
+  struct plan p = plan_of(c, z);
+  struct dual_ints padded = ints(c, z->e + 1, NULL);
+  ARGS(pad_offsets, N(group_count, z->e); dev.offsets = p.offsets.dev; ref.offsets = p.offsets.ref;
+       dev.padded = padded.dev; ref.padded = padded.ref;)
+  RUN(pad_offsets);
+  expect_ints(c, "padded", &padded);
+}
+
+/* Way 1: rows gathered into groups. */
+static void case_quantize(struct bench_case *c, const struct size *z, int acc) {
+  for (int i = 0; i < 2; i++) {
+    struct plan p = plan_of(c, z);
+    struct dual_ints padded = padded_of(c, &p, z->e);
+    struct dual x = A("x", 'r', 3, z->t, z->f, 0);
+    struct dual_q q = dual_rows(c, "q", q_formats[i], acc ? z->t * z->k : z->t, z->f,
+                                acc ? z->e : 1, MT_SIDE_BOTH);
+    ARGS(quantize, T(x, x); Q(q, q);)
+    if (acc) {
+      GROUPS, N(group_count, z->e), N(top_k, z->k);
+      dev.row_source = p.row_source.dev, ref.row_source = p.row_source.ref;
+    }
+    RUN(quantize);
+    expect_q(c, &q);
+  }
+}
+
+/* Of the master's format, way 1 of the activations'. */
+static void case_quantize_weight(struct bench_case *c, const struct size *z, int acc) {
+  for (int i = 0; i < 2; i++) {
+    struct dual w = dual(c, "w", acc ? ACT : STATE, 'r', 0.3, acc ? z->f : z->e, acc ? z->h : z->f,
+                         acc ? 0 : z->h);
+    struct dual_q q = dual_weight(c, "q", q_formats[i], acc ? 0 : z->e, z->f, z->h);
+    ARGS(quantize_weight, T(w, w); Q(q, q);)
+    RUN(quantize_weight);
+    expect_q(c, &q);
+  }
+}
+
+/* Random numbers as operands of the reference's making, the same bytes on both. */
+static struct dual_q some_rows(struct bench_case *c, const char *name, enum mt_qformat format,
+                               int64_t rows, int64_t cols, const struct plan *p,
+                               const struct dual_ints *padded, int groups, int sides) {
+  struct dual_q q = dual_rows(c, name, format, rows, cols, p ? groups : 1, sides);
+  struct mt_quantize_args a = {.q = q.ref, .group_count = groups};
+  double *v = own(c, (size_t)(rows * cols) * sizeof *v);
+  for (int64_t i = 0; i < rows * cols; i++) v[i] = mt_rng_normal(&c->rng);
+  a.x = mt_mat(v, MT_F64, rows, cols);
+  if (p) a.offsets = p->offsets.ref, a.padded = padded->ref;
+  OK(c->ref_be.ops.quantize(&c->ref_be, &a));
+  share_q(c, &q);
+  return q;
+}
+
+static struct dual_q some_weight(struct bench_case *c, enum mt_qformat format, int groups,
+                                 int64_t n, int64_t k) {
+  struct dual_q q = dual_weight(c, "w", format, groups, n, k);
+  int64_t all = (groups ? groups : 1) * n * k;
+  double *v = own(c, (size_t)all * sizeof *v);
+  for (int64_t i = 0; i < all; i++) v[i] = 0.3 * mt_rng_normal(&c->rng);
+  struct mt_quantize_weight_args a = {
+      .w = groups ? mt_cube(v, MT_F64, groups, n, k) : mt_mat(v, MT_F64, n, k), .q = q.ref};
+  OK(c->ref_be.ops.quantize_weight(&c->ref_be, &a));
+  share_q(c, &q);
+  return q;
+}
+
+static void case_qlinear_fwd(struct bench_case *c, const struct size *z, int acc) {
+  for (int i = 0; i < 2; i++) {
+    struct plan p = plan_of(c, z);
+    struct dual_ints padded = padded_of(c, &p, z->e);
+    int rows = acc ? z->t * z->k : z->t;
+    struct dual_q x =
+        some_rows(c, "x", q_formats[i], rows, z->h, acc ? &p : NULL, &padded, z->e, MT_SIDE_ROW);
+    struct dual_q w = some_weight(c, q_formats[i], acc ? z->e : 0, z->f, z->h);
+    struct dual y = A("y", 'n', 1, rows, z->f, 0);
+    ARGS(qlinear_fwd, Q(x, x); Q(w, w); T(y, y);)
+    if (acc) dev.offsets = p.offsets.dev, ref.offsets = p.offsets.ref;
+    RUN(qlinear_fwd);
+    expect(c, &y);
+  }
+}
+
+static void case_qlinear_dgrad(struct bench_case *c, const struct size *z, int acc) {
+  for (int i = 0; i < 2; i++) {
+    struct plan p = plan_of(c, z);
+    struct dual_ints padded = padded_of(c, &p, z->e);
+    int rows = acc ? z->t * z->k : z->t;
+    struct dual_q dy =
+        some_rows(c, "dy", q_formats[i], rows, z->f, acc ? &p : NULL, &padded, z->e, MT_SIDE_ROW);
+    struct dual_q w = some_weight(c, q_formats[i], acc ? z->e : 0, z->f, z->h);
+    struct dual dx = A("dx", i ? 'r' : 'n', 1, rows, z->h, 0);
+    ARGS(qlinear_dgrad, Q(dy, dy); Q(w, w); T(dx, dx); N(accumulate, i);)
+    if (acc) dev.offsets = p.offsets.dev, ref.offsets = p.offsets.ref;
+    RUN(qlinear_dgrad);
+    expect(c, &dx);
+  }
+}
+
+/* Both formats, each with = and +=. */
+static void case_qlinear_wgrad(struct bench_case *c, const struct size *z, int acc) {
+  for (int i = 0; i < 4; i++) {
+    enum mt_qformat format = q_formats[i % 2];
+    struct plan p = plan_of(c, z);
+    struct dual_ints padded = padded_of(c, &p, z->e);
+    int rows = acc ? z->t * z->k : z->t;
+    const struct plan *groups = acc ? &p : NULL;
+    struct dual_q dy = some_rows(c, "dy", format, rows, z->f, groups, &padded, z->e, MT_SIDE_COL);
+    struct dual_q x = some_rows(c, "x", format, rows, z->h, groups, &padded, z->e, MT_SIDE_COL);
+    struct dual dw =
+        G("dw", i / 2 ? 'r' : 'n', 1, acc ? z->e : z->f, acc ? z->f : z->h, acc ? z->h : 0);
+    struct dual sumsq = dual(c, "sumsq", MT_F64, 'n', 1, 1, 0, 0);
+    ARGS(qlinear_wgrad, Q(dy, dy); Q(x, x); T(dw, dw); N(accumulate, i / 2);
+         dev.sumsq = sumsq.dev.data; ref.sumsq = sumsq.ref.data;)
+    if (acc) GROUPS;
+    RUN(qlinear_wgrad);
+    expect(c, &dw);
+    expect_scaled(c, &sumsq, GRAD == MT_BF16 ? 4 : 2);
+  }
+}
+
+/* The backend's own swiglu_fwd and quantize, one after the other, are the measure: the same bytes.
+ */
+static void case_swiglu_quantize_fwd(struct bench_case *c, const struct size *z, int acc) {
+  for (int i = 0; i < 2; i++) {
+    struct plan p = plan_of(c, z);
+    struct dual_ints padded = padded_of(c, &p, z->e);
+    int rows = z->t * z->k;
+    struct dual gu = A("gate_up", 'r', 2, rows, 2 * z->f, 0), h = A("h", 'n', 1, rows, z->f, 0);
+    struct dual prob = S("row_prob", 'r', 1, rows, 0, 0);
+    struct dual_q joined = dual_rows(c, "h", q_formats[i], rows, z->f, z->e, MT_SIDE_BOTH);
+    struct dual_q apart = dual_rows(c, "h", q_formats[i], rows, z->f, z->e, MT_SIDE_BOTH);
+    struct mt_swiglu_quantize_fwd_args a = {.gate_up = gu.dev, .h = joined.dev};
+    struct mt_swiglu_fwd_args s = {
+        .gate_up = gu.dev, .row_count = p.offsets.dev + z->e, .h = h.dev};
+    struct mt_quantize_args q = {.x = h.dev, .q = apart.dev};
+    if (acc) a.row_prob = s.row_prob = prob.dev;
+    OWN_GROUPS(a);
+    OWN_GROUPS(q);
+    OK(c->be->ops.swiglu_quantize_fwd(c->be, &a));
+    OK(c->be->ops.swiglu_fwd(c->be, &s));
+    OK(c->be->ops.quantize(c->be, &q));
+    OK(c->be->download(c->be, apart.ref_memory, apart.dev_memory, apart.bytes));
+    expect_bytes(c, "h", joined.dev_memory, apart.ref_memory, apart.bytes);
+  }
+}
+
+/* Likewise; drow_prob beside the reference's. Way 1: without h and the probabilities. */
+static void case_swiglu_quantize_bwd(struct bench_case *c, const struct size *z, int acc) {
+  for (int i = 0; i < 2; i++) {
+    struct plan p = plan_of(c, z);
+    struct dual_ints padded = padded_of(c, &p, z->e);
+    int rows = z->t * z->k;
+    struct dual gu = A("gate_up", 'r', 2, rows, 2 * z->f, 0), dh = A("dh", 'r', 1, rows, z->f, 0);
+    struct dual prob = S("row_prob", 'r', 1, rows, 0, 0);
+    struct dual dprob = S("drow_prob", 'n', 1, rows, 0, 0);
+    struct dual dgu = A("dgate_up", 'n', 1, rows, 2 * z->f, 0);
+    struct dual h = A("h", 'n', 1, rows, z->f, 0);
+    struct dual_q to[2], apart[2]; /* dgate_up and h */
+    for (int o = 0; o < 2; o++) {
+      int64_t cols = o ? z->f : 2 * z->f;
+      int sides = o ? MT_SIDE_COL : MT_SIDE_BOTH;
+      to[o] = dual_rows(c, o ? "h" : "dgate_up", q_formats[i], rows, cols, z->e, sides);
+      apart[o] = dual_rows(c, "apart", q_formats[i], rows, cols, z->e, sides);
+    }
+    ARGS(swiglu_quantize_bwd, T(gate_up, gu); T(dh, dh); Q(dgate_up, to[0]); GROUPS;
+         N(group_count, z->e);)
+    struct mt_swiglu_bwd_args s = {.dh = dh.dev,
+                                   .gate_up = gu.dev,
+                                   .row_count = p.offsets.dev + z->e,
+                                   .dgate_up = dgu.dev,
+                                   .h = h.dev};
+    if (!acc) T(row_prob, prob), T(drow_prob, dprob), Q(h, to[1]), s.row_prob = prob.dev;
+    RUN(swiglu_quantize_bwd);
+    OK(c->be->ops.swiglu_bwd(c->be, &s));
+    for (int o = 0; o < (acc ? 1 : 2); o++) {
+      struct mt_quantize_args q = {.x = o ? h.dev : dgu.dev, .q = apart[o].dev};
+      OWN_GROUPS(q);
+      OK(c->be->ops.quantize(c->be, &q));
+      OK(c->be->download(c->be, apart[o].ref_memory, apart[o].dev_memory, apart[o].bytes));
+      expect_bytes(c, to[o].name, to[o].dev_memory, apart[o].ref_memory, apart[o].bytes);
+    }
+    if (!acc) expect(c, &dprob);
+  }
+}
+
+#undef GROUPS
+#undef OWN_GROUPS
+#endif
