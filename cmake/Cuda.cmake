@@ -27,6 +27,8 @@ get_filename_component(cuda_root ${CMAKE_CUDA_COMPILER} REALPATH)
 get_filename_component(cuda_root ${cuda_root} DIRECTORY)
 set(cuda_lib_dirs ${cuda_root}/../lib64 ${cuda_root}/../lib ${cuda_root}/../targets/x86_64-linux/lib)
 find_library(CUBLASLT_LIBRARY cublasLt HINTS ${cuda_lib_dirs} REQUIRED)
+find_path(CUDA_INCLUDE_DIR cuda_runtime_api.h HINTS ${cuda_root}/../include
+  ${cuda_root}/../targets/x86_64-linux/include REQUIRED)
 # CMake takes the toolkit's own directory for one that the loader knows.
 get_filename_component(cuda_lib_dir ${CUBLASLT_LIBRARY} DIRECTORY)
 list(APPEND CMAKE_BUILD_RPATH ${cuda_lib_dir})
@@ -65,6 +67,12 @@ else()
 endif()
 set_target_properties(moetune PROPERTIES CUDA_ARCHITECTURES OFF)
 target_compile_definitions(moetune PRIVATE MOETUNE_WITH_CUDA)
+# src/par/nccl*.c, plain C over the run-time. NCCL itself is loaded when it is needed.
+target_include_directories(moetune SYSTEM PRIVATE ${CUDA_INCLUDE_DIR})
+# And who looks behind their headers, tests/dist and bench/comm.c.
+add_library(moetune_nccl INTERFACE)
+target_compile_definitions(moetune_nccl INTERFACE MOETUNE_WITH_CUDA)
+target_include_directories(moetune_nccl SYSTEM INTERFACE ${CUDA_INCLUDE_DIR})
 target_link_libraries(moetune PUBLIC ${CUBLASLT_LIBRARY} ${CUDART_LIBRARY} ${CMAKE_DL_LIBS} rt)
 
 # bench/*.cu: built on request (ninja attention_speed), run by hand on a GPU.

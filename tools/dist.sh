@@ -26,4 +26,10 @@ done | sort -u | while read -r name path; do
   esac
   cp -L "$path" "$out/lib/$name"
 done
+# NCCL is loaded by name, not linked: where this machine has it, it goes along.
+nccl=$(ldconfig -p | awk '$1 == "libnccl.so.2" { print $NF; exit }')
+for near in /usr/local/cuda/lib64 .cache/cuda/root/lib; do
+  [ -n "$nccl" ] || [ ! -e "$near/libnccl.so.2" ] || nccl=$near/libnccl.so.2
+done
+[ $cuda = no ] || [ -z "$nccl" ] || cp -L "$nccl" "$out/lib/libnccl.so.2"
 echo "packed $* into $out ($(du -sh "$out" | cut -f1))"

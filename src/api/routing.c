@@ -214,7 +214,7 @@ mt_err mt_dispatcher_plan(mt_dispatcher *d, const mt_array *index) {
   d->route.offsets = d->offsets->t.data;
   d->route.row_source = d->row_source->t.data;
   d->route.token_row = d->token_row->t.data;
-  MT_TRY(d->exchange.plan(&d->exchange, &d->s->be, &d->route));
+  MT_TRY(d->exchange.plan(&d->exchange, &d->s->be, &d->route, NULL));
   d->planned = true;
   return MT_OK;
 }

@@ -154,7 +154,7 @@ mt_err mt_tuner_open(const struct mt_tuner_options *o, mt_tuner **out) {
   t->threads = o->threads;
   t->seed = o->seed;
   t->training = o->training != 0;
-  MT_GO(mt_session_open(&t->s, o->model, &device, o->chat_template));
+  MT_GO(mt_session_open(&t->s, o->model, &device, o->chat_template, NULL));
   MT_GO(open_model(t, o, &c));
   if (t->training) MT_GO(open_optimizer(t, o, &c));
 done:

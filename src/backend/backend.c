@@ -103,6 +103,7 @@ void mt_backend_use_host_memory(struct mt_backend *be) {
   be->upload = host_copy;
   be->download = host_copy;
   be->zero = host_zero;
+  be->copy = host_copy;
   be->sync = host_sync;
   be->stamp = host_stamp;
   be->stamp_read = host_stamp_read;

@@ -274,6 +274,39 @@ mt_err mt_check_permute_plan(const struct mt_permute_plan_args *a) {
   return MT_OK;
 }
 
+mt_err mt_check_arrival_plan(const struct mt_arrival_plan_args *a) {
+  const char *op = "arrival_plan";
+  PTR(sent);
+  PTR(offsets);
+  if (a->row_count > 0) {
+    PTR(order);
+    PTR(back);
+  }
+  if (a->rank_count < 1 || a->expert_count < 1 || a->row_count < 0 || a->row_count > INT32_MAX) {
+    return mt_fail(MT_ESHAPE, "%s: %lld rows of %d ranks for %d experts", op,
+                   (long long)a->row_count, a->rank_count, a->expert_count);
+  }
+  return MT_OK;
+}
+
+mt_err mt_check_aux_join(const struct mt_aux_join_args *a) {
+  const char *op = "aux_join";
+  PTR(records);
+  PTR(aux_count);
+  PTR(valid_count);
+  V1(aux_sums, REQUIRED, a->aux_sums.dtype == MT_F64 ? MT_F64 : MT_F32, a->aux_sums.dim[0]);
+  if (a->rank_count < 1) return mt_fail(MT_ESHAPE, "%s: %d ranks", op, a->rank_count);
+  return MT_OK;
+}
+
+mt_err mt_check_parts_sum(const struct mt_parts_sum_args *a) {
+  const char *op = "parts_sum";
+  M2(parts, REQUIRED, MT_DTYPE_COUNT, ANY_ROWS, a->out.dim[0]);
+  V1(out, REQUIRED, a->parts.dtype, a->out.dim[0]);
+  if (a->parts.dim[0] < 1) return mt_fail(MT_ESHAPE, "%s: no parts", op);
+  return MT_OK;
+}
+
 mt_err mt_check_dispatch_fwd(const struct mt_dispatch_fwd_args *a) {
   const char *op = "dispatch_fwd";
   PTR(row_source);

@@ -16,7 +16,7 @@ struct mt_limits {
 };
 
 /* Marks on the backend's clock that exist at a time. */
-enum { MT_STAMPS = 4096 };
+enum { MT_STAMPS = 4096, MT_STAMP_COUNTS = MT_STAMPS - 1 /* of an exchange's counts, read back */ };
 
 /* Time by phases, counted on the device. */
 enum { MT_CLOCK_PHASES = 14 };
@@ -34,6 +34,8 @@ struct mt_backend {
   void *workspace;  /* set by the owner to workspace_bytes(limits), aligned to 256 */
   size_t workspace_size_bytes;
   void *impl;    /* the backend's own state, or NULL */
+  void *stream;  /* what operations run on (CUDA: cudaStream_t), or NULL where the host does */
+  int device;    /* which of the host's devices this is */
   void *profile; /* of whoever times the operations (train/profile.h), or NULL */
 
   /* Bytes that the operations need at most within the limits; a pure function. */
@@ -49,6 +51,7 @@ struct mt_backend {
   mt_err (*host_alloc)(struct mt_backend *be, size_t size_bytes, void **out); /* zeroed */
   void (*host_free)(struct mt_backend *be, void *p);
   mt_err (*zero)(struct mt_backend *be, void *p, size_t size_bytes);
+  mt_err (*copy)(struct mt_backend *be, void *dst, const void *src, size_t size_bytes);
   mt_err (*sync)(struct mt_backend *be);
   /* Marks slot [0, MT_STAMPS) at this point of the stream; and the seconds from one marked slot to
    * a later one, waiting until the stream has passed it. stamp_passed: whether it has. */

@@ -59,6 +59,9 @@ enum { MT_OPS_MAX_EXPERTS = 512, MT_OPS_MAX_TOP_K = 16 };
   X(dispatch_bwd)                                                                                  \
   X(combine_fwd)                                                                                   \
   X(combine_bwd)                                                                                   \
+  X(arrival_plan)                                                                                  \
+  X(aux_join)                                                                                      \
+  X(parts_sum)                                                                                     \
   X(scatter_add)                                                                                   \
   X(swiglu_fwd)                                                                                    \
   X(swiglu_bwd)                                                                                    \
@@ -313,6 +316,42 @@ struct mt_combine_bwd_args {
   int top_k;
   struct mt_tensor dys;   /* act [R,H] (=) */
   struct mt_tensor dprob; /* stat [T,K] (= where a row exists), or NULL */
+};
+
+/* Rows that other ranks have sent lie sorted by sender, then expert, and are wanted by expert, then
+ * sender. sent[i] holds sender i's own [E+1] offsets of this rank's experts, counted from wherever:
+ * it sent sent[i][e+1] - sent[i][e] rows for expert e, R in all.
+ * offsets[e] = first row of expert e, offsets[E] = R; order[row] = where the row has arrived, and
+ * back is its inverse. */
+struct mt_arrival_plan_args {
+  const int32_t *sent; /* [ranks,E+1] */
+  int rank_count, expert_count;
+  int64_t row_count;     /* R: what order and back have room for */
+  int32_t *offsets;      /* [E+1] (=) */
+  int32_t *order, *back; /* [R] (=) */
+};
+
+/* A rank's record of what the auxiliary losses are made of: [N] stat, N = E + 1, the raw softmax's
+ * sums and the z-loss's; then [N] int32, counts of choices and the number of tokens; then what is
+ * missing to 8 bytes. */
+static inline size_t mt_aux_record_bytes(int64_t n, enum mt_dtype stat) {
+  return ((size_t)n * (mt_dtype_bytes(stat) + sizeof(int32_t)) + 7) / 8 * 8;
+}
+
+/* The records of all ranks added up, in the order of ranks. */
+struct mt_aux_join_args {
+  const void *records; /* [ranks] */
+  int rank_count;
+  struct mt_tensor aux_sums; /* stat [E+1] (=) */
+  int32_t *aux_count;        /* [E] (=) */
+  int32_t *valid_count;      /* [1] (=) */
+};
+
+/* out[i] = sum over p of parts[p][i], in the order of p: in float32, rounded once (F64: float64).
+ */
+struct mt_parts_sum_args {
+  struct mt_tensor parts; /* grad [P,N] */
+  struct mt_tensor out;   /* grad [N] (=) */
 };
 
 /* y[t] += prob[t,k] * ys[row], t*K + k = row_source[row]; the rows belong to one expert, so that

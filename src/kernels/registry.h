@@ -16,9 +16,10 @@ mt_err mt_backend_ref_create(struct mt_backend *be);
 /* float32 arithmetic on thread_count threads (0: all cores); act F32 or BF16. */
 mt_err mt_backend_cpu_create(struct mt_backend *be, int thread_count);
 
-/* The first visible NVIDIA GPU; act F32 or BF16. portable: only what every GPU from sm_80 on has.
- * Errors: MT_EUNSUPPORTED (no GPU, or a build without CUDA), MT_EDEVICE. */
-mt_err mt_backend_cuda_create(struct mt_backend *be, bool portable);
+/* A visible NVIDIA GPU, `device` of them; act F32 or BF16. It is the calling thread's from here on.
+ * portable: only what every GPU from sm_80 on has. Errors: MT_EUNSUPPORTED (no such GPU, or a build
+ * without CUDA), MT_EDEVICE. */
+mt_err mt_backend_cuda_create(struct mt_backend *be, bool portable, int device);
 
 /* The same backend without a GPU, for memory plans alone: it has a name and workspace_bytes, and
  * nothing to run. Errors: MT_EUNSUPPORTED in a build without CUDA. */

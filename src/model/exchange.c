@@ -1,7 +1,8 @@
 #include "model/exchange.h"
 
-static mt_err local_plan(struct mt_exchange *x, struct mt_backend *be, struct mt_route *route) {
-  (void)x;
+static mt_err local_plan(struct mt_exchange *x, struct mt_backend *be, struct mt_route *route,
+                         const struct mt_tensor *tokens) {
+  (void)x, (void)tokens;
   route->row_count = (int64_t)route->token_count * route->top_k;
   return be->ops.permute_plan(be, &(struct mt_permute_plan_args){
                                       .index = route->index,

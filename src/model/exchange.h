@@ -22,8 +22,10 @@ struct mt_route {
 };
 
 struct mt_exchange {
-  /* Fills offsets, row_source, token_row and row_count from index. */
-  mt_err (*plan)(struct mt_exchange *x, struct mt_backend *be, struct mt_route *route);
+  /* Fills offsets, row_source, token_row and row_count from index. tokens [T,H]: what the next
+   * dispatch will be given, so that it can be prepared while the host waits for counts; or NULL. */
+  mt_err (*plan)(struct mt_exchange *x, struct mt_backend *be, struct mt_route *route,
+                 const struct mt_tensor *tokens);
   /* xs (=) [R,H]: rows in expert order. */
   mt_err (*dispatch)(struct mt_exchange *x, struct mt_backend *be, const struct mt_route *route,
                      const struct mt_tensor *tokens, struct mt_tensor *xs);

@@ -111,7 +111,7 @@ static void moe_rows(struct moe *o) {
 static mt_err make_plan(struct moe *o) {
   struct mt_model *m = o->m;
   bool grown;
-  MT_TRY(m->exchange.plan(&m->exchange, o->be, &o->route));
+  MT_TRY(m->exchange.plan(&m->exchange, o->be, &o->route, &o->xn));
   if (o->route.padded) {
     MT_TRY(o->be->ops.pad_offsets(
         o->be, &(struct mt_pad_offsets_args){.offsets = o->route.offsets,

@@ -16,6 +16,10 @@ void mt_comm_destroy(struct mt_comm *c) {
   *c = (struct mt_comm){0};
 }
 
+mt_err mt_comm_failed(struct mt_comm *c) {
+  return c->failed ? c->failed(c) : MT_OK;
+}
+
 /* Units that leave for others, of the parts that go to each. */
 static int64_t leaving(const struct mt_comm *c, const int64_t *count) {
   int64_t units = 0;

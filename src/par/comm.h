@@ -67,6 +67,7 @@ struct mt_comm {
   mt_err (*recv)(struct mt_comm *c, void *buf, size_t size_bytes, int from, struct mt_transfer *t);
   mt_err (*barrier)(struct mt_comm *c, struct mt_transfer *t);
   mt_err (*wait)(struct mt_comm *c, struct mt_transfer *t);
+  mt_err (*failed)(struct mt_comm *c); /* or NULL: wait has told */
   void (*destroy)(struct mt_comm *c);
   void *impl;
 };
@@ -74,6 +75,9 @@ struct mt_comm {
 /* A group of this rank alone. */
 struct mt_comm mt_comm_self(const char *name);
 void mt_comm_destroy(struct mt_comm *c); /* safe on a zeroed one */
+/* What has gone wrong since with transfers that have been waited for: MT_ECOMM. Once the work that
+ * used them is done and this says MT_OK, they have arrived. */
+mt_err mt_comm_failed(struct mt_comm *c);
 
 /* The calls, counted; what has nothing to move, or nobody to move it to, does not reach the table.
  * Host buffers for self and MPI. Each waits unless t is given. */

@@ -349,10 +349,22 @@ static mt_err open_watch(struct mt_world *w) {
   return MT_OK;
 }
 
+static mt_err find_place_on_host(struct mt_world *w, const struct mt_comm *all) {
+  MPI_Comm host;
+  MT_TRY(mpi_check(
+      all, MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, w->rank, MPI_INFO_NULL, &host),
+      "start"));
+  mt_err err = mpi_check(all, MPI_Comm_rank(host, &w->local_rank), "start");
+  if (!err) err = mpi_check(all, MPI_Comm_size(host, &w->local_size), "start");
+  MPI_Comm_free(&host);
+  return err;
+}
+
 mt_err mt_world_open(struct mt_world *w, double timeout_s) {
   int threads, ended = 0;
   mt_err err;
-  *w = (struct mt_world){.size = 1, .timeout_s = timeout_s, .all = mt_comm_self("world")};
+  *w = (struct mt_world){
+      .size = 1, .local_size = 1, .timeout_s = timeout_s, .all = mt_comm_self("world")};
   if (!launched()) return MT_OK;
   struct mt_comm all = {.name = "world", .size = 1};
   MPI_Finalized(&ended);
@@ -362,6 +374,7 @@ mt_err mt_world_open(struct mt_world *w, double timeout_s) {
   MPI_Comm_set_errhandler(MPI_COMM_WORLD, MPI_ERRORS_RETURN);
   MT_GO(mpi_check(&all, MPI_Comm_rank(MPI_COMM_WORLD, &w->rank), "start"));
   MT_GO(mpi_check(&all, MPI_Comm_size(MPI_COMM_WORLD, &w->size), "start"));
+  MT_GO(find_place_on_host(w, &all));
   MT_GO(open_watch(w));
   struct mt_mesh flat = {
       .world = w->size, .dp = w->size, .ep = 1, .pp = 1, .rank = w->rank, .dp_rank = w->rank};
@@ -379,7 +392,7 @@ void mt_world_close(struct mt_world *w) {
     free(w->watch);
   }
   if (w->mpi) MPI_Finalize();
-  *w = (struct mt_world){.size = 1, .all = mt_comm_self("world")};
+  *w = (struct mt_world){.size = 1, .local_size = 1, .all = mt_comm_self("world")};
 }
 
 void mt_world_doing(struct mt_world *w, const char *what) {
@@ -402,7 +415,8 @@ void mt_world_abort(const struct mt_world *w, const char *message) {
 mt_err mt_world_open(struct mt_world *w, double timeout_s) {
   const char *size = getenv("OMPI_COMM_WORLD_SIZE");
   if (!size) size = getenv("PMI_SIZE");
-  *w = (struct mt_world){.size = 1, .timeout_s = timeout_s, .all = mt_comm_self("world")};
+  *w = (struct mt_world){
+      .size = 1, .local_size = 1, .timeout_s = timeout_s, .all = mt_comm_self("world")};
   if (!size || strtol(size, NULL, 10) <= 1) return MT_OK;
   return mt_fail(MT_EUNSUPPORTED,
                  "started on %s ranks, but this build has no MPI: install it "
@@ -411,7 +425,7 @@ mt_err mt_world_open(struct mt_world *w, double timeout_s) {
 }
 
 void mt_world_close(struct mt_world *w) {
-  *w = (struct mt_world){.size = 1, .all = mt_comm_self("world")};
+  *w = (struct mt_world){.size = 1, .local_size = 1, .all = mt_comm_self("world")};
 }
 
 void mt_world_doing(struct mt_world *w, const char *what) {

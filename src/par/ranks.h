@@ -9,25 +9,32 @@
 #define MT_PAR_RANKS_H
 
 #include "model/model.h"
+#include "par/sum.h"
 #include "par/world.h"
 
 struct mt_ranks {
   struct mt_world *world;
   struct mt_mesh mesh;
-  struct mt_comm comm[MT_GROUP_COUNT];
+  struct mt_comm comm[MT_GROUP_COUNT];    /* over the host's memory */
+  struct mt_comm gpu[MT_GROUP_COUNT];     /* over a GPU's, where the model is on one */
+  struct mt_comm *tensor[MT_GROUP_COUNT]; /* over the backend's: those of one or the other */
   struct mt_model *model;
   struct mt_tensor *views; /* room for the gradients that a norm reads */
-  void *parts;             /* what other ranks send of a bucket */
-  size_t parts_bytes;
+  struct mt_sum sum;
+  double *squares;         /* backend [1 + DP EP]: of this rank's parts, and of all ranks */
   int64_t bucket_elements; /* summed at a time, at most */
 };
 
 /* Communicators of every group of the mesh. Collective. Errors: MT_ECOMM, MT_ENOMEM;
  * MT_EUNSUPPORTED for a pipeline of several stages. */
 mt_err mt_ranks_open(struct mt_ranks *r, struct mt_world *world, const struct mt_mesh *mesh);
-/* Joins a model that was created with the mesh's shard: exchange and gradients. Errors: MT_ENOMEM;
- * MT_EUNSUPPORTED for a backend whose memory is not the host's. */
+/* Joins a model that was created with the mesh's shard: exchange and gradients; on a GPU, where
+ * communicators for its memory are made. *r stays where it is from then on. Collective. Errors:
+ * MT_ENOMEM, MT_ECOMM, MT_EUNSUPPORTED. */
 mt_err mt_ranks_join(struct mt_ranks *r, struct mt_model *m);
+/* Whether transfers between GPUs have failed that a step has waited for: to be asked once it is
+ * done and before its numbers are believed. Errors: MT_ECOMM. */
+mt_err mt_ranks_failed(struct mt_ranks *r);
 void mt_ranks_close(struct mt_ranks *r); /* before the model's end */
 
 /* What of the model this rank holds. */
@@ -41,7 +48,8 @@ mt_err mt_ranks_sum(struct mt_ranks *r, double *numbers, int n);
 mt_err mt_ranks_token(struct mt_ranks *r, int32_t *id);
 
 /* After the backward of a step's last pass: every gradient (=) its sum over the ranks that hold the
- * parameter, and *sumsq (=) the sum of squares of all gradients of the whole model. */
+ * parameter, and *sumsq (=, backend's memory) the sum of squares of all gradients of the whole
+ * model. The host does not wait for the backend. */
 mt_err mt_ranks_gradients(struct mt_ranks *r, double *sumsq);
 
 #endif

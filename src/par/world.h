@@ -8,6 +8,7 @@
 
 struct mt_world {
   int rank, size;
+  int local_rank, local_size; /* among those of this host */
   double timeout_s;
   bool mpi;
   struct mt_comm all;     /* everyone, before there is a mesh */

@@ -152,7 +152,7 @@ mt_err mt_eval_run(const struct mt_eval_options *o) {
     return mt_fail(MT_EINVAL, "eval takes either --data, or --ids with --dump-logits");
   }
   mt_err err = o->verify ? mt_checksums_demand(o->model) : MT_OK;
-  if (!err) err = mt_session_open(&s, o->model, &o->device, o->chat_template);
+  if (!err) err = mt_session_open(&s, o->model, &o->device, o->chat_template, o->world);
   err = mt_world_meet(o->world, err, NULL);
   if (!err) err = mt_session_join(&s, o->world, o->ep_size, o->pp_size);
   if (!err) err = o->data ? evaluate_file(&s, o) : logits_of_ids(&s, o);

@@ -66,7 +66,7 @@ mt_err mt_generate_run(const struct mt_generate_options *o) {
                                .token_capacity = MT_PREFILL_TOKENS,
                                .sequence_capacity = 1};
   mt_err err;
-  err = mt_session_open(&s, o->model, &o->device, o->chat_template);
+  err = mt_session_open(&s, o->model, &o->device, o->chat_template, o->world);
   MT_GO(mt_world_meet(o->world, err, NULL));
   MT_GO(mt_session_join(&s, o->world, o->ep_size, o->pp_size));
   MT_GO(mt_session_load(&s, &m, NULL));

@@ -15,6 +15,7 @@ struct mt_world;
 /* Where and in which format a command computes. */
 struct mt_device_options {
   const char *device;    /* "auto" (a GPU where there is one), "cpu", "cuda" */
+  int device_index;      /* which GPU, of those that are visible */
   const char *kernels;   /* of a GPU: "native", or "portable" (what every GPU from sm_80 on has) */
   const char *precision; /* name of a recipe; NULL: bf16 on a GPU, fp32 on the CPU */
   const char

@@ -4,6 +4,7 @@
 
 #include "base/log.h"
 #include "kernels/registry.h"
+#include "par/nccl.h"
 
 double mt_now_s(void) {
   struct timespec t;
@@ -11,10 +12,19 @@ double mt_now_s(void) {
   return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
+static bool on_gpu(const struct mt_device_options *o) {
+  return strcmp(o->device, "cuda") == 0 ||
+         (strcmp(o->device, "auto") == 0 && mt_cuda_device_count() > 0);
+}
+
+mt_err mt_device_of_rank(const struct mt_world *world, struct mt_device_options *o) {
+  if (!world || world->size == 1 || o->plan_only || !on_gpu(o)) return MT_OK;
+  return mt_world_gpu(world, mt_cuda_device_count(), &o->device_index);
+}
+
 mt_err mt_device_open(const struct mt_device_options *o, const struct mt_recipe **recipe,
                       struct mt_backend *be) {
-  bool cuda = strcmp(o->device, "cuda") == 0 ||
-              (strcmp(o->device, "auto") == 0 && mt_cuda_device_count() > 0);
+  bool cuda = on_gpu(o);
   const char *precision = o->precision ? o->precision : cuda ? "bf16" : "fp32";
   const char *states = o->optim_state ? o->optim_state : "fp32";
   *recipe = mt_recipe_choose(precision, states);
@@ -25,7 +35,7 @@ mt_err mt_device_open(const struct mt_device_options *o, const struct mt_recipe 
   if (!*recipe) return mt_fail(MT_EUNSUPPORTED, "no precision '%s'", precision);
   bool portable = strcmp(o->kernels, "portable") == 0;
   if (cuda && o->plan_only) return mt_backend_cuda_plan(be, portable);
-  if (cuda) return mt_backend_cuda_create(be, portable);
+  if (cuda) return mt_backend_cuda_create(be, portable, o->device_index);
   if ((*recipe)->act == MT_F64) return mt_backend_ref_create(be);
   return mt_backend_cpu_create(be, o->threads);
 }
@@ -52,7 +62,9 @@ bool mt_device_graphs(const struct mt_device_options *o) {
 }
 
 mt_err mt_session_open(struct mt_session *s, const char *model_dir,
-                       const struct mt_device_options *device, const char *chat_template) {
+                       const struct mt_device_options *device, const char *chat_template,
+                       const struct mt_world *world) {
+  struct mt_device_options here = *device;
   char path[MT_PATH_MAX];
   mt_err err;
   *s = (struct mt_session){0};
@@ -69,7 +81,8 @@ mt_err mt_session_open(struct mt_session *s, const char *model_dir,
   else
     MT_GO(mt_template_detect(model_dir, &s->chat));
   MT_GO(mt_device_skips(device, &s->skip_8bit));
-  MT_GO(mt_device_open(device, &s->recipe, &s->be));
+  MT_GO(mt_device_of_rank(world, &here));
+  MT_GO(mt_device_open(&here, &s->recipe, &s->be));
 done:
   if (err) mt_session_close(s);
   return err;

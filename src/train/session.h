@@ -26,6 +26,10 @@ struct mt_session {
 mt_err mt_device_open(const struct mt_device_options *o, const struct mt_recipe **recipe,
                       struct mt_backend *be);
 
+/* Before mt_device_open: of several ranks on a host (world, or NULL) each gets a GPU of its own.
+ * Errors: MT_EINVAL where there are too few. */
+mt_err mt_device_of_rank(const struct mt_world *world, struct mt_device_options *o);
+
 /* The parts that fp8_skip names, as mt_model_options has them. Errors: MT_EINVAL naming the part.
  */
 mt_err mt_device_skips(const struct mt_device_options *o, unsigned *skip_8bit);
@@ -34,9 +38,11 @@ mt_err mt_device_skips(const struct mt_device_options *o, unsigned *skip_8bit);
 bool mt_device_graphs(const struct mt_device_options *o);
 
 /* Checkpoint (weights not yet read), tokenizer and chat template (NULL: the checkpoint's), recipe
- * and backend. Errors: those of the rooms; a tokenizer with more ids than the model has rows. */
+ * and backend: of several ranks on a host (world, or NULL) each opens a GPU of its own. Errors:
+ * those of the rooms; a tokenizer with more ids than the model has rows; more ranks than GPUs. */
 mt_err mt_session_open(struct mt_session *s, const char *model_dir,
-                       const struct mt_device_options *device, const char *chat_template);
+                       const struct mt_device_options *device, const char *chat_template,
+                       const struct mt_world *world);
 /* The place of this process among the ranks of world (which may be NULL: alone), before anything of
  * the model is read. Collective. Errors: MT_EINVAL for sizes that do not go together;
  * MT_EUNSUPPORTED. */

@@ -138,6 +138,14 @@ static mt_err send_report(struct mt_step_queue *q, struct mt_step_slot *s) {
   return be->stamp(be, end_stamp(q, s));
 }
 
+/* Over ranks what is launched depends on how many rows come: nothing of it can be repeated. */
+static mt_err run_part(struct mt_step_queue *q, struct mt_graph_key key,
+                       mt_err (*launch)(void *context), struct part *part, bool *replayed) {
+  if (!q->ranks) return mt_graphs_run(&q->graphs, key, launch, part, replayed);
+  *replayed = false;
+  return launch(part);
+}
+
 static mt_err launch_all(struct mt_step_queue *q, struct mt_batch *const *micro, int micro_count,
                          int64_t *targets) {
   struct mt_step_slot *s = next_slot(q);
@@ -156,10 +164,10 @@ static mt_err launch_all(struct mt_step_queue *q, struct mt_batch *const *micro,
     part.pass.sum_squares &= !q->ranks; /* a sum over ranks comes behind */
     const struct mt_graph_key pass = {micro[i]->token_count, part.pass.accumulate, several};
     MT_TRY(mt_model_pass_load(q->model, &part.pass));
-    MT_TRY(mt_graphs_run(&q->graphs, pass, launch_pass, &part, &replayed));
+    MT_TRY(run_part(q, pass, launch_pass, &part, &replayed));
     r->replayed &= replayed;
   }
-  MT_TRY(mt_graphs_run(&q->graphs, update, launch_update, &part, &replayed));
+  MT_TRY(run_part(q, update, launch_update, &part, &replayed));
   r->replayed &= replayed;
   mt_model_say_summed(q->model, false);
   MT_TRY(mt_phase_end(q->model));
@@ -216,6 +224,7 @@ mt_err mt_step_take(struct mt_step_queue *q, struct mt_step_result *out) {
   q->taken++;
   q->replayed += r->replayed;
   struct mt_step_report *report = s->report;
+  if (q->ranks) MT_TRY(mt_ranks_failed(q->ranks));
   if (q->ranks) MT_TRY(sum_reports(q, report));
   for (int p = 0; p < MT_PHASE_COUNT; p++) r->phase_s[p] = 1e-9 * (double)report->clock.phase_ns[p];
   r->ms = seconds * 1e3;

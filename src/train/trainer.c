@@ -165,7 +165,8 @@ static mt_err open_optimizer(struct run *r) {
           (long long)r->total_steps, o->batch_size * o->grad_accum * mt_session_readers(&r->s),
           (double)r->total_steps / (double)per_epoch, (long long)o->warmup_steps, o->lr);
   MT_TRY(mt_optimizer_create(&r->optimizer, &r->s.model, &oo));
-  return mt_step_queue_create(&r->queue, &r->optimizer, mt_device_graphs(&o->device));
+  return mt_step_queue_create(&r->queue, &r->optimizer,
+                              mt_device_graphs(&o->device) && !r->s.ranks);
 }
 
 static struct mt_run_result result_so_far(struct run *r, const char *status) {
@@ -476,7 +477,7 @@ static mt_err open_session(struct run *r, char from[MT_PATH_MAX]) {
   MT_TRY(mt_world_meet(w, find_checkpoint(r, from), NULL));
   mt_world_patience(w, 0);
   if (w) MT_TRY(mt_comm_broadcast(&w->all, from, MT_PATH_MAX, 0));
-  mt_err err = mt_session_open(&r->s, *from ? from : o->model, &o->device, o->chat_template);
+  mt_err err = mt_session_open(&r->s, *from ? from : o->model, &o->device, o->chat_template, w);
   MT_TRY(mt_world_meet(w, err, NULL));
   MT_TRY(mt_session_join(&r->s, w, o->ep_size, o->pp_size));
   return r->s.world ? compare_models(r) : MT_OK;
@@ -564,7 +565,7 @@ static mt_err dry_run(struct run *r) {
   const struct mt_train_options *o = r->o;
   struct mt_device_options device = o->device;
   device.plan_only = true;
-  mt_err err = mt_session_open(&r->s, o->model, &device, o->chat_template);
+  mt_err err = mt_session_open(&r->s, o->model, &device, o->chat_template, o->world);
   MT_TRY(mt_world_meet(o->world, err, NULL));
   MT_TRY(mt_session_join(&r->s, o->world, o->ep_size, o->pp_size));
   return show_plan(r);

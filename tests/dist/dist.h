@@ -10,9 +10,14 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-#include "par/world.h"
+#include <string.h>
+
+#include "kernels/registry.h"
+#include "par/nccl.h"
 
 static struct mt_world world;
+/* Where the tests' tensors lie: a GPU's memory after on_gpu, else the host's. */
+static struct mt_backend dist_be;
 
 #define OK(call)                                                                                   \
   do {                                                                                             \
@@ -20,18 +25,67 @@ static struct mt_world world;
     if (ok_err_) fail_msg("rank %d: %s: %s", world.rank, #call, mt_error_message());               \
   } while (0)
 
+/* A group's communicators over the host's memory and over the backend's, which may be the same. */
+static inline void open_comms(const struct mt_mesh *m, enum mt_group group, struct mt_comm *host,
+                              struct mt_comm *c) {
+  OK(mt_world_group(&world, m, group, host));
+  if (dist_be.memory_used)
+    OK(mt_comm_device(host, &dist_be, c));
+  else
+    *c = *host;
+}
+
+static inline void close_comms(struct mt_comm *host, struct mt_comm *c) {
+  if (dist_be.memory_used) mt_comm_destroy(c);
+  mt_comm_destroy(host);
+}
+
+enum { DIST_SKIPPED = 77 };
+
+static inline bool on_gpu(void) {
+  int device;
+  if (mt_cuda_device_count() == 0) return false;
+  OK(mt_world_gpu(&world, mt_cuda_device_count(), &device));
+  OK(mt_backend_cuda_create(&dist_be, false, device));
+  return true;
+}
+
 /* A rank that fails brings the others down: they would wait for it. */
-#define DIST_MAIN(tests)                                                                           \
-  int main(void) {                                                                                 \
-    if (mt_world_open(&world, 60)) {                                                               \
-      fprintf(stderr, "%s\n", mt_error_message());                                                 \
-      return 1;                                                                                    \
-    }                                                                                              \
-    if (world.rank != 0 && !freopen("/dev/null", "w", stdout)) return 1;                           \
+#define DIST_RUN(tests)                                                                            \
+  do {                                                                                             \
+    if (getenv("MOETUNE_TEST")) cmocka_set_test_filter(getenv("MOETUNE_TEST"));                    \
     int failed = cmocka_run_group_tests(tests, NULL, NULL);                                        \
     if (failed) mt_world_abort(&world, "tests failed");                                            \
+    mt_backend_destroy(&dist_be);                                                                  \
     mt_world_close(&world);                                                                        \
     return failed;                                                                                 \
+  } while (0)
+
+static inline int dist_open(void) {
+  if (mt_world_open(&world, 60)) {
+    fprintf(stderr, "%s\n", mt_error_message());
+    return 1;
+  }
+  return world.rank != 0 && !freopen("/dev/null", "w", stdout);
+}
+
+#define DIST_MAIN(tests)                                                                           \
+  int main(void) {                                                                                 \
+    if (dist_open()) return 1;                                                                     \
+    OK(mt_backend_cpu_create(&dist_be, 1));                                                        \
+    DIST_RUN(tests);                                                                               \
+  }
+
+/* The same on GPUs, for programs that are skipped where there are none. */
+#define DIST_GPU_MAIN(tests)                                                                       \
+  int main(void) {                                                                                 \
+    if (dist_open()) return 1;                                                                     \
+    if (!on_gpu()) {                                                                               \
+      printf("skipped: no NVIDIA GPU is visible, or this build has no CUDA\n");                    \
+      mt_world_close(&world);                                                                      \
+      return DIST_SKIPPED;                                                                         \
+    }                                                                                              \
+    DIST_RUN(tests);                                                                               \
   }
 
 #endif

@@ -29,24 +29,28 @@ static inline void batch_of(struct small_batch *s, int vocab, int rank, int pass
 }
 
 struct run {
-  struct mt_backend be;
+  struct mt_backend *be, own;
   struct mt_model m;
 };
 
+/* On the GPU of `dist_be` where that is one. */
 static inline void open_run(struct run *r, const char *recipe, struct mt_model_options options,
                             const struct mt_config *c, const struct mt_shard *shard) {
   struct mt_params params;
-  OK(mt_backend_create(&r->be, strcmp(recipe, "fp64") == 0 ? "ref" : "cpu", 1));
+  memset(r, 0, sizeof *r);
+  r->be = dist_be.memory_used ? &dist_be : &r->own;
+  if (!dist_be.memory_used)
+    OK(mt_backend_create(&r->own, strcmp(recipe, "fp64") == 0 ? "ref" : "cpu", 1));
   OK(mt_params_build(c, shard, &params));
   if (!options.token_capacity) options.token_capacity = SMALL_TOKENS;
   if (!options.sequence_capacity) options.sequence_capacity = SMALL_SEQUENCES;
   if (shard) options.shard = *shard;
-  OK(mt_model_create(&r->m, c, &params, mt_recipe_find(recipe), &r->be, &options));
+  OK(mt_model_create(&r->m, c, &params, mt_recipe_find(recipe), r->be, &options));
 }
 
 static inline void close_run(struct run *r) {
   mt_model_destroy(&r->m);
-  mt_backend_destroy(&r->be);
+  mt_backend_destroy(&r->own);
 }
 
 /* The shard's slices of a whole model's weights. */
@@ -54,13 +58,29 @@ static inline void take_weights(struct run *to, const struct run *whole) {
   for (int i = 0; i < to->m.params.count; i++) {
     struct mt_param *p = &to->m.params.row[i];
     const struct mt_param *w = mt_params_find(&whole->m.params, p->kind, p->layer);
-    size_t skip = mt_bytes(&w->compute) / (size_t)w->dim[0] * (size_t)p->first;
-    memcpy(p->compute.data, (const char *)w->compute.data + skip, mt_bytes(&p->compute));
+    struct mt_tensor *form[] = {&p->compute, &p->master};
+    const struct mt_tensor *from[] = {&w->compute, &w->master};
+    for (int f = 0; f < 2; f++) {
+      if (!form[f]->data || (f == 1 && p->master.data == p->compute.data)) continue;
+      size_t skip = mt_bytes(from[f]) / (size_t)w->dim[0] * (size_t)p->first;
+      OK(to->be->copy(to->be, form[f]->data, (const char *)from[f]->data + skip,
+                      mt_bytes(form[f])));
+    }
   }
+  OK(to->be->sync(to->be));
 }
 
-static inline double at(const struct mt_tensor *t, int64_t i) {
-  return t->dtype == MT_F64 ? ((const double *)t->data)[i] : (double)((const float *)t->data)[i];
+/* A tensor's numbers; the caller's to free. */
+static inline double *values_of(const struct run *r, const struct mt_tensor *t) {
+  size_t n = (size_t)mt_count(t);
+  double *x = malloc(n * sizeof *x + 1);
+  void *raw = malloc(mt_bytes(t) + 1);
+  assert_non_null(x);
+  assert_non_null(raw);
+  OK(r->be->download(r->be, raw, t->data, mt_bytes(t)));
+  mt_dtype_convert(x, MT_F64, raw, t->dtype, n);
+  free(raw);
+  return x;
 }
 
 #endif

@@ -381,6 +381,69 @@ static void case_permute_plan(struct bench_case *c, const struct size *z, int ac
   expect_ints(c, "token_row", &p.token_row);
 }
 
+/* Senders of uneven amounts; some send nothing for an expert, some nothing at all, and what they
+ * count from is their own. `acc`: nobody sends anything. */
+static void case_arrival_plan(struct bench_case *c, const struct size *z, int acc) {
+  int ranks = z->r, wide = z->e + 1;
+  int32_t *v = own(c, (size_t)(ranks * wide) * sizeof *v);
+  int64_t rows = 0;
+  for (int i = 0; i < ranks; i++) {
+    v[i * wide] = 5 * i;
+    for (int e = 0; e < z->e; e++) {
+      int some = acc || (ranks > 2 && i == 1) ? 0 : (i * 5 + e * 3 + z->t) % 4 * (z->t / 3);
+      v[i * wide + e + 1] = v[i * wide + e] + some;
+      rows += some;
+    }
+  }
+  struct dual_ints sent = ints(c, ranks * wide, v), offsets = ints(c, wide, NULL);
+  struct dual_ints order = ints(c, rows + 3, NULL), back = ints(c, rows + 3, NULL);
+  ARGS(arrival_plan, N(rank_count, ranks); N(expert_count, z->e); N(row_count, rows);
+       dev.sent = sent.dev; ref.sent = sent.ref; dev.offsets = offsets.dev;
+       ref.offsets = offsets.ref; dev.order = order.dev; ref.order = order.ref; dev.back = back.dev;
+       ref.back = back.ref;)
+  RUN(arrival_plan);
+  expect_ints(c, "offsets", &offsets);
+  expect_ints(c, "order", &order);
+  expect_ints(c, "back", &back);
+}
+
+/* Records differ in the width of their statistics. */
+static void case_aux_join(struct bench_case *c, const struct size *z, int acc) {
+  int ranks = acc ? z->r : 1, n = z->e + 1;
+  struct dual sums = S("aux_sums", 'n', 1, n, 0, 0);
+  struct dual_ints count = ints(c, z->e, NULL), valid = ints(c, 1, NULL);
+  const enum mt_dtype stat[2] = {STAT, MT_F64};
+  char *record[2];
+  for (int s = 0; s < 2; s++) record[s] = own(c, (size_t)ranks * mt_aux_record_bytes(n, stat[s]));
+  for (int i = 0; i < ranks; i++) {
+    struct dual one = S("one", 'r', 1, n, 0, 0);
+    for (int s = 0; s < 2; s++) {
+      char *at = record[s] + (size_t)i * mt_aux_record_bytes(n, stat[s]);
+      mt_dtype_convert(at, stat[s], one.ref.data, MT_F64, (size_t)n);
+      int32_t *counts = (int32_t *)(void *)(at + (size_t)n * mt_dtype_bytes(stat[s]));
+      for (int k = 0; k < n; k++) counts[k] = i * 1000 + k * 7 + 1;
+    }
+  }
+  struct dual_value records =
+      dual_value(c, record[0], (size_t)ranks * mt_aux_record_bytes(n, stat[0]));
+  ARGS(aux_join, T(aux_sums, sums); N(rank_count, ranks); dev.records = records.dev;
+       ref.records = record[1]; dev.aux_count = count.dev; ref.aux_count = count.ref;
+       dev.valid_count = valid.dev; ref.valid_count = valid.ref;)
+  RUN(aux_join);
+  expect(c, &sums);
+  expect_ints(c, "aux_count", &count);
+  expect_ints(c, "valid_count", &valid);
+}
+
+/* `acc`: a width that 16 bytes do not divide. */
+static void case_parts_sum(struct bench_case *c, const struct size *z, int acc) {
+  int64_t n = (int64_t)z->h * z->f / 8 * 8 + (acc ? 3 : 0);
+  struct dual parts = G("parts", 'r', 1, z->r + 1, n, 0), out = G("out", 'n', 1, n, 0, 0);
+  ARGS(parts_sum, T(parts, parts); T(out, out);)
+  RUN(parts_sum);
+  expect(c, &out);
+}
+
 #define PLAN_ROWS   dev.row_source = p.row_source.dev, ref.row_source = p.row_source.ref
 #define PLAN_TOKENS dev.token_row = p.token_row.dev, ref.token_row = p.token_row.ref
 

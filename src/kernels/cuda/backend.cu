@@ -144,6 +144,13 @@ static mt_err zero(struct mt_backend *be, void *p, size_t size_bytes) {
   return mt_cuda_check(cudaMemsetAsync(p, 0, size_bytes, mt_cuda_of(be)->stream), "zero");
 }
 
+static mt_err copy(struct mt_backend *be, void *dst, const void *src, size_t size_bytes) {
+  if (size_bytes == 0) return MT_OK;
+  return mt_cuda_check(
+      cudaMemcpyAsync(dst, src, size_bytes, cudaMemcpyDeviceToDevice, mt_cuda_of(be)->stream),
+      "copy");
+}
+
 static mt_err sync_stream(struct mt_backend *be) {
   return mt_cuda_check(cudaStreamSynchronize(mt_cuda_of(be)->stream), "waiting for the GPU");
 }
@@ -307,6 +314,8 @@ static mt_err open_device(struct mt_backend *be, struct mt_cuda *c, int device) 
   }
   MT_TRY(mt_cuda_check(cudaStreamCreateWithFlags(&c->stream, cudaStreamNonBlocking),
                        "making a stream"));
+  be->stream = c->stream;
+  be->device = device;
   MT_TRY(open_ring(c));
   if (cublasLtCreate(&c->lt) != CUBLAS_STATUS_SUCCESS) {
     return mt_fail(MT_EDEVICE, "cuBLASLt cannot be started");
@@ -322,16 +331,20 @@ extern "C" mt_err mt_backend_cuda_plan(struct mt_backend *be, bool portable) {
   return MT_OK;
 }
 
-extern "C" mt_err mt_backend_cuda_create(struct mt_backend *be, bool portable) {
+extern "C" mt_err mt_backend_cuda_create(struct mt_backend *be, bool portable, int device) {
   MT_TRY(mt_backend_cuda_plan(be, portable));
   mt_err err = MT_OK;
-  if (mt_cuda_device_count() == 0) return mt_fail(MT_EUNSUPPORTED, "no NVIDIA GPU is visible");
+  int count = mt_cuda_device_count();
+  if (count == 0) return mt_fail(MT_EUNSUPPORTED, "no NVIDIA GPU is visible");
+  if (device < 0 || device >= count) {
+    return mt_fail(MT_EUNSUPPORTED, "there is no GPU %d: %d are visible", device, count);
+  }
   struct mt_cuda *c = (struct mt_cuda *)calloc(1, sizeof *c);
   if (!c) return mt_fail(MT_ENOMEM, "cuda backend");
   be->impl = c;
   be->destroy = destroy;
   c->portable = portable;
-  MT_GO(open_device(be, c, 0));
+  MT_GO(open_device(be, c, device));
 #define X(op) be->ops.op = named_##op;
   MT_OP_LIST(X)
 #undef X
@@ -340,6 +353,7 @@ extern "C" mt_err mt_backend_cuda_create(struct mt_backend *be, bool portable) {
   be->upload = upload;
   be->download = download;
   be->zero = zero;
+  be->copy = copy;
   be->sync = sync_stream;
   be->stamp = stamp;
   be->stamp_read = stamp_read;

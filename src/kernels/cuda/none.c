@@ -13,7 +13,8 @@ mt_err mt_backend_cuda_plan(struct mt_backend *be, bool portable) {
   return mt_fail(MT_EUNSUPPORTED, "this build has no CUDA (build with `make CUDA=1`)");
 }
 
-mt_err mt_backend_cuda_create(struct mt_backend *be, bool portable) {
+mt_err mt_backend_cuda_create(struct mt_backend *be, bool portable, int device) {
+  (void)device;
   return mt_backend_cuda_plan(be, portable);
 }
 

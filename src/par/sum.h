@@ -1,0 +1,39 @@
+/* Sums over the ranks of a group: an exchange of parts, each rank's addition of its part in the
+ * order of ranks, and a gathering of the results. It costs the bytes of a ring, and the bits do not
+ * depend on what the library below does. */
+#ifndef MT_PAR_SUM_H
+#define MT_PAR_SUM_H
+
+#include "backend/device.h"
+#include "par/comm.h"
+
+/* Room for what other ranks send, in the backend's memory; it grows. */
+struct mt_sum {
+  struct mt_backend *be;
+  void *parts;
+  size_t parts_bytes;
+  int64_t *numbers; /* host [4][numbers_size] */
+  int numbers_size;
+};
+
+/* What a rank's part of a bucket is a multiple of. */
+enum { MT_SUM_PART = 64 };
+
+/* n elements cut for the members of a group: parts of equal size, but that the last ones may be
+ * smaller or empty. Member i's are [start[i], start[i] + count[i]). */
+void mt_sum_cut(int64_t n, int ranks, int64_t *count, int64_t *start);
+
+/* n elements at grad (=, backend's memory) become the sums over the group, in float32 or better,
+ * rounded once. This rank has added up [*own, *own + *owned). With one member nothing is done and
+ * all is its own. scatter alone leaves the other elements as they were, gather brings them. c
+ * carries the backend's memory; its stream sees the results. Errors: MT_ENOMEM, MT_ECOMM. */
+mt_err mt_sum_bucket(struct mt_sum *s, struct mt_comm *c, void *grad, enum mt_dtype dtype,
+                     int64_t n, int64_t *own, int64_t *owned);
+mt_err mt_sum_scatter(struct mt_sum *s, struct mt_comm *c, void *grad, enum mt_dtype dtype,
+                      int64_t n, int64_t *own, int64_t *owned);
+mt_err mt_sum_gather(struct mt_sum *s, struct mt_comm *c, void *grad, enum mt_dtype dtype,
+                     int64_t n);
+
+void mt_sum_free(struct mt_sum *s); /* safe on a zeroed one */
+
+#endif

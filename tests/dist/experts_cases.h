@@ -1,0 +1,215 @@
+/* Experts over ranks: each rank with a batch of its own, against one rank that takes all batches
+ * one after another. Losses, gradients of dense parameters (summed over ranks) and of experts. */
+#ifndef TESTS_DIST_EXPERTS_CASES_H
+#define TESTS_DIST_EXPERTS_CASES_H
+
+#include "dist/sharded.h"
+#include "par/exchange.h"
+
+enum { PASSES = 2 };
+
+/* Relative L2 of mine against all's, from `first` on. */
+static double off_by(const double *whole, const double *mine, int64_t first, int64_t n) {
+  double d = 0, norm = 0;
+  for (int64_t i = 0; i < n; i++) {
+    double want = whole[first + i];
+    d += (mine[i] - want) * (mine[i] - want);
+    norm += want * want;
+  }
+  return sqrt(d) / (sqrt(norm) + 1e-12);
+}
+
+/* A gradient, summed over the members of c in their order. */
+static double *summed(struct mt_comm *c, const struct run *r, const struct mt_param *p) {
+  int64_t n = mt_param_count(p), start[16], count[16];
+  double *all = calloc((size_t)(n * c->size), sizeof *all), *mine = values_of(r, &p->grad);
+  assert_non_null(all);
+  for (int i = 0; i < c->size; i++) count[i] = n, start[i] = i * n;
+  memcpy(all + c->rank * n, mine, (size_t)n * sizeof *mine);
+  free(mine);
+  OK(mt_comm_all_gather(c, all, (struct mt_parts){count, start}, sizeof *all, NULL));
+  for (int i = 1; i < c->size; i++) {
+    for (int64_t k = 0; k < n; k++) all[k] += all[i * n + k];
+  }
+  return all;
+}
+
+/* The passes of all readers in one model. The auxiliary loss joins the batches of one pass, so here
+ * it is left out. */
+static double alone(struct run *whole, int readers) {
+  struct mt_loss loss;
+  double sum = 0;
+  for (int pass = 0; pass < PASSES; pass++) {
+    for (int r = 0; r < readers; r++) {
+      struct small_batch b;
+      batch_of(&b, whole->m.config.vocab, r, pass);
+      struct mt_pass p = {.batch = &b.b, .loss_scale = 0.05, .accumulate = pass + r > 0};
+      OK(mt_model_train_pass(&whole->m, &p, &loss));
+      sum += loss.cross_entropy_sum;
+    }
+  }
+  return sum;
+}
+
+static double worst; /* of all comparisons so far */
+
+static void compare(const struct run *mine, const struct run *whole, struct mt_comm *data,
+                    struct mt_comm *dense, double bound) {
+  for (int i = 0; i < mine->m.params.count; i++) {
+    const struct mt_param *p = &mine->m.params.row[i];
+    const struct mt_param *w = mt_params_find(&whole->m.params, p->kind, p->layer);
+    double *g = summed(p->sync == MT_SYNC_EXPERT ? data : dense, mine, p);
+    double *want = values_of(whole, &w->grad);
+    int64_t n = mt_param_count(p);
+    double off = off_by(want, g, p->first * (mt_param_count(w) / w->dim[0]), n);
+    if (off > worst) worst = off;
+    if (!(off <= bound)) fail_msg("rank %d: %s is off by %.2g", world.rank, p->name, off);
+    free(g);
+    free(want);
+  }
+}
+
+/* Every logit the same: all tokens go to the first experts, and ranks but the first get no row. */
+static void route_to_the_first(struct run *r) {
+  for (int i = 0; i < r->m.params.count; i++) {
+    struct mt_param *p = &r->m.params.row[i];
+    if (p->kind != MT_PARAM_ROUTER) continue;
+    OK(r->be->zero(r->be, p->compute.data, mt_bytes(&p->compute)));
+    if (p->master.data) OK(r->be->zero(r->be, p->master.data, mt_bytes(&p->master)));
+  }
+}
+
+enum lot { USUAL, LOPSIDED, ONE_EXPERT_EACH };
+
+static void gradients_equal_to_one(const char *recipe, struct mt_model_options options, int ep,
+                                   enum lot lot, double bound, double loss_bound) {
+  struct mt_config c = config();
+  if (lot == ONE_EXPERT_EACH) c.experts = ep;
+  struct mt_mesh mesh;
+  struct mt_comm host_expert, expert, data, dense, tensor_dense;
+  OK(mt_mesh_make(&c, world.size, world.rank, ep, 1, &mesh));
+  open_comms(&mesh, MT_GROUP_EXPERT, &host_expert, &expert);
+  open_comms(&mesh, MT_GROUP_DENSE, &dense, &tensor_dense);
+  OK(mt_world_group(&world, &mesh, MT_GROUP_DATA, &data));
+  struct mt_shard shard = {(int)mesh.expert_begin, (int)mesh.expert_end};
+  struct run whole, mine;
+  open_run(&whole, recipe, options, &c, NULL);
+  small_weights(&whole.m, 3);
+  if (lot == LOPSIDED) route_to_the_first(&whole);
+  open_run(&mine, recipe, options, &c, &shard);
+  take_weights(&mine, &whole);
+  OK(mt_exchange_over(&mine.m, &expert, &tensor_dense));
+  double want = alone(&whole, mesh.dp * mesh.ep), got = 0;
+  for (int pass = 0; pass < PASSES; pass++) {
+    struct small_batch b;
+    struct mt_loss loss;
+    batch_of(&b, c.vocab, mt_mesh_reader(&mesh), pass);
+    struct mt_pass p = {.batch = &b.b, .loss_scale = 0.05, .accumulate = pass > 0};
+    OK(mt_model_train_pass(&mine.m, &p, &loss));
+    got += loss.cross_entropy_sum;
+  }
+  double sums[16];
+  int64_t start[16], count[16];
+  for (int r = 0; r < dense.size; r++) start[r] = r, count[r] = 1;
+  sums[dense.rank] = got;
+  OK(mt_comm_all_gather(&dense, sums, (struct mt_parts){count, start}, sizeof *sums, NULL));
+  got = 0;
+  for (int r = 0; r < dense.size; r++) got += sums[r];
+  if (!(fabs(got - want) <= loss_bound * fabs(want)))
+    fail_msg("loss %.12g, alone %.12g", got, want);
+  compare(&mine, &whole, &data, &dense, bound);
+  mt_exchange_close(&mine.m);
+  close_run(&mine);
+  close_run(&whole);
+  close_comms(&host_expert, &expert);
+  close_comms(&dense, &tensor_dense);
+  mt_comm_destroy(&data);
+}
+
+static const struct mt_model_options expert_ways[] = {
+    {.experts = MT_EXPERTS_GROUPED, .blocks = MT_BLOCKS_FUSED, .training = true},
+    {.experts = MT_EXPERTS_GROUPED,
+     .blocks = MT_BLOCKS_UNFUSED,
+     .recompute = MT_RECOMPUTE_MLP,
+     .training = true},
+    {.experts = MT_EXPERTS_LOOP, .blocks = MT_BLOCKS_FUSED, .training = true},
+    {.experts = MT_EXPERTS_LOOP,
+     .blocks = MT_BLOCKS_UNFUSED,
+     .recompute = MT_RECOMPUTE_FULL,
+     .training = true},
+};
+
+/* loop_bound: of the loop over experts, which on one rank weighs outputs and over ranks hidden
+ * activations, so that other numbers are rounded. */
+static void gradients_on_every_mesh(const char *recipe, double bound, double loop_bound,
+                                    double loss_bound) {
+  struct mt_config c = config();
+  for (int ep = 1; ep <= world.size; ep++) {
+    if (world.size % ep != 0 || EXPERTS % ep != 0) continue;
+    for (size_t i = 0; i < sizeof expert_ways / sizeof *expert_ways; i++)
+      gradients_equal_to_one(recipe, expert_ways[i], ep, USUAL,
+                             expert_ways[i].experts == MT_EXPERTS_LOOP ? loop_bound : bound,
+                             loss_bound);
+    gradients_equal_to_one(recipe, expert_ways[0], ep, LOPSIDED, bound, loss_bound);
+    if (ep >= c.top_k)
+      gradients_equal_to_one(recipe, expert_ways[0], ep, ONE_EXPERT_EACH, bound, loss_bound);
+  }
+}
+
+/* The auxiliary loss and its gradient do not depend on who holds which tokens: every rank has the
+ * same one, and it is that of all batches as one. */
+static void auxiliary_loss_is_of_all(const char *recipe, double bound) {
+  struct mt_config c = config();
+  struct mt_mesh mesh;
+  struct mt_comm host_expert, expert, host_dense, dense;
+  if (world.size > EXPERTS || EXPERTS % world.size != 0) skip();
+  OK(mt_mesh_make(&c, world.size, world.rank, world.size, 1, &mesh));
+  open_comms(&mesh, MT_GROUP_EXPERT, &host_expert, &expert);
+  open_comms(&mesh, MT_GROUP_DENSE, &host_dense, &dense);
+  struct mt_shard shard = {(int)mesh.expert_begin, (int)mesh.expert_end};
+  struct mt_model_options o = expert_ways[0];
+  o.aux_coef = 0.1;
+  o.z_coef = 0.05;
+  struct run whole, mine;
+  open_run(&whole, recipe, o, &c, NULL);
+  small_weights(&whole.m, 3);
+  open_run(&mine, recipe, o, &c, &shard);
+  take_weights(&mine, &whole);
+  OK(mt_exchange_over(&mine.m, &expert, &dense));
+  /* By hand, from what the layers of one model count in each batch. */
+  double prob[EXPERTS] = {0}, want = 0, z = 0;
+  int64_t chosen[EXPERTS] = {0}, tokens = 0;
+  struct mt_loss loss;
+  struct small_batch b;
+  for (int r = 0; r < world.size; r++) {
+    batch_of(&b, c.vocab, r, 0);
+    OK(mt_model_eval_pass(&whole.m, &b.b, &loss));
+    int32_t count[EXPERTS];
+    double *sums = values_of(&whole, &whole.m.acts.aux_prob);
+    OK(whole.be->download(whole.be, count, whole.m.acts.aux_count, sizeof count));
+    for (int e = 0; e < EXPERTS; e++) {
+      prob[e] += sums[e];
+      chosen[e] += count[e];
+    }
+    free(sums);
+    double *one = values_of(&whole, &whole.m.acts.z_sum);
+    z += *one;
+    free(one);
+    tokens += b.b.valid_count * c.layers;
+  }
+  for (int e = 0; e < EXPERTS; e++) {
+    want += EXPERTS * ((double)chosen[e] / (double)tokens) * (prob[e] / (double)tokens);
+  }
+  batch_of(&b, c.vocab, mt_mesh_reader(&mesh), 0);
+  OK(mt_model_eval_pass(&mine.m, &b.b, &loss));
+  if (!(fabs(loss.aux - want) <= bound * want)) fail_msg("aux %.15g, not %.15g", loss.aux, want);
+  z /= (double)tokens;
+  if (!(fabs(loss.z - z) <= bound * z)) fail_msg("z-loss %.15g, not %.15g", loss.z, z);
+  mt_exchange_close(&mine.m);
+  close_run(&mine);
+  close_run(&whole);
+  close_comms(&host_expert, &expert);
+  close_comms(&host_dense, &dense);
+}
+
+#endif

@@ -1,0 +1,81 @@
+/* Ranks on GPUs: every call of their communicators, experts over ranks and steps, over NCCL where
+ * each rank has a GPU, and over its substitute where they share one (MOETUNE_SHARED_GPU=1). */
+#include "dist/comm_cases.h"
+#include "dist/experts_cases.h"
+#include "dist/steps_cases.h"
+
+/* bf16 against bf16: what a row gives does not depend on where it is worked out, sums over rows do.
+ */
+static void gradients(void **state) {
+  (void)state;
+  gradients_on_every_mesh("fp32", 1e-5, 1e-5, 1e-6);
+  print_message("  fp32: off by %.1e at most\n", worst);
+  worst = 0;
+  gradients_on_every_mesh("bf16", 2e-2, 0.1, 3e-3);
+  print_message("  bf16: off by %.1e at most\n", worst);
+}
+
+static void auxiliary_loss(void **state) {
+  (void)state;
+  auxiliary_loss_is_of_all("fp32", 1e-5);
+  auxiliary_loss_is_of_all("bf16", 1e-2);
+}
+
+static void steps_float32(void **state) {
+  (void)state;
+  steps_on_every_mesh("fp32", (struct near){1e-5, 1e-4, 5e-3, false});
+  print_message("  off by %.1e of what moved, at most\n", worst_step);
+}
+
+static void steps_bf16(void **state) {
+  (void)state;
+  worst_step = 0;
+  steps_on_every_mesh("bf16", (struct near){5e-3, 0.25, 0.3, false});
+  print_message("  off by %.1e of what moved, at most\n", worst_step);
+}
+
+#ifdef MOETUNE_WITH_CUDA
+#include "par/nccl_api.h"
+
+/* NCCL by itself, where this rank is alone: what it sends to itself in a group arrives. */
+static void nccl_is_called_as_it_wants(void **state) {
+  (void)state;
+  enum { N = 1 << 20 };
+  struct mt_nccl_api api;
+  struct mt_nccl_id id;
+  mt_nccl_comm comm;
+  if (world.size > 1 || mt_nccl_shared()) skip();
+  if (mt_nccl_load(&api)) skip(); /* no NCCL on this machine */
+  struct both from = both(N, 0x5a), to = both(N, 0);
+  there(from);
+  there(to);
+  OK(dist_be.sync(&dist_be));
+  assert_int_equal(api.GetUniqueId(&id), MT_NCCL_SUCCESS);
+  assert_int_equal(api.CommInitRank(&comm, 1, id, 0), MT_NCCL_SUCCESS);
+  assert_int_equal(api.GroupStart(), MT_NCCL_SUCCESS);
+  assert_int_equal(api.Send(from.dev, N, MT_NCCL_BYTES, 0, comm, dist_be.stream), MT_NCCL_SUCCESS);
+  assert_int_equal(api.Recv(to.dev, N, MT_NCCL_BYTES, 0, comm, dist_be.stream), MT_NCCL_SUCCESS);
+  assert_int_equal(api.GroupEnd(), MT_NCCL_SUCCESS);
+  here(to);
+  assert_memory_equal(to.host, from.host, N);
+  int error = -1;
+  assert_int_equal(api.CommGetAsyncError(comm, &error), MT_NCCL_SUCCESS);
+  assert_int_equal(error, MT_NCCL_SUCCESS);
+  assert_int_equal(api.CommDestroy(comm), MT_NCCL_SUCCESS);
+  done_with(from);
+  done_with(to);
+}
+#else
+static void nccl_is_called_as_it_wants(void **state) {
+  (void)state;
+  skip();
+}
+#endif
+
+static const struct CMUnitTest tests[] = {cmocka_unit_test(nccl_is_called_as_it_wants),
+                                          cmocka_unit_test(gradients),
+                                          cmocka_unit_test(auxiliary_loss),
+                                          cmocka_unit_test(steps_float32),
+                                          cmocka_unit_test(steps_bf16),
+                                          COMM_CASES};
+DIST_GPU_MAIN(tests)

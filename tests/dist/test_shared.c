@@ -1,0 +1,81 @@
+/* The communicators of GPUs over NCCL's substitute, where no GPU is: src/par/nccl.c and
+ * nccl_shared.c compiled against tests/fake_cuda, on a backend of the host that says that its
+ * memory is a device's. */
+#include "dist/experts_cases.h"
+#include "dist/comm_cases.h"
+#include "dist/steps_cases.h"
+
+#include <cuda.h>
+#include <sched.h>
+#include <stdatomic.h>
+
+/* A stream that does things at once waits at once, as the callers' thread. */
+static CUresult wait_value(CUstream stream, CUdeviceptr at, cuuint32_t least, unsigned flags) {
+  _Atomic uint32_t *counter = (_Atomic uint32_t *)at;
+  (void)stream, (void)flags;
+  while ((int32_t)(atomic_load(counter) - least) < 0) sched_yield();
+  return CUDA_SUCCESS;
+}
+
+static CUresult write_value(CUstream stream, CUdeviceptr at, cuuint32_t value, unsigned flags) {
+  (void)stream, (void)flags;
+  atomic_store((_Atomic uint32_t *)at, value);
+  return CUDA_SUCCESS;
+}
+
+cudaError_t cudaGetDriverEntryPointByVersion(const char *name, void **fn, unsigned version,
+                                             unsigned long long flags,
+                                             enum cudaDriverEntryPointQueryResult *found) {
+  (void)version, (void)flags;
+  *found = cudaDriverEntryPointSuccess;
+  if (strcmp(name, "cuStreamWaitValue32") == 0)
+    *(CUresult(**)(CUstream, CUdeviceptr, cuuint32_t, unsigned))fn = wait_value;
+  else
+    *(CUresult(**)(CUstream, CUdeviceptr, cuuint32_t, unsigned))fn = write_value;
+  return cudaSuccess;
+}
+
+static size_t some_memory(const struct mt_backend *be) {
+  (void)be;
+  return 1;
+}
+
+static void gradients_float32(void **state) {
+  (void)state;
+  gradients_on_every_mesh("fp32", 2e-5, 2e-5, 2e-5);
+}
+
+static void auxiliary_loss_float32(void **state) {
+  (void)state;
+  auxiliary_loss_is_of_all("fp32", 1e-6);
+}
+
+static void steps_float32(void **state) {
+  (void)state;
+  steps_on_every_mesh("fp32", (struct near){1e-5, 1e-5, 1e-4, true});
+}
+
+static void ranks_need_gpus_of_their_own(void **state) {
+  (void)state;
+  struct mt_world w = {.rank = 9, .size = 12, .local_rank = 3, .local_size = 6};
+  int device;
+  OK(mt_world_gpu(&w, 6, &device));
+  assert_int_equal(device, 3);
+  OK(mt_world_gpu(&w, 2, &device));
+  assert_int_equal(device, 1);
+  assert_int_equal(unsetenv("MOETUNE_SHARED_GPU"), 0);
+  assert_int_equal(mt_world_gpu(&w, 2, &device), MT_EINVAL);
+  assert_non_null(strstr(mt_error_message(), "6 ranks on a host of 2 GPUs"));
+  assert_int_equal(setenv("MOETUNE_SHARED_GPU", "1", 1), 0);
+}
+
+static const struct CMUnitTest tests[] = {
+    COMM_CASES, cmocka_unit_test(gradients_float32), cmocka_unit_test(auxiliary_loss_float32),
+    cmocka_unit_test(steps_float32), cmocka_unit_test(ranks_need_gpus_of_their_own)};
+
+int main(void) {
+  if (setenv("MOETUNE_SHARED_GPU", "1", 1) != 0 || dist_open()) return 1;
+  OK(mt_backend_cpu_create(&dist_be, 1));
+  dist_be.memory_used = some_memory;
+  DIST_RUN(tests);
+}
