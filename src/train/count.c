@@ -109,7 +109,9 @@ static mt_err reorder(struct mt_backend *be, struct mt_tensor from, struct mt_te
   return be->ops.dispatch_fwd(be, &(struct mt_dispatch_fwd_args){.x = from, .top_k = 1, .xs = to});
 }
 
-static mt_err exchange_plan(struct mt_exchange *x, struct mt_backend *be, struct mt_route *route) {
+static mt_err exchange_plan(struct mt_exchange *x, struct mt_backend *be, struct mt_route *route,
+                            const struct mt_tensor *tokens) {
+  (void)tokens;
   struct counter *c = counter_of(x);
   route->row_count = c->rows;
   c->expert_count = route->expert_count;

@@ -48,7 +48,7 @@ static void open_run(struct run *r, const char *states) {
                                      .optim_state = states};
   struct mt_loader_options l = {
       .batch_size = 2, .micro_batches = 1, .max_seq_length = 48, .seed = 1, .world = 1};
-  OK(mt_session_open(&r->s, MT_SOURCE_DIR "/models/tiny", &device, NULL));
+  OK(mt_session_open(&r->s, MT_SOURCE_DIR "/models/tiny", &device, NULL, NULL));
   struct mt_dataset_options d = {.path = MT_SOURCE_DIR "/data/jargon.train.jsonl",
                                  .chat = r->s.chat,
                                  .max_seq_length = l.max_seq_length,
