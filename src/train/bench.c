@@ -31,13 +31,9 @@ static mt_err random_model(struct mt_model *m, struct mt_backend *be,
                                 .training = true,
                                 .token_capacity = tokens,
                                 .sequence_capacity = o->batch_size};
-  struct mt_params params;
   for (int l = 0; l < o->layers && l < MT_MAX_LAYERS; l++) c.layer[l].renormalize = true;
   MT_TRY(mt_device_skips(&o->device, &mo.skip_8bit));
-  MT_TRY(mt_config_check(&c));
-  MT_TRY(mt_params_build(&c, NULL, &params));
-  MT_TRY(mt_model_create(m, &c, &params, recipe, be, &mo));
-  return mt_random_weights(m, o->seed);
+  return mt_random_model(m, &c, recipe, be, &mo, o->seed);
 }
 
 /* Further steps with every operation timed. */

@@ -30,7 +30,8 @@ void mt_yardstick_free(struct mt_yardstick *y) {
   }
 }
 
-mt_err mt_yardstick_make(struct mt_yardstick *y, struct mt_backend *be, const struct mt_recipe *recipe) {
+mt_err mt_yardstick_make(struct mt_yardstick *y, struct mt_backend *be,
+                         const struct mt_recipe *recipe) {
   *y = (struct mt_yardstick){.be = be, .n = mt_bench_on_gpu(be) ? 8192 : 2048};
   enum mt_dtype dtype = mt_bench_on_gpu(be) ? recipe->act : MT_F32;
   struct mt_tensor *t[] = {&y->a, &y->b, &y->c};
@@ -115,6 +116,19 @@ mt_err mt_random_weights(struct mt_model *m, uint64_t seed) {
   return err;
 }
 
+mt_err mt_random_model(struct mt_model *m, const struct mt_config *c,
+                       const struct mt_recipe *recipe, struct mt_backend *be,
+                       const struct mt_model_options *options, uint64_t seed) {
+  struct mt_params params;
+  MT_TRY(mt_config_check(c));
+  MT_TRY(mt_params_build(c, NULL, &params));
+  mt_err err = mt_model_create(m, c, &params, recipe, be, options);
+  if (!err) err = mt_random_weights(m, seed);
+  if (err && m->be) mt_model_destroy(m);
+  mt_params_free(&params);
+  return err;
+}
+
 mt_err mt_random_batch(struct mt_batch *b, int samples, int length, int vocab, uint64_t seed) {
   struct mt_rng rng = mt_rng_make(seed, 1u << 20);
   int n = length;
@@ -128,8 +142,7 @@ mt_err mt_random_batch(struct mt_batch *b, int samples, int length, int vocab, u
   MT_GO(mt_batch_create(b, samples * n, samples));
   mt_batch_begin(b);
   for (int s = 0; s < samples; s++) {
-    for (int i = 0; i < n; i++)
-      ids[i] = (int32_t)mt_rng_below(&rng, (uint32_t)vocab), learn[i] = 1;
+    for (int i = 0; i < n; i++) ids[i] = (int32_t)mt_rng_below(&rng, (uint32_t)vocab), learn[i] = 1;
     MT_GO(mt_batch_add(b, &(struct mt_sample){ids, learn, n, s + 1}));
   }
 done:
@@ -137,4 +150,3 @@ done:
   free(learn);
   return err;
 }
-

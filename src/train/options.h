@@ -161,4 +161,28 @@ struct mt_bench_options {
   bool json; /* one JSON object on stdout instead of lines */
 };
 
+/* `moetune plan`: what training would take on a mesh, or on every mesh of so many GPUs. */
+struct mt_plan_options {
+  const char *path; /* a checkpoint's directory, or a config.json under any name */
+  int gpus;         /* ranks */
+  int ep_size, pp_size, zero, recompute;
+  bool fixed_ep, fixed_pp, fixed_zero, fixed_recompute; /* given: a list leaves no choice there */
+  int micro_batches;                                    /* of a rank and step */
+  int batch_size, max_seq_length;
+  uint64_t memory_bytes;  /* of a GPU; 0: one mesh, the one that is given */
+  uint64_t reserve_bytes; /* of it, for what is beside the plan */
+  struct mt_device_options device;
+  int experts, blocks;
+  struct mt_string_list freeze;
+  double imbalance;    /* rows of the fullest rank over the mean */
+  const char *machine; /* "h100", "h200", "b300", or "this": measured */
+  double flops, copy_bytes, link_bytes, network_bytes; /* a second; 0: the machine's */
+  int host_gpus;                                       /* of a host; 0: the machine's */
+  double overlap; /* share of what travels that is hidden behind computing */
+  int rows;       /* of a list, to show */
+  int sweep;      /* up to so many ranks; 0: none */
+  const char *svg;
+  bool json;
+};
+
 #endif

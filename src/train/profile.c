@@ -12,10 +12,6 @@ enum {
 #undef X
 };
 
-struct work {
-  double flops, bytes;
-};
-
 static double b(struct mt_tensor t) {
   return t.data ? (double)mt_bytes(&t) : 0;
 }
@@ -29,11 +25,11 @@ static double acc(struct mt_tensor t, int accumulate) {
   return b(t) * (accumulate ? 2 : 1);
 }
 
-#define WORK(op) static struct work work_##op(const struct mt_##op##_args *a, double length)
+#define WORK(op) static struct mt_work work_##op(const struct mt_##op##_args *a, double length)
 #define MEMORY(op, total)                                                                          \
   WORK(op) {                                                                                       \
     (void)length;                                                                                  \
-    return (struct work){0, total};                                                                \
+    return (struct mt_work){0, total};                                                             \
   }
 
 MEMORY(embed_fwd, 2 * b(a->out))
@@ -58,17 +54,17 @@ MEMORY(swiglu_bwd, b(a->dh) + b(a->gate_up) + b(a->dgate_up) + b(a->h))
 
 WORK(linear_fwd) {
   (void)length;
-  return (struct work){2 * n(a->x) * (double)a->y.dim[1], b(a->x) + b(a->w) + b(a->y)};
+  return (struct mt_work){2 * n(a->x) * (double)a->y.dim[1], b(a->x) + b(a->w) + b(a->y)};
 }
 WORK(linear_dgrad) {
   (void)length;
-  return (struct work){2 * n(a->dy) * (double)a->dx.dim[1],
-                       b(a->dy) + b(a->w) + acc(a->dx, a->accumulate)};
+  return (struct mt_work){2 * n(a->dy) * (double)a->dx.dim[1],
+                          b(a->dy) + b(a->w) + acc(a->dx, a->accumulate)};
 }
 WORK(linear_wgrad) {
   (void)length;
-  return (struct work){2 * n(a->dy) * (double)a->x.dim[1],
-                       b(a->dy) + b(a->x) + acc(a->dw, a->accumulate)};
+  return (struct mt_work){2 * n(a->dy) * (double)a->x.dim[1],
+                          b(a->dy) + b(a->x) + acc(a->dw, a->accumulate)};
 }
 /* An 8-bit operand's copies, without its scales. */
 static double q(struct mt_qtensor t) {
@@ -101,47 +97,47 @@ WORK(qlinear_wgrad) {
 }
 WORK(experts_up_fwd) {
   (void)length;
-  return (struct work){2 * n(a->x) * (double)a->gate_up.dim[1],
-                       b(a->x) + b(a->w) + b(a->gate_up) + b(a->h)};
+  return (struct mt_work){2 * n(a->x) * (double)a->gate_up.dim[1],
+                          b(a->x) + b(a->w) + b(a->gate_up) + b(a->h)};
 }
 WORK(experts_down_dgrad) {
   (void)length;
-  return (struct work){2 * n(a->dy) * (double)a->h.dim[1],
-                       b(a->dy) + b(a->w) + b(a->gate_up) + b(a->dgate_up) + b(a->h)};
+  return (struct mt_work){2 * n(a->dy) * (double)a->h.dim[1],
+                          b(a->dy) + b(a->w) + b(a->gate_up) + b(a->dgate_up) + b(a->h)};
 }
 WORK(router_fwd) {
   (void)length;
-  return (struct work){2 * n(a->x) * (double)a->w.dim[0], b(a->x) + b(a->w) + b(a->logits)};
+  return (struct mt_work){2 * n(a->x) * (double)a->w.dim[0], b(a->x) + b(a->w) + b(a->logits)};
 }
 WORK(router_bwd) {
   (void)length;
-  return (struct work){4 * n(a->x) * (double)a->w.dim[0],
-                       b(a->x) + acc(a->dx, a->accumulate_dx) + 2 * b(a->dlogits)};
+  return (struct mt_work){4 * n(a->x) * (double)a->w.dim[0],
+                          b(a->x) + acc(a->dx, a->accumulate_dx) + 2 * b(a->dlogits)};
 }
 WORK(head_loss) {
   (void)length;
   double pass = 2 * n(a->x) * (double)a->w.dim[0];
-  return (struct work){pass * (a->dx.data ? 3 : 1),
-                       b(a->x) + b(a->w) + b(a->dx) + acc(a->dw, a->accumulate)};
+  return (struct mt_work){pass * (a->dx.data ? 3 : 1),
+                          b(a->x) + b(a->w) + b(a->dx) + acc(a->dw, a->accumulate)};
 }
 /* Two products forward and five backward, of half the square (docs/math.md counts four backward).
  */
 WORK(attention_fwd) {
-  return (struct work){4 * n(a->out) * length / 2, b(a->qkv) + b(a->out)};
+  return (struct mt_work){4 * n(a->out) * length / 2, b(a->qkv) + b(a->out)};
 }
 WORK(attention_bwd) {
-  return (struct work){10 * n(a->fwd.out) * length / 2,
-                       b(a->fwd.qkv) + 2 * b(a->fwd.out) + b(a->dqkv)};
+  return (struct mt_work){10 * n(a->fwd.out) * length / 2,
+                          b(a->fwd.qkv) + 2 * b(a->fwd.out) + b(a->dqkv)};
 }
 WORK(sumsq) {
   (void)length;
-  struct work w = {0};
+  struct mt_work w = {0};
   for (int i = 0; i < a->tensor_count; i++) w.bytes += b(a->tensors[i]);
   return w;
 }
 WORK(adamw) {
   (void)length;
-  struct work w = {0};
+  struct mt_work w = {0};
   for (int i = 0; i < a->segment_count; i++) {
     const struct mt_adamw_segment *s = &a->segments[i];
     w.bytes += b(s->grad) + 2 * (b(s->master) + b(s->m) + b(s->v)) + b(s->compute);
@@ -164,7 +160,7 @@ static mt_err before(struct mt_profile *p) {
   return p->be->stamp(p->be, FIRST_STAMP + 2 * p->pending_count);
 }
 
-static mt_err after(struct mt_profile *p, int op, struct work w) {
+static mt_err after(struct mt_profile *p, int op, struct mt_work w) {
   struct mt_profile_row *r = &p->row[op];
   r->flops += w.flops;
   r->bytes += w.bytes;
@@ -187,6 +183,31 @@ void mt_profile_begin(struct mt_profile *p, struct mt_backend *be, double sequen
   *p = (struct mt_profile){.be = be, .inner = be->ops, .sequence_length = sequence_length};
   be->profile = p;
 #define X(op) be->ops.op = timed_##op;
+  MT_OP_LIST(X)
+#undef X
+}
+
+#define X(op)                                                                                      \
+  static mt_err counted_##op(struct mt_backend *be, const struct mt_##op##_args *a) {              \
+    struct mt_profile *p = be->profile;                                                            \
+    struct mt_profile_row *r = &p->row[OP_##op];                                                   \
+    struct mt_work w = work_##op(a, p->sequence_length);                                           \
+    r->calls++;                                                                                    \
+    r->flops += w.flops;                                                                           \
+    r->bytes += w.bytes;                                                                           \
+    r->seconds += p->seconds(p->context, OP_##op, w);                                              \
+    return MT_OK;                                                                                  \
+  }
+MT_OP_LIST(X)
+#undef X
+
+void mt_profile_count(struct mt_profile *p, struct mt_backend *be, double sequence_length,
+                      double (*seconds)(const void *context, int op, struct mt_work work),
+                      const void *context) {
+  *p = (struct mt_profile){
+      .be = be, .sequence_length = sequence_length, .seconds = seconds, .context = context};
+  be->profile = p;
+#define X(op) be->ops.op = counted_##op;
   MT_OP_LIST(X)
 #undef X
 }

@@ -19,10 +19,18 @@ struct mt_profile_row {
   int64_t calls;
 };
 
+/* What a call does: FLOPs of its products, bytes of its operands, each once. */
+struct mt_work {
+  double flops, bytes;
+};
+
 struct mt_profile {
   struct mt_backend *be;
   struct mt_ops inner;
   double sequence_length; /* of every sample, for attention's FLOPs */
+  /* Of operations that are counted and not run. */
+  double (*seconds)(const void *context, int op, struct mt_work work);
+  const void *context;
   struct mt_profile_row row[MT_PROFILE_OPS];
   signed char pending[MT_STAMPS / 4]; /* operation of each pair of marks not yet read */
   int pending_count;
@@ -32,6 +40,12 @@ struct mt_profile {
 void mt_profile_begin(struct mt_profile *p, struct mt_backend *be, double sequence_length);
 /* Reads what is pending and gives be its own operations back. */
 mt_err mt_profile_end(struct mt_profile *p);
+
+/* Fills be's table with operations that run nothing and touch no memory: each call is counted in
+ * p's rows with the work it would do, and takes what `seconds` says (op: as in mt_op_name). */
+void mt_profile_count(struct mt_profile *p, struct mt_backend *be, double sequence_length,
+                      double (*seconds)(const void *context, int op, struct mt_work work),
+                      const void *context);
 
 /* What the machine can do, measured: FLOP a second of a large product, bytes a second of a copy. */
 struct mt_ceilings {

@@ -1,0 +1,392 @@
+/* One mesh: its fullest stage's memory, its slowest stage's time, and what travels. */
+#include "train/plan.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "data/dataset.h"
+#include "hf/checkpoint.h"
+#include "kernels/registry.h"
+#include "train/session.h"
+
+/* Gradients summed at a time, and what a rank's part of them is a multiple of: par/ranks.c. */
+enum { BUCKET_ELEMENTS = 8 << 20, PART_ELEMENTS = 64 };
+
+/* Forms of a stage's parameters of one sync class, in bytes as they lie in the arenas. */
+struct class_bytes {
+  size_t compute, master, grad, states;
+};
+
+struct stage {
+  struct class_bytes dense, expert;
+  size_t activations, rows_bytes; /* of all micro-batches under way */
+  struct mt_count count;
+};
+
+/* What was counted of meshes of one shape; ZeRO and the number of ranks only divide it. */
+struct mt_planner_entry {
+  int ep, pp, recompute, sets; /* sets: micro-batches under way in the first stage */
+  struct stage first, last;
+};
+
+static bool wants_cuda(const struct mt_plan_options *o) {
+  if (strcmp(o->device.device, "auto") != 0) return strcmp(o->device.device, "cuda") == 0;
+  return strcmp(o->machine, "this") != 0 || mt_cuda_device_count() > 0;
+}
+
+/* The backend whose workspaces are planned. A machine of the table has GPUs, whatever is here. */
+static mt_err open_backend(struct mt_planner *p) {
+  struct mt_device_options d = p->options->device;
+  d.plan_only = true;
+  d.device = wants_cuda(p->options) ? "cuda" : "cpu";
+  mt_err err = mt_device_open(&d, &p->recipe, &p->be);
+  if (err != MT_EUNSUPPORTED || strcmp(p->options->device.device, "cuda") == 0 || !p->recipe)
+    return err;
+  const struct mt_recipe *recipe = p->recipe;
+  d.device = "cpu";
+  d.precision = recipe->precision;
+  p->backend_differs = true;
+  return mt_device_open(&d, &p->recipe, &p->be);
+}
+
+static struct mt_model_options model_options(const struct mt_planner *p) {
+  const struct mt_plan_options *o = p->options;
+  return (struct mt_model_options){.experts = (enum mt_experts_strategy)o->experts,
+                                   .blocks = (enum mt_blocks_strategy)o->blocks,
+                                   .recompute = (enum mt_recompute)o->recompute,
+                                   .training = true,
+                                   .token_capacity = p->token_capacity,
+                                   .sequence_capacity = o->batch_size};
+}
+
+static mt_err open_machine(struct mt_planner *p) {
+  const struct mt_plan_options *o = p->options;
+  enum { CPU_TOKENS = 1024, GPU_TOKENS = 16384 };
+  struct mt_machine *m = &p->machine;
+  if (strcmp(o->machine, "this") != 0) {
+    MT_TRY(mt_machine_find(o->machine, m));
+  } else {
+    struct mt_model_options mo = model_options(p);
+    int64_t tokens = (int64_t)o->batch_size * o->max_seq_length;
+    int64_t most = wants_cuda(o) ? GPU_TOKENS : CPU_TOKENS;
+    MT_TRY(mt_machine_measure(&p->config, &o->device, &mo, tokens < most ? tokens : most,
+                              o->max_seq_length, m));
+  }
+  if (o->flops > 0) m->bf16_flops = m->fp32_flops = m->fp8_flops = o->flops;
+  if (o->copy_bytes > 0) m->copy_bytes = o->copy_bytes;
+  if (o->link_bytes > 0) m->link_bytes = o->link_bytes;
+  if (o->network_bytes > 0) m->network_bytes = o->network_bytes;
+  if (o->host_gpus > 0) m->host_ranks = o->host_gpus;
+  return MT_OK;
+}
+
+mt_err mt_planner_open(struct mt_planner *p, const struct mt_plan_options *o) {
+  *p = (struct mt_planner){.options = o};
+  MT_TRY(mt_path_is_dir(o->path) ? mt_hf_config_load(o->path, &p->config, NULL)
+                                 : mt_hf_config_load_file(o->path, &p->config, NULL));
+  MT_TRY(open_backend(p));
+  struct mt_loader_options l = {.batch_size = o->batch_size,
+                                .max_seq_length = o->max_seq_length,
+                                .pad_multiple = p->recipe->pad_multiple};
+  p->token_capacity = mt_loader_token_capacity(&l);
+  if (p->token_capacity < 0) return mt_fail(MT_EINVAL, "batch-size x max-seq-length is too large");
+  return open_machine(p);
+}
+
+void mt_planner_close(struct mt_planner *p) {
+  mt_backend_destroy(&p->be);
+  free(p->seen);
+  *p = (struct mt_planner){0};
+}
+
+/* The rows of a stage, `copies` of its layers one behind another, numbered from 0. Embedding and
+ * head come along for every stage (the passes look for them) unless `here` says only what is held.
+ */
+static bool held(const struct mt_mesh *m, const struct mt_config *c, enum mt_param_kind kind) {
+  bool first = m->pp_rank == 0, last = m->pp_rank == m->pp - 1;
+  if (kind == MT_PARAM_EMBED) return first || (last && c->tied_head);
+  if (kind == MT_PARAM_HEAD || kind == MT_PARAM_FINAL_NORM) return last;
+  return true;
+}
+
+static mt_err stage_rows(const struct mt_mesh *m, const struct mt_config *c,
+                         const struct mt_params *all, int copies, bool here,
+                         struct mt_params *out) {
+  int layers = (int)(m->layer_end - m->layer_begin);
+  *out = (struct mt_params){0};
+  out->row = calloc((size_t)all->count * (size_t)copies, sizeof *out->row);
+  if (!out->row) return mt_fail(MT_ENOMEM, "%d parameters", all->count);
+  for (int k = 0; k < copies; k++) {
+    for (int i = 0; i < all->count; i++) {
+      struct mt_param row = all->row[i];
+      if (row.layer < 0 && (k > 0 || (here && !held(m, c, row.kind)))) continue;
+      if (row.layer >= 0 && (row.layer < m->layer_begin || row.layer >= m->layer_end)) continue;
+      if (row.layer >= 0) row.layer += k * layers - (int)m->layer_begin;
+      out->row[out->count++] = row;
+    }
+  }
+  return MT_OK;
+}
+
+static void keep_class(struct mt_params *p, enum mt_sync sync) {
+  int n = 0;
+  for (int i = 0; i < p->count; i++) {
+    if (p->row[i].sync == sync) p->row[n++] = p->row[i];
+  }
+  p->count = n;
+}
+
+/* By the model's own layout of rows of this class alone, and again without what learning adds. */
+static mt_err class_of(struct mt_planner *p, const struct mt_config *c,
+                       const struct mt_params *rows, const struct mt_model_options *o,
+                       enum mt_sync sync, struct class_bytes *out) {
+  struct mt_params some = {.count = rows->count};
+  struct mt_memory all, frozen;
+  mt_err err;
+  some.row = calloc((size_t)rows->count + 1, sizeof *some.row);
+  if (!some.row) return mt_fail(MT_ENOMEM, "%d parameters", rows->count);
+  memcpy(some.row, rows->row, (size_t)rows->count * sizeof *some.row);
+  keep_class(&some, sync);
+  MT_GO(mt_model_plan(c, &some, p->recipe, &p->be, o, &all));
+  for (int i = 0; i < some.count; i++) some.row[i].learns = false;
+  MT_GO(mt_model_plan(c, &some, p->recipe, &p->be, o, &frozen));
+  *out = (struct class_bytes){.compute = frozen.parameters,
+                              .master = all.parameters - frozen.parameters,
+                              .grad = all.gradients,
+                              .states = all.optimizer};
+done:
+  mt_params_free(&some);
+  return err;
+}
+
+/* A stage is a model of its layers; several micro-batches under way are kept as one would be in as
+ * many layers. */
+static mt_err count_stage(struct mt_planner *p, const struct mt_mesh *m, int recompute,
+                          int sets, const struct mt_params *all, struct stage *out) {
+  const struct mt_plan_options *o = p->options;
+  struct mt_config c = p->config;
+  struct mt_params here = {0}, stage = {0}, copies = {0};
+  struct mt_count_options co = {.config = &c,
+                                .recipe = p->recipe,
+                                .backend = &p->be,
+                                .model = model_options(p),
+                                .machine = &p->machine,
+                                .sequence_length = o->max_seq_length};
+  struct mt_count kept;
+  mt_err err;
+  c.layers = (int)(m->layer_end - m->layer_begin);
+  co.model.recompute = (enum mt_recompute)recompute;
+  co.model.shard = (struct mt_shard){(int)m->expert_begin, (int)m->expert_end};
+  co.rows = (int64_t)ceil((double)(p->token_capacity * c.top_k) * o->imbalance);
+  MT_GO(stage_rows(m, &c, all, 1, true, &here));
+  MT_GO(class_of(p, &c, &here, &co.model, MT_SYNC_DENSE, &out->dense));
+  MT_GO(class_of(p, &c, &here, &co.model, MT_SYNC_EXPERT, &out->expert));
+  MT_GO(stage_rows(m, &c, all, 1, false, &stage));
+  co.params = &stage;
+  MT_GO(mt_count_step(&co, &out->count, NULL));
+  kept = out->count;
+  if (sets > 1) {
+    MT_GO(stage_rows(m, &c, all, sets, false, &copies));
+    c.layers *= sets;
+    co.params = &copies;
+    MT_GO(mt_count_step(&co, &kept, NULL));
+  }
+  out->activations = kept.arenas.activations;
+  out->rows_bytes = kept.rows_bytes;
+done:
+  mt_params_free(&here);
+  mt_params_free(&stage);
+  mt_params_free(&copies);
+  return err;
+}
+
+static mt_err count_stages(struct mt_planner *p, struct mt_planner_entry *e) {
+  const struct mt_plan_options *o = p->options;
+  struct mt_params all = {0};
+  struct mt_mesh m;
+  mt_err err;
+  MT_TRY(mt_mesh_make(&p->config, e->ep * e->pp, 0, e->ep, e->pp, &m));
+  struct mt_shard shard = {(int)m.expert_begin, (int)m.expert_end};
+  MT_GO(mt_params_build(&p->config, &shard, &all));
+  MT_GO(mt_hf_freeze(&p->config, &all, o->freeze.item, o->freeze.count));
+  MT_GO(count_stage(p, &m, e->recompute, e->sets, &all, &e->first));
+  m = mt_mesh_of(&m, &p->config, e->ep * (e->pp - 1));
+  e->last = e->first;
+  if (e->pp > 1) MT_GO(count_stage(p, &m, e->recompute, 1, &all, &e->last));
+done:
+  mt_params_free(&all);
+  return err;
+}
+
+static mt_err entry_of(struct mt_planner *p, const struct mt_plan *plan,
+                       struct mt_planner_entry *out) {
+  struct mt_planner_entry e = {.ep = plan->ep,
+                               .pp = plan->pp,
+                               .recompute = plan->recompute,
+                               .sets = plan->micro < plan->pp ? plan->micro : plan->pp};
+  for (int i = 0; i < p->seen_count; i++) {
+    const struct mt_planner_entry *s = &p->seen[i];
+    if (s->ep == e.ep && s->pp == e.pp && s->recompute == e.recompute && s->sets == e.sets) {
+      *out = *s;
+      return MT_OK;
+    }
+  }
+  MT_TRY(count_stages(p, &e));
+  void *grown = realloc(p->seen, (size_t)(p->seen_count + 1) * sizeof *p->seen);
+  if (!grown) return mt_fail(MT_ENOMEM, "%d meshes", p->seen_count + 1);
+  p->seen = grown;
+  p->seen[p->seen_count++] = *out = e;
+  return MT_OK;
+}
+
+/* What the fullest of `ranks` keeps of bytes that are shared out among them. */
+static size_t share(size_t bytes, enum mt_dtype dtype, int ranks) {
+  size_t item = mt_dtype_bytes(dtype), n = bytes / item, r = (size_t)ranks;
+  size_t each = ((n + r - 1) / r + PART_ELEMENTS - 1) / PART_ELEMENTS * PART_ELEMENTS;
+  return ranks > 1 && each * item < bytes ? each * item : bytes;
+}
+
+/* --zero: 1 shares out moments and master weights among the ranks that hold the parameter, 2 the
+ * gradients too. Weights that are their own master stay. */
+static void add_class(struct mt_plan_memory *m, const struct class_bytes *b,
+                      const struct mt_recipe *r, int zero, int ranks) {
+  m->parameters += b->compute + share(b->master, r->state, zero >= 1 ? ranks : 1);
+  m->gradients += share(b->grad, r->grad, zero >= 2 ? ranks : 1);
+  m->optimizer += 2 * share(b->states / 2, r->state, zero >= 1 ? ranks : 1);
+}
+
+/* The parts of a bucket that arrive to be added up (par/ranks.c). */
+static size_t sums_bytes(const struct class_bytes *b, const struct mt_recipe *r, int ranks) {
+  size_t item = mt_dtype_bytes(r->grad), n = b->grad / item;
+  if (n > BUCKET_ELEMENTS) n = BUCKET_ELEMENTS;
+  return ranks > 1 ? share(n * item, r->grad, ranks) * (size_t)ranks : 0;
+}
+
+static struct mt_plan_memory memory_of(const struct mt_planner *p, const struct mt_plan *plan,
+                                       const struct stage *s) {
+  struct mt_plan_memory m = {.activations = s->activations, .exchange = s->rows_bytes};
+  int readers = plan->dp * plan->ep;
+  size_t d = sums_bytes(&s->dense, p->recipe, readers),
+         x = sums_bytes(&s->expert, p->recipe, plan->dp);
+  add_class(&m, &s->dense, p->recipe, plan->zero, readers);
+  add_class(&m, &s->expert, p->recipe, plan->zero, plan->dp);
+  m.sums = d > x ? d : x;
+  m.total = m.parameters + m.gradients + m.optimizer + m.activations + m.exchange + m.sums;
+  return m;
+}
+
+/* The share of a sum's bytes that leave a rank for others: all that is not its own. */
+static double leaving(int ranks) {
+  return (double)(ranks - 1) / ranks;
+}
+
+static double sum_traffic(const struct class_bytes *b, const struct mt_plan *plan, int ranks) {
+  double g = (double)b->grad, once = leaving(ranks);
+  if (plan->zero == 0) return 2 * once * g;
+  /* Parts go to their owners (of sharded gradients each micro-batch's), new weights come back. */
+  return once * (g * (plan->zero == 2 ? plan->micro : 1) + (double)b->compute);
+}
+
+static struct mt_plan_traffic traffic_of(const struct mt_planner *p, const struct mt_plan *plan,
+                                         const struct mt_planner_entry *e, int layers) {
+  const struct mt_config *c = &p->config;
+  double passes = plan->micro, tokens = (double)p->token_capacity;
+  double act = (double)mt_dtype_bytes(p->recipe->act);
+  double stat = (double)mt_dtype_bytes(p->recipe->stat);
+  double rows = tokens * c->top_k * leaving(plan->ep) * layers * passes;
+  double record = ceil((c->experts * (stat + 4) + 4) / 8) * 8;
+  double stream = tokens * c->hidden * act * passes;
+  struct mt_plan_traffic t = {
+      .counts = 4.0 * c->experts * leaving(plan->ep) * layers * passes,
+      .tokens = 4 * rows * c->hidden * act,
+      .probabilities = 2 * rows * stat,
+      .auxiliary = (plan->dp * plan->ep - 1) * record * passes,
+      .dense = sum_traffic(&e->first.dense, plan, plan->dp * plan->ep),
+      .experts = sum_traffic(&e->first.expert, plan, plan->dp),
+      .stages = plan->pp > 2   ? 2 * stream
+                : plan->pp > 1 ? stream
+                               : 0,
+  };
+  return t;
+}
+
+/* Seconds for bytes that leave a rank for `ranks - 1` others, a stride apart, in so many calls: to
+ * those of its host and to others at a time. */
+static double travel(const struct mt_machine *m, double bytes, int ranks, int stride,
+                     double calls) {
+  if (ranks < 2) return 0;
+  int local = m->host_ranks / stride;
+  if (local < 1) local = 1;
+  if (local > ranks) local = ranks;
+  double near = bytes * (local - 1) / (ranks - 1), far = bytes - near;
+  double slower = fmax(near / m->link_bytes, far / m->network_bytes);
+  return slower + calls * (m->call_s + (ranks - 1) * m->peer_s);
+}
+
+static double bucket_count(const struct class_bytes *b, const struct mt_recipe *r) {
+  return ceil((double)b->grad / (double)mt_dtype_bytes(r->grad) / BUCKET_ELEMENTS);
+}
+
+/* What runs once a step beside the passes: sums, their additions, the update. */
+static void step_end(const struct mt_planner *p, const struct mt_planner_entry *e,
+                     struct mt_plan *plan) {
+  const struct mt_machine *m = &p->machine;
+  const struct class_bytes *d = &e->first.dense, *x = &e->first.expert;
+  int readers = plan->dp * plan->ep;
+  double again = plan->zero == 2 ? plan->micro : 1;
+  double added = (readers > 1 ? (double)d->grad : 0) + (plan->dp > 1 ? (double)x->grad : 0);
+  double sums =
+      travel(m, plan->sent.dense, readers, 1, 2 * again * bucket_count(d, p->recipe)) +
+      travel(m, plan->sent.experts, plan->dp, plan->ep, 2 * again * bucket_count(x, p->recipe)) +
+      again * added / m->copy_bytes;
+  plan->time.sums = sums * (1 - p->options->overlap);
+  double part = 1; /* of the update that is this rank's */
+  if (plan->zero >= 1) {
+    double ds = (double)d->states, xs = (double)x->states;
+    part = (ds / readers + xs / plan->dp) / fmax(ds + xs, 1);
+  }
+  plan->time.update = e->first.count.update_s * part;
+}
+
+static void times_of(const struct mt_planner *p, const struct mt_planner_entry *e,
+                     struct mt_plan *plan, int layers) {
+  const struct mt_machine *m = &p->machine;
+  const struct mt_count *f = &e->first.count, *l = &e->last.count;
+  const struct mt_plan_traffic *sent = &plan->sent;
+  double passes = plan->micro, calls = 7.0 * layers * passes;
+  double ends = plan->pp > 1 ? fmax(0, l->first_s - (f->first_s - f->ends_s)) : f->ends_s;
+  double slot =
+      ((f->first_s - f->ends_s + ends) + (passes - 1) * (f->more_s - f->ends_s + ends)) / passes;
+  double exchange =
+      travel(m, sent->counts + sent->tokens + sent->probabilities, plan->ep, 1, calls) +
+      travel(m, sent->auxiliary, plan->dp * plan->ep, 1, passes);
+  double messages = travel(m, sent->stages, plan->pp > 1 ? 2 : 1, plan->dp * plan->ep, 2 * passes);
+  plan->time.compute = slot * passes;
+  plan->time.exchange = (exchange + messages) * (1 - p->options->overlap);
+  step_end(p, e, plan);
+  plan->time.bubble = (plan->time.compute + plan->time.exchange) / passes * (plan->pp - 1);
+  plan->time.step = plan->time.compute + plan->time.exchange + plan->time.bubble + plan->time.sums +
+                    plan->time.update;
+}
+
+mt_err mt_plan_mesh(struct mt_planner *p, struct mt_plan *plan) {
+  struct mt_planner_entry e;
+  struct mt_mesh mesh;
+  const struct mt_plan_options *o = p->options;
+  MT_TRY(mt_mesh_make(&p->config, plan->gpus, 0, plan->ep, plan->pp, &mesh));
+  plan->dp = mesh.dp;
+  MT_TRY(entry_of(p, plan, &e));
+  int layers = (int)(mesh.layer_end - mesh.layer_begin);
+  plan->memory = memory_of(p, plan, &e.first);
+  struct mt_plan_memory last = memory_of(p, plan, &e.last);
+  if (last.total > plan->memory.total) plan->memory = last;
+  plan->fits = !o->memory_bytes || (plan->memory.total <= o->memory_bytes &&
+                                    o->reserve_bytes <= o->memory_bytes - plan->memory.total);
+  plan->sent = traffic_of(p, plan, &e, layers);
+  times_of(p, &e, plan, layers);
+  plan->tokens = (double)o->batch_size * o->max_seq_length * plan->micro * mt_mesh_readers(&mesh);
+  plan->model_flops =
+      plan->tokens * mt_model_flops_per_token(&p->config, (double)o->max_seq_length);
+  return MT_OK;
+}
