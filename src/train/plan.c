@@ -16,6 +16,7 @@ enum { BUCKET_ELEMENTS = 8 << 20, PART_ELEMENTS = 64 };
 /* Forms of a stage's parameters of one sync class, in bytes as they lie in the arenas. */
 struct class_bytes {
   size_t compute, master, grad, states;
+  size_t summed; /* of grad: to the end of the last one, without what its place is rounded up by */
 };
 
 struct stage {
@@ -149,12 +150,17 @@ static mt_err class_of(struct mt_planner *p, const struct mt_config *c,
   memcpy(some.row, rows->row, (size_t)rows->count * sizeof *some.row);
   keep_class(&some, sync);
   MT_GO(mt_model_plan(c, &some, p->recipe, &p->be, o, &all));
+  *out =
+      (struct class_bytes){.grad = all.gradients, .states = all.optimizer, .summed = all.gradients};
+  for (int i = 0; i < some.count; i++) {
+    if (!some.row[i].learns) continue;
+    size_t last = (size_t)mt_param_count(&some.row[i]) * mt_dtype_bytes(p->recipe->grad);
+    out->summed = all.gradients - (MT_ARENA_ALIGN - last % MT_ARENA_ALIGN) % MT_ARENA_ALIGN;
+  }
   for (int i = 0; i < some.count; i++) some.row[i].learns = false;
   MT_GO(mt_model_plan(c, &some, p->recipe, &p->be, o, &frozen));
-  *out = (struct class_bytes){.compute = frozen.parameters,
-                              .master = all.parameters - frozen.parameters,
-                              .grad = all.gradients,
-                              .states = all.optimizer};
+  out->compute = frozen.parameters;
+  out->master = all.parameters - frozen.parameters;
 done:
   mt_params_free(&some);
   return err;
@@ -162,8 +168,8 @@ done:
 
 /* A stage is a model of its layers; several micro-batches under way are kept as one would be in as
  * many layers. */
-static mt_err count_stage(struct mt_planner *p, const struct mt_mesh *m, int recompute,
-                          int sets, const struct mt_params *all, struct stage *out) {
+static mt_err count_stage(struct mt_planner *p, const struct mt_mesh *m, int recompute, int sets,
+                          const struct mt_params *all, struct stage *out) {
   const struct mt_plan_options *o = p->options;
   struct mt_config c = p->config;
   struct mt_params here = {0}, stage = {0}, copies = {0};
@@ -258,7 +264,7 @@ static void add_class(struct mt_plan_memory *m, const struct class_bytes *b,
 
 /* The parts of a bucket that arrive to be added up (par/ranks.c). */
 static size_t sums_bytes(const struct class_bytes *b, const struct mt_recipe *r, int ranks) {
-  size_t item = mt_dtype_bytes(r->grad), n = b->grad / item;
+  size_t item = mt_dtype_bytes(r->grad), n = b->summed / item;
   if (n > BUCKET_ELEMENTS) n = BUCKET_ELEMENTS;
   return ranks > 1 ? share(n * item, r->grad, ranks) * (size_t)ranks : 0;
 }
@@ -282,7 +288,7 @@ static double leaving(int ranks) {
 }
 
 static double sum_traffic(const struct class_bytes *b, const struct mt_plan *plan, int ranks) {
-  double g = (double)b->grad, once = leaving(ranks);
+  double g = (double)b->summed, once = leaving(ranks);
   if (plan->zero == 0) return 2 * once * g;
   /* Parts go to their owners (of sharded gradients each micro-batch's), new weights come back. */
   return once * (g * (plan->zero == 2 ? plan->micro : 1) + (double)b->compute);
@@ -325,7 +331,7 @@ static double travel(const struct mt_machine *m, double bytes, int ranks, int st
 }
 
 static double bucket_count(const struct class_bytes *b, const struct mt_recipe *r) {
-  return ceil((double)b->grad / (double)mt_dtype_bytes(r->grad) / BUCKET_ELEMENTS);
+  return ceil((double)b->summed / (double)mt_dtype_bytes(r->grad) / BUCKET_ELEMENTS);
 }
 
 /* What runs once a step beside the passes: sums, their additions, the update. */

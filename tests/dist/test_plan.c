@@ -1,0 +1,166 @@
+/* A plan against real steps over ranks: memory to the byte, also of what grows, and bytes sent,
+ * from the communicators' counters. Every token goes to every expert, so rows are shared evenly. */
+#include "dist/sharded.h"
+#include "data/dataset.h"
+#include "temp_dir.h"
+#include "train/bench.h"
+#include "train/plan.h"
+#include "train/step.h"
+
+enum { MICRO = 2, ALL_EXPERTS = 12, SAMPLES = 4, LENGTH = 8 };
+
+static const char text[] =
+    "{\"model_type\":\"mixtral\",\"hidden_size\":24,\"intermediate_size\":10,"
+    "\"num_hidden_layers\":3,\"num_attention_heads\":4,\"num_key_value_heads\":2,\"head_dim\":6,"
+    "\"num_local_experts\":12,\"num_experts_per_tok\":12,\"vocab_size\":19,"
+    "\"rms_norm_eps\":1e-5,\"rope_theta\":100.0,\"output_router_logits\":true,"
+    "\"router_aux_loss_coef\":0.1}";
+
+/* What the backend has given out. */
+static struct {
+  mt_err (*alloc)(struct mt_backend *be, size_t size_bytes, void **out);
+  void (*free)(struct mt_backend *be, void *p, size_t size_bytes);
+  size_t bytes;
+} given;
+
+static mt_err alloc_seen(struct mt_backend *be, size_t size_bytes, void **out) {
+  given.bytes += size_bytes;
+  return given.alloc(be, size_bytes, out);
+}
+
+static void free_seen(struct mt_backend *be, void *p, size_t size_bytes) {
+  if (p) given.bytes -= size_bytes;
+  given.free(be, p, size_bytes);
+}
+
+static void watch(struct mt_backend *be) {
+  given.alloc = be->mem_alloc;
+  given.free = be->mem_free;
+  given.bytes = 0;
+  be->mem_alloc = alloc_seen;
+  be->mem_free = free_seen;
+}
+
+static void steps(struct run *mine, struct mt_ranks *ranks) {
+  static const struct mt_optimizer_options oo = {.lr = 1e-4,
+                                                 .beta1 = 0.9,
+                                                 .beta2 = 0.99,
+                                                 .eps = 1e-8,
+                                                 .clip = 1,
+                                                 .schedule = MT_SCHEDULE_CONSTANT};
+  struct mt_optimizer opt;
+  struct mt_step_queue q;
+  struct mt_step_result r;
+  struct mt_batch b[MICRO], *micro[MICRO];
+  for (int i = 0; i < MICRO; i++) {
+    uint64_t seed = (uint64_t)(world.rank * MICRO + i + 1);
+    OK(mt_random_batch(&b[i], SAMPLES, LENGTH, mine->m.config.vocab, seed));
+    micro[i] = &b[i];
+  }
+  OK(mt_optimizer_create(&opt, &mine->m, &oo));
+  OK(mt_step_queue_create(&q, &opt, false));
+  q.ranks = ranks;
+  watch(&mine->be);
+  OK(mt_step_run(&q, micro, MICRO, &r));
+  mine->be.mem_alloc = given.alloc;
+  mine->be.mem_free = given.free;
+  mt_step_queue_destroy(&q);
+  mt_optimizer_destroy(&opt);
+  for (int i = 0; i < MICRO; i++) mt_batch_destroy(&b[i]);
+}
+
+static void same_bytes(const char *what, double planned, double real) {
+  if (planned != real)
+    fail_msg("rank %d: %s: planned %.17g bytes, really %.17g", world.rank, what, planned, real);
+}
+
+static void same_traffic(const struct mt_plan *plan, struct mt_ranks *r) {
+  const struct mt_comm *expert = &r->comm[MT_GROUP_EXPERT], *dense = &r->comm[MT_GROUP_DENSE],
+                       *data = &r->comm[MT_GROUP_DATA];
+  const struct mt_plan_traffic *t = &plan->sent;
+  int64_t sent[] = {dense->sent[MT_COMM_ALL_TO_ALL].bytes, data->sent[MT_COMM_ALL_TO_ALL].bytes,
+                    data->sent[MT_COMM_ALL_GATHER].bytes};
+  same_bytes("exchange", t->counts + t->tokens + t->probabilities,
+             (double)expert->sent[MT_COMM_ALL_TO_ALL].bytes);
+  /* Parts differ by what they are multiples of: all ranks' together are exact. */
+  OK(mt_ranks_sum_counts(r, sent, 3));
+  same_bytes("dense gradients", t->dense / 2 * world.size, (double)sent[0]);
+  same_bytes("experts' gradients out", t->experts / 2 * world.size, (double)sent[1]);
+  same_bytes("experts' gradients back", t->experts / 2 * world.size, (double)sent[2]);
+}
+
+/* The plan is of the rank that has most. */
+static void most_sums(const struct mt_plan *plan, struct mt_ranks *r) {
+  int64_t as_many = r->parts_bytes == plan->memory.sums;
+  if (r->parts_bytes > plan->memory.sums)
+    same_bytes("sums", (double)plan->memory.sums, (double)r->parts_bytes);
+  OK(mt_ranks_sum_counts(r, &as_many, 1));
+  assert_true(as_many >= 1);
+}
+
+static void on_mesh(const char *path, const char *precision, int ep, int recompute) {
+  const struct mt_plan_options o = {
+      .path = path,
+      .gpus = world.size,
+      .ep_size = ep,
+      .micro_batches = MICRO,
+      .batch_size = SAMPLES,
+      .max_seq_length = LENGTH,
+      .device = {.device = "cpu", .kernels = "native", .precision = precision, .threads = 1},
+      .experts = MT_EXPERTS_GROUPED,
+      .blocks = MT_BLOCKS_FUSED,
+      .imbalance = 1,
+      .machine = "h100"};
+  struct mt_plan plan = {
+      .gpus = world.size, .ep = ep, .pp = 1, .recompute = recompute, .micro = MICRO};
+  struct mt_planner p;
+  struct mt_ranks ranks;
+  struct mt_mesh mesh;
+  struct run mine;
+  OK(mt_planner_open(&p, &o));
+  OK(mt_plan_mesh(&p, &plan));
+  const struct mt_model_options mo = {.experts = MT_EXPERTS_GROUPED,
+                                      .blocks = MT_BLOCKS_FUSED,
+                                      .recompute = (enum mt_recompute)recompute,
+                                      .training = true,
+                                      .aux_coef = 0.1,
+                                      .token_capacity = p.token_capacity,
+                                      .sequence_capacity = SAMPLES};
+  OK(mt_mesh_make(&p.config, world.size, world.rank, ep, 1, &mesh));
+  struct mt_shard shard = mt_ranks_shard(&mesh);
+  open_run(&mine, precision, mo, &p.config, &shard);
+  small_weights(&mine.m, 3);
+  OK(mt_ranks_open(&ranks, &world, &mesh));
+  OK(mt_ranks_join(&ranks, &mine.m));
+  steps(&mine, &ranks);
+  struct mt_memory real = mt_model_memory(&mine.m);
+  same_bytes("parameters", (double)plan.memory.parameters, (double)real.parameters);
+  same_bytes("gradients", (double)plan.memory.gradients, (double)real.gradients);
+  same_bytes("optimizer", (double)plan.memory.optimizer, (double)real.optimizer);
+  same_bytes("activations", (double)plan.memory.activations, (double)real.activations);
+  same_bytes("rows of other ranks", (double)plan.memory.exchange, (double)given.bytes);
+  most_sums(&plan, &ranks);
+  same_traffic(&plan, &ranks);
+  mt_ranks_close(&ranks);
+  close_run(&mine);
+  mt_planner_close(&p);
+}
+
+static void plans_are_what_ranks_take(void **state) {
+  (void)state;
+  char dir[MT_PATH_MAX], path[MT_PATH_MAX];
+  temp_dir(dir);
+  temp_text(dir, "small.json", text);
+  OK(mt_path_join(path, dir, "small.json"));
+  for (int ep = 1; ep <= world.size; ep++) {
+    if (world.size % ep != 0 || ALL_EXPERTS % ep != 0) continue;
+    for (int recompute = 0; recompute <= MT_RECOMPUTE_FULL; recompute++) {
+      on_mesh(path, "fp32", ep, recompute);
+      on_mesh(path, "bf16", ep, recompute);
+    }
+  }
+  OK(mt_dir_remove(dir));
+}
+
+static const struct CMUnitTest tests[] = {cmocka_unit_test(plans_are_what_ranks_take)};
+DIST_MAIN(tests)
