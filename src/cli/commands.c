@@ -4,17 +4,9 @@
 
 const struct mt_command *const *mt_commands(void) {
   static const struct mt_command *const commands[] = {
-      &mt_command_train,
-      &mt_command_eval,
-      &mt_command_generate,
-      &mt_command_report,
-      &mt_command_convert,
-      &mt_command_inspect,
-      &mt_command_plan,
-      &mt_command_bench,
-      &mt_command_completion,
-      &mt_command_man,
-      NULL,
+      &mt_command_train,   &mt_command_eval,       &mt_command_generate, &mt_command_report,
+      &mt_command_convert, &mt_command_inspect,    &mt_command_plan,     &mt_command_bench,
+      &mt_command_ladder,  &mt_command_completion, &mt_command_man,      NULL,
   };
   return commands;
 }

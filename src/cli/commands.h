@@ -7,8 +7,8 @@
 #include "cli/options.h"
 
 extern const struct mt_command mt_command_train, mt_command_eval, mt_command_generate,
-    mt_command_convert, mt_command_inspect, mt_command_bench, mt_command_report,
-    mt_command_plan, mt_command_completion, mt_command_man;
+    mt_command_convert, mt_command_inspect, mt_command_bench, mt_command_report, mt_command_plan,
+    mt_command_ladder, mt_command_completion, mt_command_man;
 
 /* Rows that several commands share; S is the command's struct. */
 #define MT_ROW_MODEL(S, text)                                                                      \

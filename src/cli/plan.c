@@ -222,28 +222,33 @@ static mt_err draw(const struct mt_planner *p, const struct mt_sweep *sweep) {
   const S *o = p->options;
   const struct mt_machine *m = &p->machine;
   struct mt_chart c = {.x_title = "ranks", .panel_count = 3};
-  char title[256], work[256], rates[256], memory[256];
+  char title[256], work[256], rates[256], memory[96], hidden[256];
   snprintf(title, sizeof title, "moetune plan: %s, %d layers, hidden %d, %d experts, on %s",
            p->config.model_type, p->config.layers, p->config.hidden, p->config.experts, m->name);
   snprintf(work, sizeof work,
-           "Assumed: %d x %d x %d tokens a rank whatever their number; %s with %s states; rows "
-           "shared evenly over the experts; nothing of what travels hidden but %.0f%%.",
+           "Assumed: %d x %d x %d tokens a rank whatever their number, %s with %s states, rows "
+           "shared evenly over the experts.",
            o->micro_batches, o->batch_size, o->max_seq_length, p->recipe->precision,
-           p->recipe->states, 100 * o->overlap);
+           p->recipe->states);
   snprintf(rates, sizeof rates,
            "Product %.0f TFLOP/s, copy %.2f TB/s; from a rank %.0f GB/s to the %d of its host, "
-           "%.0f GB/s to others; a call %.0f us and %.1f us more for each peer.",
+           "%.0f GB/s to others; a call %.0f us, each peer %.1f us more.",
            mt_machine_flops(m, p->recipe->act) * 1e-12, m->copy_bytes * 1e-12, m->link_bytes * 1e-9,
            m->host_ranks, m->network_bytes * 1e-9, m->call_s * 1e6, m->peer_s * 1e6);
-  snprintf(memory, sizeof memory,
-           "A mesh fits in %.0f GB less %.1f. Nothing of this was measured "
-           "on many ranks.",
-           (double)o->memory_bytes * 1e-9, (double)o->reserve_bytes * 1e-9);
+  if (o->memory_bytes) {
+    snprintf(memory, sizeof memory, "A mesh fits in %.0f GB less %.1f.",
+             (double)o->memory_bytes * 1e-9, (double)o->reserve_bytes * 1e-9);
+  } else {
+    snprintf(memory, sizeof memory, "Memory is not bounded.");
+  }
+  snprintf(hidden, sizeof hidden,
+           "%s %.0f%% of what travels is hidden behind computing. None of it was measured on many "
+           "ranks.",
+           memory, 100 * o->overlap);
   c.title = title;
   c.note[0] = work;
   c.note[1] = rates;
-  c.note[2] = memory;
-  if (!o->memory_bytes) c.note[2] = "Memory is not bounded. Nothing of this was measured.";
+  c.note[2] = hidden;
   draw_rates(sweep, &c.panel[0]);
   draw_times(sweep, &c.panel[1]);
   draw_bytes(sweep, &c.panel[2]);

@@ -185,4 +185,18 @@ struct mt_plan_options {
   bool json;
 };
 
+/* `moetune ladder`: every rung on the same work. */
+struct mt_ladder_options {
+  const char *model;  /* a checkpoint, or */
+  const char *random; /* a config.json, or a directory with one: random weights */
+  int layers;         /* of random weights; 0: the config's */
+  int batch_size, max_seq_length;
+  int64_t warmup_steps, train_steps;
+  struct mt_device_options device;
+  int recompute;
+  uint64_t seed;
+  const char *svg;
+  bool json;
+};
+
 #endif

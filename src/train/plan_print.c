@@ -109,7 +109,7 @@ static void print_json(const struct mt_planner *p, const char *name, json_t *val
                 mt_machine_flops(m, p->recipe->act), "copy_bytes_per_s", m->copy_bytes,
                 "link_bytes_per_s", m->link_bytes, "network_bytes_per_s", m->network_bytes,
                 "host_ranks", m->host_ranks, name, value);
-  json_dumpf(all, stdout, JSON_INDENT(1) | JSON_REAL_PRECISION(12));
+  json_dumpf(all, stdout, JSON_COMPACT | JSON_REAL_PRECISION(12));
   putchar('\n');
   json_decref(all);
 }

@@ -39,7 +39,7 @@ check() { # check WANTED WORD...
 }
 # WANTED's words are divided by |.
 check 'train' moetune tr
-check 'train|eval|generate|report|convert|inspect|bench|completion|man|help' moetune ''
+check 'train|eval|generate|report|convert|inspect|plan|bench|ladder|completion|man|help' moetune ''
 check '--help|--version' moetune -
 check 'inspect' moetune help ins
 check '--experts' moetune train --exp
@@ -56,7 +56,7 @@ check 'bash|zsh' moetune completion ''
 check '' moetune nonsense ''
 
 # Every option of every page is completed.
-for command in train eval generate report convert inspect bench completion man; do
+for command in train eval generate report convert inspect plan bench ladder completion man; do
   want=$(./moetune help $command |
     awk '/^      [^ ]/ && flag { print flag } { flag = /^  --[a-z]/ ? $1 : "" }')
   check "$(echo "$want" | paste -sd'|')" moetune $command --

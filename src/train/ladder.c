@@ -1,0 +1,216 @@
+#include "train/ladder.h"
+
+#include <jansson.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+#include "base/log.h"
+#include "data/dataset.h"
+#include "hf/checkpoint.h"
+#include "train/bench.h"
+#include "train/session.h"
+#include "train/step.h"
+
+static const struct {
+  int number;
+  const char *what;
+  enum mt_experts_strategy experts;
+  enum mt_blocks_strategy blocks;
+} rungs[] = {
+    {0, "experts in a loop, blocks unfused", MT_EXPERTS_LOOP, MT_BLOCKS_UNFUSED},
+    {1, "experts in a loop, blocks fused", MT_EXPERTS_LOOP, MT_BLOCKS_FUSED},
+    {2, "experts grouped, blocks fused", MT_EXPERTS_GROUPED, MT_BLOCKS_FUSED},
+};
+enum { RUNGS = sizeof rungs / sizeof *rungs };
+_Static_assert((int)RUNGS <= (int)MT_LADDER_RUNGS, "a result for each");
+
+/* What all rungs train. */
+struct work {
+  const struct mt_ladder_options *o;
+  struct mt_hf_checkpoint checkpoint; /* where weights come from, unless they are random */
+  struct mt_config config;
+  struct mt_batch batch;
+};
+
+struct climb {
+  const struct mt_recipe *recipe;
+  struct mt_backend be;
+  struct mt_model model;
+  struct mt_optimizer optimizer;
+  struct mt_step_queue queue;
+};
+
+static mt_err open_config(struct work *w) {
+  const struct mt_ladder_options *o = w->o;
+  if (o->model) {
+    MT_TRY(mt_hf_open(o->model, &w->checkpoint));
+    w->config = w->checkpoint.config;
+    return MT_OK;
+  }
+  MT_TRY(mt_path_is_dir(o->random) ? mt_hf_config_load(o->random, &w->config, NULL)
+                                   : mt_hf_config_load_file(o->random, &w->config, NULL));
+  if (o->layers > w->config.layers) {
+    return mt_fail(MT_EINVAL, "--layers %d is more than the %d of %s", o->layers, w->config.layers,
+                   o->random);
+  }
+  if (o->layers > 0) w->config.layers = o->layers;
+  return MT_OK;
+}
+
+static mt_err make_model(struct climb *c, const struct work *w,
+                         const struct mt_model_options *options) {
+  struct mt_params params;
+  if (w->o->random)
+    return mt_random_model(&c->model, &w->config, c->recipe, &c->be, options, w->o->seed);
+  MT_TRY(mt_params_build(&w->config, NULL, &params));
+  mt_err err = mt_model_create(&c->model, &w->config, &params, c->recipe, &c->be, options);
+  mt_params_free(&params);
+  return err ? err : mt_hf_load(&w->checkpoint, &c->model.params, &c->be);
+}
+
+static mt_err make_climb(struct climb *c, const struct work *w, int k) {
+  const struct mt_ladder_options *o = w->o;
+  const struct mt_model_options mo = {.experts = rungs[k].experts,
+                                      .blocks = rungs[k].blocks,
+                                      .recompute = (enum mt_recompute)o->recompute,
+                                      .training = true,
+                                      .token_capacity = (int64_t)o->batch_size * o->max_seq_length,
+                                      .sequence_capacity = o->batch_size};
+  const struct mt_optimizer_options oo = {.lr = 1e-5,
+                                          .beta1 = 0.9,
+                                          .beta2 = 0.95,
+                                          .eps = 1e-8,
+                                          .weight_decay = 0.1,
+                                          .clip = 1.0,
+                                          .schedule = MT_SCHEDULE_CONSTANT,
+                                          .seed = o->seed};
+  MT_TRY(mt_device_open(&o->device, &c->recipe, &c->be));
+  MT_TRY(make_model(c, w, &mo));
+  MT_TRY(mt_optimizer_create(&c->optimizer, &c->model, &oo));
+  return mt_step_queue_create(&c->queue, &c->optimizer, mt_device_graphs(&o->device));
+}
+
+static void end_climb(struct climb *c) {
+  mt_step_queue_destroy(&c->queue);
+  if (c->optimizer.model) mt_optimizer_destroy(&c->optimizer);
+  if (c->model.be) mt_model_destroy(&c->model);
+  mt_backend_destroy(&c->be);
+}
+
+static mt_err measure(struct climb *c, struct work *w, struct mt_rung *r) {
+  const struct mt_ladder_options *o = w->o;
+  struct mt_batch *micro[] = {&w->batch};
+  mt_err err = MT_OK;
+  double *ms = calloc((size_t)o->train_steps, sizeof *ms);
+  if (!ms) return mt_fail(MT_ENOMEM, "%lld steps", (long long)o->train_steps);
+  for (int64_t i = 0; i < o->warmup_steps + o->train_steps; i++) {
+    struct mt_step_result step;
+    MT_GO(mt_step_run(&c->queue, micro, 1, &step));
+    if (i == o->warmup_steps) r->loss = step.loss;
+    if (i >= o->warmup_steps) ms[i - o->warmup_steps] = step.ms;
+  }
+  double tokens = (double)o->batch_size * o->max_seq_length;
+  struct mt_memory m = mt_model_memory(&c->model);
+  r->ms = mt_median(ms, (int)o->train_steps);
+  r->tokens_per_s = tokens / r->ms * 1e3;
+  r->tflops =
+      r->tokens_per_s * mt_model_flops_per_token(&w->config, (double)o->max_seq_length) * 1e-12;
+  r->memory_bytes = m.parameters + m.gradients + m.optimizer + m.activations;
+  r->ran = true;
+done:
+  free(ms);
+  return err;
+}
+
+static mt_err run_rung(struct work *w, int k, struct mt_ladder *out) {
+  struct mt_rung *r = &out->rung[out->count++];
+  struct climb c = {0};
+  *r = (struct mt_rung){.number = rungs[k].number, .what = rungs[k].what, .precision = ""};
+  mt_err err;
+  MT_GO(make_climb(&c, w, k));
+  r->precision = c.recipe->precision;
+  snprintf(out->device, sizeof out->device, "%s", c.be.description[0] ? c.be.description : "CPU");
+  MT_GO(measure(&c, w, r));
+  mt_info("rung %d   %.2f ms", r->number, r->ms);
+done:
+  if (err == MT_EUNSUPPORTED || err == MT_ENOMEM) {
+    snprintf(r->why, sizeof r->why, "%s", mt_error_message());
+    mt_warn("rung %d did not run: %s", r->number, r->why);
+    err = MT_OK;
+  }
+  end_climb(&c);
+  return err;
+}
+
+mt_err mt_ladder_run(const struct mt_ladder_options *o, struct mt_ladder *out) {
+  struct work w = {.o = o};
+  mt_err err;
+  bool any = false;
+  *out = (struct mt_ladder){0};
+  MT_GO(open_config(&w));
+  out->config = w.config;
+  MT_GO(mt_random_batch(&w.batch, o->batch_size, o->max_seq_length, w.config.vocab, o->seed));
+  for (int k = 0; k < RUNGS; k++) {
+    MT_GO(run_rung(&w, k, out));
+    any |= out->rung[k].ran;
+  }
+  if (!any) err = mt_fail(MT_EUNSUPPORTED, "no rung runs here: %s", out->rung[0].why);
+done:
+  mt_batch_destroy(&w.batch);
+  mt_hf_close(&w.checkpoint);
+  return err;
+}
+
+static double speedup(const struct mt_ladder *l, const struct mt_rung *r) {
+  return l->rung[0].ran ? l->rung[0].ms / r->ms : NAN;
+}
+
+static void print_json(const struct mt_ladder_options *o, const struct mt_ladder *l) {
+  json_t *list = json_array();
+  for (int i = 0; i < l->count; i++) {
+    const struct mt_rung *r = &l->rung[i];
+    json_t *one = json_pack("{s:i,s:s,s:s,s:b}", "rung", r->number, "what", r->what, "precision",
+                            r->precision, "ran", r->ran);
+    if (r->ran) {
+      json_object_update_new(one,
+                             json_pack("{s:f,s:f,s:f,s:f,s:I}", "step_ms", r->ms, "tokens_per_s",
+                                       r->tokens_per_s, "model_tflops", r->tflops, "loss", r->loss,
+                                       "memory_bytes", (json_int_t)r->memory_bytes));
+      if (l->rung[0].ran) json_object_set_new(one, "speedup", json_real(speedup(l, r)));
+    } else {
+      json_object_set_new(one, "why", json_string(r->why));
+    }
+    json_array_append_new(list, one);
+  }
+  json_t *all =
+      json_pack("{s:s,s:i,s:i,s:i,s:o}", "device", l->device, "layers", l->config.layers,
+                "batch_size", o->batch_size, "max_seq_length", o->max_seq_length, "rungs", list);
+  json_dumpf(all, stdout, JSON_COMPACT | JSON_REAL_PRECISION(9));
+  putchar('\n');
+  json_decref(all);
+}
+
+void mt_ladder_print(const struct mt_ladder_options *o, const struct mt_ladder *l) {
+  const struct mt_config *c = &l->config;
+  if (o->json) {
+    print_json(o, l);
+    return;
+  }
+  printf("model       hidden %d, ffn %d, %d experts, top-%d, %d layers, vocabulary %d\n"
+         "work        %d x %d tokens a step, %s; medians of %lld steps\n\n",
+         c->hidden, c->ffn, c->experts, c->top_k, c->layers, c->vocab, o->batch_size,
+         o->max_seq_length, l->device, (long long)o->train_steps);
+  printf("%4s  %-34s %-9s %10s %8s %10s %8s %7s %9s\n", "rung", "how", "precision", "step ms",
+         "speedup", "tokens/s", "TFLOP/s", "GiB", "loss");
+  for (int i = 0; i < l->count; i++) {
+    const struct mt_rung *r = &l->rung[i];
+    if (!r->ran) {
+      printf("%4d  %-34s did not run: %s\n", r->number, r->what, r->why);
+      continue;
+    }
+    printf("%4d  %-34s %-9s %10.2f %7.2fx %10.0f %8.2f %7.2f %9.5f\n", r->number, r->what,
+           r->precision, r->ms, speedup(l, r), r->tokens_per_s, r->tflops,
+           (double)r->memory_bytes / (1 << 30), r->loss);
+  }
+}

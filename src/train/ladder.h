@@ -1,0 +1,36 @@
+/* The rungs of the ladder on the same work, one after another. */
+#ifndef MT_TRAIN_LADDER_H
+#define MT_TRAIN_LADDER_H
+
+#include "train/options.h"
+
+enum { MT_LADDER_RUNGS = 4 };
+
+struct mt_rung {
+  int number;            /* of --improvement */
+  const char *what;      /* how it computes */
+  const char *precision; /* of the recipe */
+  bool ran;
+  char why[256]; /* it did not */
+  double ms;     /* median of the measured steps */
+  double tokens_per_s, tflops;
+  double loss; /* of the first measured step: the rungs' differ by rounding alone */
+  size_t memory_bytes;
+};
+
+struct mt_ladder {
+  struct mt_rung rung[MT_LADDER_RUNGS];
+  int count;
+  struct mt_config config;
+  char device[128];
+};
+
+/* Trains the model anew on each rung that the device and the build allow, with the same weights and
+ * tokens. A rung that there is not is left out; one that cannot run (MT_EUNSUPPORTED, MT_ENOMEM)
+ * says why. Errors: those of opening the model, and of steps. */
+mt_err mt_ladder_run(const struct mt_ladder_options *o, struct mt_ladder *out);
+
+/* The table, or JSON. */
+void mt_ladder_print(const struct mt_ladder_options *o, const struct mt_ladder *l);
+
+#endif

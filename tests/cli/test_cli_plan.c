@@ -1,0 +1,270 @@
+/* `moetune plan` and `moetune ladder`: what they say, that memory is that of `inspect --train`,
+ * that the meshes of Mixtral 8x7B come out as arithmetic says, and what they refuse. */
+#include <math.h>
+
+#include "cli/run.h"
+#include "temp_dir.h"
+#include "unit/well_formed.h"
+#include <jansson.h>
+
+#define TINY    MT_SOURCE_DIR "/models/tiny"
+#define MIXTRAL MT_SOURCE_DIR "/models/mixtral-8x7b.json"
+
+static struct cli_result r;
+
+static json_t *parsed(void) {
+  json_error_t why;
+  json_t *all = json_loads(r.out, JSON_REJECT_DUPLICATES, &why);
+  if (!all || r.status != 0) fail_msg("status %d: %s\n%s%s", r.status, why.text, r.out, r.err);
+  return all;
+}
+
+static double number(const json_t *object, const char *key) {
+  const json_t *value = json_object_get(object, key);
+  if (!json_is_number(value)) fail_msg("no number '%s'", key);
+  return json_number_value(value);
+}
+
+static double memory(const json_t *plan, const char *key) {
+  return number(json_object_get(plan, "memory_bytes"), key);
+}
+
+static void refused(int status, const char *part) {
+  if (r.status != status || !strstr(r.err, part))
+    fail_msg("status %d, '%s' wanted in:\n%s", r.status, part, r.err);
+}
+
+/* The same bytes on one rank, whatever changes them. */
+static void memory_is_what_inspect_says(void **state) {
+  (void)state;
+  static const char *const ways[][4] = {{"--recompute", "none", "--precision", "fp32"},
+                                        {"--recompute", "full", "--precision", "bf16"},
+                                        {"--experts", "loop", "--precision", "bf16"},
+                                        {"--freeze", "*gate.weight", "--precision", "fp32"}};
+  static const char *const kinds[] = {"parameters", "gradients", "optimizer", "activations"};
+  for (size_t i = 0; i < sizeof ways / sizeof *ways; i++) {
+    const char *const *w = ways[i];
+    static struct cli_result plan;
+    CLI(&plan, "plan", TINY, "--device", "cpu", "--batch-size", "3", "--max-seq-length", "100",
+        "--json", w[0], w[1], w[2], w[3]);
+    CLI(&r, "inspect", TINY, "--train", "--device", "cpu", "--batch-size", "3", "--max-seq-length",
+        "100", w[0], w[1], w[2], w[3]);
+    assert_int_equal(r.status, 0);
+    static struct cli_result said;
+    said = r;
+    r = plan;
+    json_t *all = parsed(), *one = json_object_get(all, "plan");
+    const char *table = strstr(said.out, "\nmemory ");
+    assert_non_null(table);
+    for (int k = 0; k < 4; k++) {
+      char row[64];
+      snprintf(row, sizeof row, "\n%-12s %16.0f ", kinds[k], memory(one, kinds[k]));
+      if (!strstr(table, row)) fail_msg("'%s' is not in:\n%s", row, table);
+    }
+    json_decref(all);
+  }
+}
+
+static const json_t *mesh_of(const json_t *all, int ep, int pp, int zero, const char *recompute) {
+  const json_t *list = json_object_get(all, "meshes");
+  for (size_t i = 0; i < json_array_size(list); i++) {
+    const json_t *p = json_array_get(list, i);
+    if ((int)number(p, "ep") == ep && (int)number(p, "pp") == pp &&
+        (int)number(p, "zero") == zero &&
+        strcmp(json_string_value(json_object_get(p, "recompute")), recompute) == 0)
+      return p;
+  }
+  fail_msg("no mesh of ep %d, pp %d, zero %d, recompute %s", ep, pp, zero, recompute);
+  return NULL;
+}
+
+static bool fits(const json_t *plan) {
+  return json_is_true(json_object_get(plan, "fits"));
+}
+
+/* Float32 masters and moments of 46.7 billion parameters on 8 x 141 GB: at ep=8 they fit, at ep=2 x
+ * dp=4 an expert's weights, gradients and their copies on four ranks do not, unless states are
+ * bf16. Bytes a parameter by hand. */
+static void mixtral_on_eight_gpus(void **state) {
+  (void)state;
+  const double dense = 1605640192, experts = 45097156608;
+  CLI(&r, "plan", MIXTRAL, "--gpus", "8", "--memory", "141GB", "--max-seq-length", "8192",
+      "--precision", "bf16", "--device", "cpu", "--json", "--rows", "50");
+  json_t *all = parsed();
+  const json_t *p = mesh_of(all, 8, 1, 1, "mlp");
+  assert_true(fits(p));
+  double want[] = {2 * (dense + experts / 8) + 4 * (dense / 8 + experts / 8),
+                   4 * (dense + experts / 8), 8 * (dense / 8 + experts / 8)};
+  const char *const kinds[] = {"parameters", "gradients", "optimizer"};
+  for (int k = 0; k < 3; k++) {
+    double have = memory(p, kinds[k]);
+    if (!(fabs(have - want[k]) < 1e-4 * want[k]))
+      fail_msg("%s: %g, not %g", kinds[k], have, want[k]);
+  }
+  /* Those that fit come first, the fastest at the top. */
+  const json_t *list = json_object_get(all, "meshes");
+  double before = INFINITY;
+  bool end = false;
+  assert_true(json_array_size(list) == 50);
+  for (size_t i = 0; i < json_array_size(list); i++) {
+    const json_t *one = json_array_get(list, i);
+    assert_false(end && fits(one));
+    end |= !fits(one);
+    if (fits(one)) assert_true(number(one, "tokens_per_s") <= before);
+    before = number(one, "tokens_per_s");
+    assert_true(fits(one) == (memory(one, "total") + 2e9 <= 141e9));
+  }
+  json_decref(all);
+  CLI(&r, "plan", MIXTRAL, "--gpus", "8", "--memory", "141GB", "--max-seq-length", "8192",
+      "--precision", "bf16", "--device", "cpu", "--json", "--ep-size", "2", "--pp-size", "1");
+  all = parsed();
+  assert_false(fits(mesh_of(all, 2, 1, 2, "full")));
+  json_decref(all);
+  CLI(&r, "plan", MIXTRAL, "--gpus", "8", "--memory", "141GB", "--max-seq-length", "8192",
+      "--precision", "bf16", "--device", "cpu", "--json", "--optim-state", "bf16", "--ep-size", "2",
+      "--pp-size", "1");
+  all = parsed();
+  p = mesh_of(all, 2, 1, 2, "none");
+  assert_true(fits(p));
+  assert_true((int)number(p, "dp") == 4);
+  json_decref(all);
+}
+
+static void words(void **state) {
+  (void)state;
+  CLI(&r, "plan", TINY, "--gpus", "4", "--ep-size", "2", "--zero", "2", "--device", "cpu");
+  assert_int_equal(r.status, 0);
+  assert_non_null(strstr(r.out, "mesh        4 ranks: ep 2, dp 2, pp 1; ZeRO 2"));
+  assert_non_null(strstr(r.out, "tokens to experts and back"));
+  CLI(&r, "plan", TINY, "--gpus", "2", "--memory", "1MB", "--reserve", "0", "--device", "cpu");
+  assert_int_equal(r.status, 0);
+  assert_non_null(strstr(r.out, "0 of "));
+  assert_non_null(strstr(r.out, "too large"));
+  CLI(&r, "plan", TINY, "--gpus", "2", "--memory", "1GB", "--reserve", "0", "--device", "cpu",
+      "--ep-size", "2", "--pp-size", "1", "--zero", "1", "--recompute", "mlp");
+  assert_int_equal(r.status, 0);
+  assert_non_null(strstr(r.out, "GB: fits"));
+}
+
+static void what_is_wrong_is_named(void **state) {
+  (void)state;
+  CLI(&r, "plan", TINY, "--ep-size", "3", "--gpus", "3");
+  refused(1, "--ep-size 3 does not divide the model's 8 experts");
+  CLI(&r, "plan", TINY, "--ep-size", "2", "--gpus", "3");
+  refused(1, "3 ranks cannot be cut");
+  CLI(&r, "plan", TINY, "--pp-size", "5", "--gpus", "5");
+  refused(1, "--pp-size 5 is more than the model's 4 layers");
+  CLI(&r, "plan", TINY, "--memory", "9GB", "--gpus", "3", "--ep-size", "4");
+  refused(1, "no mesh of 3 ranks");
+  CLI(&r, "plan", "/nowhere/config.json");
+  refused(1, "/nowhere/config.json");
+  CLI(&r, "plan");
+  refused(2, "--model PATH is required");
+  CLI(&r, "plan", TINY, "--svg", "x.svg");
+  refused(2, "--svg goes with --sweep");
+  CLI(&r, "plan", TINY, "--memory", "1GB");
+  refused(2, "--reserve 2000000000 is all of --memory 1000000000");
+  CLI(&r, "plan", TINY, "--machine", "abacus");
+  refused(2, "'abacus'");
+  CLI(&r, "plan", TINY, "--precision", "fp32", "--optim-state", "bf16");
+  refused(1, "--optim-state bf16 goes with --precision bf16");
+  CLI(&r, "ladder");
+  refused(2, "a checkpoint (--model) or a config (--random) is required");
+  CLI(&r, "ladder", TINY, "--random", MIXTRAL);
+  refused(2, "one of them");
+  CLI(&r, "ladder", TINY, "--layers", "2");
+  refused(2, "--layers goes with --random");
+  CLI(&r, "ladder", "--random", TINY, "--layers", "7");
+  refused(1, "--layers 7 is more than the 4");
+  CLI(&r, "ladder", "/nowhere");
+  refused(1, "/nowhere");
+}
+
+static void drawn(const char *dir, const char *name, const char *part) {
+  char path[MT_PATH_MAX], *text;
+  size_t size;
+  OK(mt_path_join(path, dir, name));
+  OK(mt_file_read(path, 1 << 20, &text, &size));
+  char *page = malloc(size + 32);
+  assert_non_null(page);
+  snprintf(page, size + 32, "<!DOCTYPE html>\n%s", text); /* what it would lie in */
+  assert_well_formed(page);
+  free(page);
+  if (!strstr(text, part)) fail_msg("'%s' is missing in %s", part, text);
+  free(text);
+}
+
+static void a_sweep(void **state) {
+  (void)state;
+  char dir[MT_PATH_MAX], svg[MT_PATH_MAX];
+  temp_dir(dir);
+  OK(mt_path_join(svg, dir, "sweep.svg"));
+  CLI(&r, "plan", TINY, "--sweep", "64", "--memory", "10GB", "--device", "cpu", "--json", "--svg",
+      svg);
+  json_t *all = parsed();
+  const json_t *list = json_object_get(all, "sweep");
+  assert_int_equal(json_array_size(list), 7);
+  for (size_t i = 0; i < 7; i++) assert_true(number(json_array_get(list, i), "gpus") == 1 << i);
+  json_decref(all);
+  drawn(dir, "sweep.svg", "best mesh that fits");
+  CLI(&r, "plan", TINY, "--sweep", "8", "--memory", "1MB", "--reserve", "0", "--device", "cpu");
+  refused(1, "no mesh of up to 8 ranks fits");
+  OK(mt_dir_remove(dir));
+}
+
+/* The same loss on every rung, to rounding: it is the same work. */
+static void a_ladder(void **state) {
+  (void)state;
+  char dir[MT_PATH_MAX], svg[MT_PATH_MAX];
+  temp_dir(dir);
+  OK(mt_path_join(svg, dir, "ladder.svg"));
+  for (int random = 0; random < 2; random++) {
+    CLI(&r, "ladder", random ? "--random" : "--model", TINY, "--device", "cpu", "--batch-size", "2",
+        "--max-seq-length", "16", "--warmup-steps", "1", "--train-steps", "2", "--json", "--svg",
+        svg, "--log-level", "error");
+    json_t *all = parsed();
+    const json_t *list = json_object_get(all, "rungs");
+    assert_true(json_array_size(list) >= 3);
+    double first = number(json_array_get(list, 0), "loss");
+    assert_true(first > 1 && number(json_array_get(list, 0), "speedup") == 1);
+    for (size_t i = 0; i < 3; i++) {
+      const json_t *one = json_array_get(list, i);
+      assert_true(number(one, "rung") == (double)i && number(one, "step_ms") > 0);
+      assert_true(fabs(number(one, "loss") - first) < 1e-4);
+      assert_true(fabs(number(one, "tokens_per_s") * number(one, "step_ms") / 32e3 - 1) < 1e-6);
+    }
+    json_decref(all);
+    drawn(dir, "ladder.svg", "2: experts grouped, blocks fused");
+  }
+  CLI(&r, "ladder", TINY, "--device", "cpu", "--max-seq-length", "8", "--train-steps", "1",
+      "--log-level", "error");
+  assert_int_equal(r.status, 0);
+  assert_non_null(strstr(r.out, "speedup"));
+  assert_string_equal(r.err, "");
+  OK(mt_dir_remove(dir));
+}
+
+/* Rates of the machine at hand are measured, not taken from the table. */
+static void this_machine(void **state) {
+  (void)state;
+  CLI(&r, "plan", TINY, "--machine", "this", "--device", "cpu", "--max-seq-length", "32", "--json");
+  json_t *all = parsed();
+  const json_t *machine = json_object_get(all, "machine");
+  assert_non_null(strstr(json_string_value(json_object_get(machine, "name")), "this (cpu)"));
+  double flops = number(machine, "flops_per_s");
+  assert_true(flops > 1e8 && flops < 1e14);
+  json_decref(all);
+}
+
+int main(void) {
+  const struct CMUnitTest tests[] = {
+      cmocka_unit_test(memory_is_what_inspect_says),
+      cmocka_unit_test(mixtral_on_eight_gpus),
+      cmocka_unit_test(words),
+      cmocka_unit_test(what_is_wrong_is_named),
+      cmocka_unit_test(a_sweep),
+      cmocka_unit_test(a_ladder),
+      cmocka_unit_test(this_machine),
+  };
+  return cmocka_run_group_tests(tests, NULL, NULL);
+}
