@@ -3,6 +3,7 @@
 #include <stdio.h>
 
 #include "cli/commands.h"
+#include "cli/ranks.h"
 #include "report/chart.h"
 
 #define S        struct mt_ladder_options
@@ -55,6 +56,7 @@ static const struct mt_option rows[] = {
      .min = 1,
      .max = 1e9,
      .help = "Steps of each rung that are measured; the median counts."},
+    MT_ROWS_RANKS(S, ),
     MT_ROWS_DEVICE(S),
     MT_ROW_OPTIM_STATE(S),
     MT_ROW_GRAPHS(S),
@@ -90,9 +92,8 @@ static mt_err draw(const S *o, const struct mt_ladder *l) {
     if (!r->ran) continue;
     snprintf(label[n], sizeof label[n], "%d: %s", r->number, r->what);
     int end = snprintf(text[n], sizeof text[n], "%.4g ms, %s", r->ms, r->precision);
-    if (l->rung[0].ran && i > 0) {
-      snprintf(text[n] + end, sizeof text[n] - (size_t)end, ", %.2fx", l->rung[0].ms / r->ms);
-    }
+    if (n > 0)
+      snprintf(text[n] + end, sizeof text[n] - (size_t)end, ", %.2fx", mt_ladder_speedup(l, r));
     bars[n] = (struct mt_bar){.label = label[n], .text = text[n], .value = r->ms};
     n++;
   }
@@ -104,12 +105,19 @@ static mt_err draw(const S *o, const struct mt_ladder *l) {
   return mt_bars_write(o->svg, title, bars, n);
 }
 
+static mt_err run_rank(const void *options, struct mt_world *world) {
+  S o = *(const S *)options;
+  struct mt_ladder l;
+  o.world = world;
+  MT_TRY(mt_ladder_run(&o, &l));
+  if (world->rank != 0) return MT_OK;
+  mt_ladder_print(&o, &l);
+  return o.svg ? draw(&o, &l) : MT_OK;
+}
+
 static mt_err run(const void *options) {
   const S *o = options;
-  struct mt_ladder l;
-  MT_TRY(mt_ladder_run(o, &l));
-  mt_ladder_print(o, &l);
-  return o->svg ? draw(o, &l) : MT_OK;
+  return mt_run_on_ranks(&mt_command_ladder, options, o->comm_timeout_s, run_rank);
 }
 
 const struct mt_command mt_command_ladder = {
@@ -119,7 +127,10 @@ const struct mt_command mt_command_ladder = {
     .description =
         "Trains the same model on the same random tokens on each rung of --improvement that this "
         "machine has, one after another, and prints the time of a step, the speed-up over the "
-        "lowest rung, tokens and model FLOPs a second. Nothing is written but the chart.",
+        "lowest rung, tokens and model FLOPs a second. Nothing is written but the chart.\n\n"
+        "Started by mpirun or srun, the ranks climb together: rung 0 has the layers in sequence "
+        "over them, the others share experts as --ep-size says. --batch-size is of a rank, so "
+        "that every rung trains on as many tokens.",
     .examples = "  moetune ladder models/tiny\n"
                 "  moetune ladder --random mixtral/config.json --layers 2 --batch-size 2 "
                 "--max-seq-length 8192 --optim-state bf16 --svg ladder.svg\n",

@@ -133,7 +133,7 @@ mt_err mt_bench_run(const struct mt_bench_options *o) {
   const struct mt_recipe *recipe;
   MT_TRY(mt_device_open(&o->device, &recipe, &be));
   MT_GO(random_model(&m, &be, recipe, o));
-  MT_GO(mt_random_batch(&b, o->batch_size, o->max_seq_length, o->vocab, o->seed));
+  MT_GO(mt_random_batch(&b, 0, o->batch_size, o->max_seq_length, o->vocab, o->seed));
   MT_GO(mt_optimizer_create(&opt, &m, &oo));
   MT_GO(mt_step_queue_create(&q, &opt, mt_device_graphs(&o->device)));
   MT_GO(mt_yardstick_make(&yard, &be, recipe));

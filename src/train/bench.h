@@ -25,17 +25,20 @@ mt_err mt_yardstick_ms(struct mt_yardstick *y, double *ms);
 /* Bytes a second of y = a + b over the yardstick's matrices, the median of several. */
 mt_err mt_yardstick_copy_rate(struct mt_yardstick *y, double *bytes_per_s);
 
-/* Random weights in all forms (=); one random block again and again, since billions of random
- * numbers would take longer than what is measured. */
+/* Random weights in all forms (=), those of the whole model whatever part of it is here; one random
+ * block again and again, since billions of random numbers would take longer than what is measured.
+ */
 mt_err mt_random_weights(struct mt_model *m, uint64_t seed);
 
-/* A model of random weights, of all of a config's parameters. Errors: those of mt_config_check and
- * mt_model_create; nothing is kept then. */
+/* A model of random weights, of what options->shard says is here. Errors: those of mt_config_check
+ * and mt_model_create; nothing is kept then. */
 mt_err mt_random_model(struct mt_model *m, const struct mt_config *c,
                        const struct mt_recipe *recipe, struct mt_backend *be,
                        const struct mt_model_options *options, uint64_t seed);
 
-/* Samples of `length` random tokens, all of them targets. Released with mt_batch_destroy. */
-mt_err mt_random_batch(struct mt_batch *b, int samples, int length, int vocab, uint64_t seed);
+/* Samples number `first` and following of `length` random tokens each, all of them targets.
+ * Released with mt_batch_destroy. */
+mt_err mt_random_batch(struct mt_batch *b, int first, int samples, int length, int vocab,
+                       uint64_t seed);
 
 #endif

@@ -96,17 +96,21 @@ mt_err mt_random_weights(struct mt_model *m, uint64_t seed) {
   mt_err err = values && rounded ? MT_OK : mt_fail(MT_ENOMEM, "random weights");
   for (int i = 0; !err && i < m->params.count; i++) {
     struct mt_param *p = &m->params.row[i];
-    struct mt_rng rng = mt_rng_make(seed, (uint64_t)i);
-    int64_t n = mt_param_count(p);
-    for (int64_t k = 0; k < BLOCK && k < n; k++) {
+    uint64_t stream = (uint64_t)(p->layer + 1) * MT_PARAM_KIND_COUNT + (uint64_t)p->kind;
+    struct mt_rng rng = mt_rng_make(seed, stream);
+    int64_t n = mt_param_count(p), begin = p->first * (n / p->dim[0]); /* in the whole one */
+    int64_t needed = begin + n < BLOCK ? begin + n : BLOCK;
+    for (int64_t k = 0; k < needed; k++) {
       values[k] = p->rank == 1 ? 1.0f : (float)((mt_rng_uniform(&rng) - 0.5) * 0.07);
     }
     bool narrow = p->compute.data && p->compute.dtype != MT_F32, wide = p->master.dtype == MT_F32;
-    if (narrow) mt_dtype_convert(rounded, p->compute.dtype, values, MT_F32, BLOCK);
-    for (int64_t at = 0; !err && at < n; at += BLOCK) {
-      size_t count = (size_t)(n - at < BLOCK ? n - at : BLOCK);
-      if (wide) err = put_values(m->be, &p->master, at, values, count);
-      if (!err && narrow) err = put_values(m->be, &p->compute, at, rounded, count);
+    if (narrow) mt_dtype_convert(rounded, p->compute.dtype, values, MT_F32, (size_t)needed);
+    for (int64_t at = 0; !err && at < n;) {
+      int64_t from = (begin + at) % BLOCK;
+      size_t count = (size_t)(n - at < BLOCK - from ? n - at : BLOCK - from);
+      if (wide) err = put_values(m->be, &p->master, at, values + from, count);
+      if (!err && narrow) err = put_values(m->be, &p->compute, at, rounded + from, count);
+      at += (int64_t)count;
     }
   }
   if (!err) err = mt_model_quantize_weights(m);
@@ -121,7 +125,8 @@ mt_err mt_random_model(struct mt_model *m, const struct mt_config *c,
                        const struct mt_model_options *options, uint64_t seed) {
   struct mt_params params;
   MT_TRY(mt_config_check(c));
-  MT_TRY(mt_params_build(c, NULL, &params));
+  const struct mt_shard *shard = options->shard.expert_end ? &options->shard : NULL;
+  MT_TRY(mt_params_build(c, shard, &params));
   mt_err err = mt_model_create(m, c, &params, recipe, be, options);
   if (!err) err = mt_random_weights(m, seed);
   if (err && m->be) mt_model_destroy(m);
@@ -129,8 +134,8 @@ mt_err mt_random_model(struct mt_model *m, const struct mt_config *c,
   return err;
 }
 
-mt_err mt_random_batch(struct mt_batch *b, int samples, int length, int vocab, uint64_t seed) {
-  struct mt_rng rng = mt_rng_make(seed, 1u << 20);
+mt_err mt_random_batch(struct mt_batch *b, int first, int samples, int length, int vocab,
+                       uint64_t seed) {
   int n = length;
   int32_t *ids = malloc((size_t)n * sizeof *ids);
   uint8_t *learn = malloc((size_t)n);
@@ -142,6 +147,7 @@ mt_err mt_random_batch(struct mt_batch *b, int samples, int length, int vocab, u
   MT_GO(mt_batch_create(b, samples * n, samples));
   mt_batch_begin(b);
   for (int s = 0; s < samples; s++) {
+    struct mt_rng rng = mt_rng_make(seed, (1u << 20) + (uint64_t)(first + s));
     for (int i = 0; i < n; i++) ids[i] = (int32_t)mt_rng_below(&rng, (uint32_t)vocab), learn[i] = 1;
     MT_GO(mt_batch_add(b, &(struct mt_sample){ids, learn, n, s + 1}));
   }

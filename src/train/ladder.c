@@ -1,13 +1,13 @@
 #include "train/ladder.h"
 
 #include <jansson.h>
-#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 
 #include "base/log.h"
 #include "data/dataset.h"
 #include "hf/checkpoint.h"
+#include "par/ranks.h"
 #include "train/bench.h"
 #include "train/session.h"
 #include "train/step.h"
@@ -30,10 +30,14 @@ struct work {
   const struct mt_ladder_options *o;
   struct mt_hf_checkpoint checkpoint; /* where weights come from, unless they are random */
   struct mt_config config;
-  struct mt_batch batch;
+  struct mt_world *world; /* NULL: one rank */
 };
 
 struct climb {
+  struct mt_mesh mesh;
+  struct mt_ranks ranks;
+  bool joined;
+  struct mt_batch batch;
   const struct mt_recipe *recipe;
   struct mt_backend be;
   struct mt_model model;
@@ -63,20 +67,33 @@ static mt_err make_model(struct climb *c, const struct work *w,
   struct mt_params params;
   if (w->o->random)
     return mt_random_model(&c->model, &w->config, c->recipe, &c->be, options, w->o->seed);
-  MT_TRY(mt_params_build(&w->config, NULL, &params));
+  MT_TRY(mt_params_build(&w->config, w->world ? &options->shard : NULL, &params));
   mt_err err = mt_model_create(&c->model, &w->config, &params, c->recipe, &c->be, options);
   mt_params_free(&params);
   return err ? err : mt_hf_load(&w->checkpoint, &c->model.params, &c->be);
 }
 
+/* Rung 0 has the layers in sequence over the ranks; the others are the mesh that is asked for. All
+ * have the same samples in a step. */
+static mt_err make_place(struct climb *c, const struct work *w, int number) {
+  const struct mt_ladder_options *o = w->o;
+  int size = w->world ? w->world->size : 1, rank = w->world ? w->world->rank : 0;
+  int ep = number == 0 ? 1 : o->ep_size, pp = number == 0 ? size : o->pp_size;
+  MT_TRY(mt_mesh_make(&w->config, size, rank, ep, pp, &c->mesh));
+  int samples = o->batch_size * size / mt_mesh_readers(&c->mesh);
+  return mt_random_batch(&c->batch, samples * mt_mesh_reader(&c->mesh), samples, o->max_seq_length,
+                         w->config.vocab, o->seed);
+}
+
 static mt_err make_climb(struct climb *c, const struct work *w, int k) {
   const struct mt_ladder_options *o = w->o;
-  const struct mt_model_options mo = {.experts = rungs[k].experts,
-                                      .blocks = rungs[k].blocks,
-                                      .recompute = (enum mt_recompute)o->recompute,
-                                      .training = true,
-                                      .token_capacity = (int64_t)o->batch_size * o->max_seq_length,
-                                      .sequence_capacity = o->batch_size};
+  MT_TRY(make_place(c, w, rungs[k].number));
+  struct mt_model_options mo = {.experts = rungs[k].experts,
+                                .blocks = rungs[k].blocks,
+                                .recompute = (enum mt_recompute)o->recompute,
+                                .training = true,
+                                .token_capacity = (int64_t)o->batch_size * o->max_seq_length,
+                                .sequence_capacity = o->batch_size};
   const struct mt_optimizer_options oo = {.lr = 1e-5,
                                           .beta1 = 0.9,
                                           .beta2 = 0.95,
@@ -86,21 +103,32 @@ static mt_err make_climb(struct climb *c, const struct work *w, int k) {
                                           .schedule = MT_SCHEDULE_CONSTANT,
                                           .seed = o->seed};
   MT_TRY(mt_device_open(&o->device, &c->recipe, &c->be));
+  if (w->world) mo.shard = mt_ranks_shard(&c->mesh);
   MT_TRY(make_model(c, w, &mo));
   MT_TRY(mt_optimizer_create(&c->optimizer, &c->model, &oo));
   return mt_step_queue_create(&c->queue, &c->optimizer, mt_device_graphs(&o->device));
 }
 
+static mt_err join(struct climb *c, struct mt_world *world) {
+  if (!world) return MT_OK;
+  MT_TRY(mt_ranks_open(&c->ranks, world, &c->mesh));
+  c->joined = true;
+  c->queue.ranks = &c->ranks;
+  return mt_ranks_join(&c->ranks, &c->model);
+}
+
 static void end_climb(struct climb *c) {
   mt_step_queue_destroy(&c->queue);
+  if (c->joined) mt_ranks_close(&c->ranks);
   if (c->optimizer.model) mt_optimizer_destroy(&c->optimizer);
   if (c->model.be) mt_model_destroy(&c->model);
   mt_backend_destroy(&c->be);
+  mt_batch_destroy(&c->batch);
 }
 
 static mt_err measure(struct climb *c, struct work *w, struct mt_rung *r) {
   const struct mt_ladder_options *o = w->o;
-  struct mt_batch *micro[] = {&w->batch};
+  struct mt_batch *micro[] = {&c->batch};
   mt_err err = MT_OK;
   double *ms = calloc((size_t)o->train_steps, sizeof *ms);
   if (!ms) return mt_fail(MT_ENOMEM, "%lld steps", (long long)o->train_steps);
@@ -110,12 +138,12 @@ static mt_err measure(struct climb *c, struct work *w, struct mt_rung *r) {
     if (i == o->warmup_steps) r->loss = step.loss;
     if (i >= o->warmup_steps) ms[i - o->warmup_steps] = step.ms;
   }
-  double tokens = (double)o->batch_size * o->max_seq_length;
+  double ranks = w->world ? w->world->size : 1, tokens = o->batch_size * ranks * o->max_seq_length;
   struct mt_memory m = mt_model_memory(&c->model);
   r->ms = mt_median(ms, (int)o->train_steps);
   r->tokens_per_s = tokens / r->ms * 1e3;
-  r->tflops =
-      r->tokens_per_s * mt_model_flops_per_token(&w->config, (double)o->max_seq_length) * 1e-12;
+  r->tflops = r->tokens_per_s * mt_model_flops_per_token(&w->config, (double)o->max_seq_length) /
+              ranks * 1e-12;
   r->memory_bytes = m.parameters + m.gradients + m.optimizer + m.activations;
   r->ran = true;
 done:
@@ -128,7 +156,9 @@ static mt_err run_rung(struct work *w, int k, struct mt_ladder *out) {
   struct climb c = {0};
   *r = (struct mt_rung){.number = rungs[k].number, .what = rungs[k].what, .precision = ""};
   mt_err err;
-  MT_GO(make_climb(&c, w, k));
+  err = mt_world_meet(w->world, make_climb(&c, w, k), NULL);
+  if (!err) err = mt_world_meet(w->world, join(&c, w->world), NULL);
+  if (err) goto done;
   r->precision = c.recipe->precision;
   snprintf(out->device, sizeof out->device, "%s", c.be.description[0] ? c.be.description : "CPU");
   MT_GO(measure(&c, w, r));
@@ -144,26 +174,30 @@ done:
 }
 
 mt_err mt_ladder_run(const struct mt_ladder_options *o, struct mt_ladder *out) {
-  struct work w = {.o = o};
+  struct work w = {.o = o, .world = o->world && o->world->size > 1 ? o->world : NULL};
   mt_err err;
   bool any = false;
   *out = (struct mt_ladder){0};
-  MT_GO(open_config(&w));
+  MT_GO(mt_world_meet(w.world, open_config(&w), NULL));
+  struct mt_mesh mesh; /* what is asked for must be one before anything runs */
   out->config = w.config;
-  MT_GO(mt_random_batch(&w.batch, o->batch_size, o->max_seq_length, w.config.vocab, o->seed));
+  out->ranks = w.world ? w.world->size : 1;
+  MT_GO(mt_mesh_make(&w.config, out->ranks, 0, o->ep_size, o->pp_size, &mesh));
   for (int k = 0; k < RUNGS; k++) {
     MT_GO(run_rung(&w, k, out));
     any |= out->rung[k].ran;
   }
   if (!any) err = mt_fail(MT_EUNSUPPORTED, "no rung runs here: %s", out->rung[0].why);
 done:
-  mt_batch_destroy(&w.batch);
   mt_hf_close(&w.checkpoint);
   return err;
 }
 
-static double speedup(const struct mt_ladder *l, const struct mt_rung *r) {
-  return l->rung[0].ran ? l->rung[0].ms / r->ms : NAN;
+double mt_ladder_speedup(const struct mt_ladder *l, const struct mt_rung *r) {
+  for (int i = 0; i < l->count; i++) {
+    if (l->rung[i].ran) return l->rung[i].ms / r->ms;
+  }
+  return 1;
 }
 
 static void print_json(const struct mt_ladder_options *o, const struct mt_ladder *l) {
@@ -177,15 +211,15 @@ static void print_json(const struct mt_ladder_options *o, const struct mt_ladder
                              json_pack("{s:f,s:f,s:f,s:f,s:I}", "step_ms", r->ms, "tokens_per_s",
                                        r->tokens_per_s, "model_tflops", r->tflops, "loss", r->loss,
                                        "memory_bytes", (json_int_t)r->memory_bytes));
-      if (l->rung[0].ran) json_object_set_new(one, "speedup", json_real(speedup(l, r)));
+      json_object_set_new(one, "speedup", json_real(mt_ladder_speedup(l, r)));
     } else {
       json_object_set_new(one, "why", json_string(r->why));
     }
     json_array_append_new(list, one);
   }
-  json_t *all =
-      json_pack("{s:s,s:i,s:i,s:i,s:o}", "device", l->device, "layers", l->config.layers,
-                "batch_size", o->batch_size, "max_seq_length", o->max_seq_length, "rungs", list);
+  json_t *all = json_pack("{s:s,s:i,s:i,s:i,s:i,s:o}", "device", l->device, "ranks", l->ranks,
+                          "layers", l->config.layers, "batch_size", o->batch_size, "max_seq_length",
+                          o->max_seq_length, "rungs", list);
   json_dumpf(all, stdout, JSON_COMPACT | JSON_REAL_PRECISION(9));
   putchar('\n');
   json_decref(all);
@@ -198,8 +232,8 @@ void mt_ladder_print(const struct mt_ladder_options *o, const struct mt_ladder *
     return;
   }
   printf("model       hidden %d, ffn %d, %d experts, top-%d, %d layers, vocabulary %d\n"
-         "work        %d x %d tokens a step, %s; medians of %lld steps\n\n",
-         c->hidden, c->ffn, c->experts, c->top_k, c->layers, c->vocab, o->batch_size,
+         "work        %d x %d x %d tokens a step, %s; medians of %lld steps\n\n",
+         c->hidden, c->ffn, c->experts, c->top_k, c->layers, c->vocab, l->ranks, o->batch_size,
          o->max_seq_length, l->device, (long long)o->train_steps);
   printf("%4s  %-34s %-9s %10s %8s %10s %8s %7s %9s\n", "rung", "how", "precision", "step ms",
          "speedup", "tokens/s", "TFLOP/s", "GiB", "loss");
@@ -210,7 +244,7 @@ void mt_ladder_print(const struct mt_ladder_options *o, const struct mt_ladder *
       continue;
     }
     printf("%4d  %-34s %-9s %10.2f %7.2fx %10.0f %8.2f %7.2f %9.5f\n", r->number, r->what,
-           r->precision, r->ms, speedup(l, r), r->tokens_per_s, r->tflops,
+           r->precision, r->ms, mt_ladder_speedup(l, r), r->tokens_per_s, r->tflops,
            (double)r->memory_bytes / (1 << 30), r->loss);
   }
 }

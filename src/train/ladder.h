@@ -11,10 +11,10 @@ struct mt_rung {
   const char *what;      /* how it computes */
   const char *precision; /* of the recipe */
   bool ran;
-  char why[256]; /* it did not */
-  double ms;     /* median of the measured steps */
-  double tokens_per_s, tflops;
-  double loss; /* of the first measured step: the rungs' differ by rounding alone */
+  char why[256];               /* it did not */
+  double ms;                   /* median of the measured steps */
+  double tokens_per_s, tflops; /* of all ranks; of one */
+  double loss;                 /* of the first measured step: the rungs' differ by rounding alone */
   size_t memory_bytes;
 };
 
@@ -22,6 +22,7 @@ struct mt_ladder {
   struct mt_rung rung[MT_LADDER_RUNGS];
   int count;
   struct mt_config config;
+  int ranks;
   char device[128];
 };
 
@@ -29,6 +30,9 @@ struct mt_ladder {
  * tokens. A rung that there is not is left out; one that cannot run (MT_EUNSUPPORTED, MT_ENOMEM)
  * says why. Errors: those of opening the model, and of steps. */
 mt_err mt_ladder_run(const struct mt_ladder_options *o, struct mt_ladder *out);
+
+/* Over the lowest rung that ran. */
+double mt_ladder_speedup(const struct mt_ladder *l, const struct mt_rung *r);
 
 /* The table, or JSON. */
 void mt_ladder_print(const struct mt_ladder_options *o, const struct mt_ladder *l);

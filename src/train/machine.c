@@ -136,7 +136,7 @@ static mt_err open_sample(struct sample *s, const struct mt_config *c,
                                           .schedule = MT_SCHEDULE_CONSTANT};
   MT_TRY(mt_device_open(o, &s->recipe, &s->be));
   MT_TRY(mt_random_model(&s->model, &one, s->recipe, &s->be, &mo, 1));
-  MT_TRY(mt_random_batch(&s->batch, samples, length, c->vocab, 1));
+  MT_TRY(mt_random_batch(&s->batch, 0, samples, length, c->vocab, 1));
   MT_TRY(mt_optimizer_create(&s->optimizer, &s->model, &oo));
   MT_TRY(mt_step_queue_create(&s->queue, &s->optimizer, false));
   return mt_yardstick_make(&s->yard, &s->be, s->recipe);

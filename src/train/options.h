@@ -187,10 +187,14 @@ struct mt_plan_options {
 
 /* `moetune ladder`: every rung on the same work. */
 struct mt_ladder_options {
-  const char *model;  /* a checkpoint, or */
-  const char *random; /* a config.json, or a directory with one: random weights */
-  int layers;         /* of random weights; 0: the config's */
-  int batch_size, max_seq_length;
+  const char *model;      /* a checkpoint, or */
+  const char *random;     /* a config.json, or a directory with one: random weights */
+  int layers;             /* of random weights; 0: the config's */
+  struct mt_world *world; /* the ranks that climb together; NULL: this process alone */
+  int ep_size, pp_size;   /* of them, on rungs above 0 */
+  double comm_timeout_s;
+  int batch_size; /* samples of a step, for each rank */
+  int max_seq_length;
   int64_t warmup_steps, train_steps;
   struct mt_device_options device;
   int recompute;

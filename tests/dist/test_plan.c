@@ -54,7 +54,7 @@ static void steps(struct run *mine, struct mt_ranks *ranks) {
   struct mt_batch b[MICRO], *micro[MICRO];
   for (int i = 0; i < MICRO; i++) {
     uint64_t seed = (uint64_t)(world.rank * MICRO + i + 1);
-    OK(mt_random_batch(&b[i], SAMPLES, LENGTH, mine->m.config.vocab, seed));
+    OK(mt_random_batch(&b[i], 0, SAMPLES, LENGTH, mine->m.config.vocab, seed));
     micro[i] = &b[i];
   }
   OK(mt_optimizer_create(&opt, &mine->m, &oo));

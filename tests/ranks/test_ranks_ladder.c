@@ -1,0 +1,62 @@
+/* The ladder on many ranks: every rung of one rank and of several trains on the same tokens with
+ * the same weights, read or random, so that the losses are the same; and a mesh that there is not.
+ */
+#include "ranks/run.h"
+
+#define LADDER "ladder --threads 1 --max-seq-length 16 --warmup-steps 0 --train-steps 1 --json "
+
+static void climb(int ranks, const char *what, int batch, int ep, double loss[3]) {
+  char args[1024];
+  snprintf(args, sizeof args, LADDER "%s --batch-size %d --ep-size %d --log-level error", what,
+           batch, ep);
+  struct start s = {.ranks = ranks, .args = args};
+  start_well(&s);
+  const char *p = strstr(s.out, "\"rungs\":");
+  for (int i = 0; i < 3; i++) {
+    char rung[32];
+    snprintf(rung, sizeof rung, "\"rung\":%d", i);
+    p = p ? strstr(p, rung) : NULL;
+    if (!p) fail_msg("rung %d is missing in %s", i, s.out);
+    const char *end = strchr(p, '}'), *l = strstr(p, "\"loss\":");
+    loss[i] = l && l < end ? strtod(l + 7, NULL) : NAN; /* it did not run */
+  }
+  assert_true(isfinite(loss[1]) && isfinite(loss[2]));
+}
+
+static void the_same_work_on_any_mesh(void **state) {
+  (void)state;
+  static const char *const models[] = {"--model @/model", "--random @/model"};
+  for (int i = 0; i < 2; i++) {
+    double one[3], many[3];
+    climb(0, models[i], 4, 1, one);
+    assert_true(isfinite(one[0]));
+    for (int ep = 1; ep <= 2; ep++) {
+      for (int ranks = 2; ranks <= 4; ranks += 2) {
+        climb(ranks, models[i], 4 / ranks, ep, many);
+        for (int k = 0; k < 3; k++) {
+          if (isfinite(many[k]) && !(fabs(many[k] - one[0]) <= 2e-5 * one[0]))
+            fail_msg("%s, %d ranks, ep %d, rung %d: loss %.9g, not %.9g", models[i], ranks, ep, k,
+                     many[k], one[0]);
+        }
+      }
+    }
+  }
+}
+
+static void meshes_that_are_not(void **state) {
+  (void)state;
+  struct start s = {.ranks = 2, .args = LADDER "@/model --ep-size 3"};
+  start(&s);
+  assert_int_not_equal(s.status, 0);
+  assert_non_null(strstr(s.out, "2 ranks cannot be cut into --ep-size 3"));
+  s = (struct start){.args = LADDER "@/model --ep-size 2"};
+  start(&s);
+  assert_int_not_equal(s.status, 0);
+  assert_non_null(strstr(s.out, "1 ranks cannot be cut into --ep-size 2"));
+}
+
+static const struct CMUnitTest tests[] = {cmocka_unit_test(the_same_work_on_any_mesh),
+                                          cmocka_unit_test(meshes_that_are_not)};
+int main(void) {
+  return cmocka_run_group_tests(tests, set_up, tear_down);
+}
