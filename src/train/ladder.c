@@ -73,12 +73,20 @@ static mt_err make_model(struct climb *c, const struct work *w,
   return err ? err : mt_hf_load(&w->checkpoint, &c->model.params, &c->be);
 }
 
+/* As many stages as there are ranks, or layers for. */
+static int most_stages(int ranks, int layers) {
+  int pp = ranks;
+  while (pp > layers || ranks % pp != 0) pp--;
+  return pp;
+}
+
 /* Rung 0 has the layers in sequence over the ranks; the others are the mesh that is asked for. All
  * have the same samples in a step. */
 static mt_err make_place(struct climb *c, const struct work *w, int number) {
   const struct mt_ladder_options *o = w->o;
   int size = w->world ? w->world->size : 1, rank = w->world ? w->world->rank : 0;
-  int ep = number == 0 ? 1 : o->ep_size, pp = number == 0 ? size : o->pp_size;
+  int ep = number == 0 ? 1 : o->ep_size,
+      pp = number == 0 ? most_stages(size, w->config.layers) : o->pp_size;
   MT_TRY(mt_mesh_make(&w->config, size, rank, ep, pp, &c->mesh));
   int samples = o->batch_size * size / mt_mesh_readers(&c->mesh);
   return mt_random_batch(&c->batch, samples * mt_mesh_reader(&c->mesh), samples, o->max_seq_length,
