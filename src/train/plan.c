@@ -301,7 +301,7 @@ static struct mt_plan_traffic traffic_of(const struct mt_planner *p, const struc
   double act = (double)mt_dtype_bytes(p->recipe->act);
   double stat = (double)mt_dtype_bytes(p->recipe->stat);
   double rows = tokens * c->top_k * leaving(plan->ep) * layers * passes;
-  double record = ceil((c->experts * (stat + 4) + 4) / 8) * 8;
+  double record = ceil((c->experts * (stat + 4) + stat + 4) / 8) * 8;
   double stream = tokens * c->hidden * act * passes;
   struct mt_plan_traffic t = {
       .counts = 4.0 * c->experts * leaving(plan->ep) * layers * passes,
