@@ -76,7 +76,7 @@ static mt_err make_model(struct climb *c, const struct work *w,
 /* As many stages as there are ranks, or layers for. */
 static int most_stages(int ranks, int layers) {
   int pp = ranks;
-  while (pp > layers || ranks % pp != 0) pp--;
+  while (pp > 1 && (pp > layers || ranks % pp != 0)) pp--;
   return pp;
 }
 
