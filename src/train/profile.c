@@ -83,17 +83,17 @@ MEMORY(swiglu_quantize_fwd, b(a->gate_up) + q(a->h))
 MEMORY(swiglu_quantize_bwd, b(a->dh) + b(a->gate_up) + q(a->dgate_up) + (a->h.format ? q(a->h) : 0))
 WORK(qlinear_fwd) {
   (void)length;
-  return (struct work){2 * side(a->x) * (double)a->y.dim[1], side(a->x) + side(a->w) + b(a->y)};
+  return (struct mt_work){2 * side(a->x) * (double)a->y.dim[1], side(a->x) + side(a->w) + b(a->y)};
 }
 WORK(qlinear_dgrad) {
   (void)length;
-  return (struct work){2 * side(a->dy) * (double)a->dx.dim[1],
-                       side(a->dy) + side(a->w) + acc(a->dx, a->accumulate)};
+  return (struct mt_work){2 * side(a->dy) * (double)a->dx.dim[1],
+                          side(a->dy) + side(a->w) + acc(a->dx, a->accumulate)};
 }
 WORK(qlinear_wgrad) {
   (void)length;
-  return (struct work){2 * side(a->dy) * (double)a->x.dim[1],
-                       side(a->dy) + side(a->x) + acc(a->dw, a->accumulate)};
+  return (struct mt_work){2 * side(a->dy) * (double)a->x.dim[1],
+                          side(a->dy) + side(a->x) + acc(a->dw, a->accumulate)};
 }
 WORK(experts_up_fwd) {
   (void)length;
