@@ -76,7 +76,7 @@ static void write_axes(FILE *f, const struct area *a) {
             WIDTH - RIGHT, y, y);
     text_at(f, LEFT - 8, y + 4, " text-anchor=\"end\"", mt_short_number(text, tick[i]));
   }
-  for (double e = ceil(a->x0); e <= a->x1 + 1e-9; e++) {
+  for (int e = (int)ceil(a->x0); e <= a->x1 + 1e-9; e++) {
     snprintf(text, sizeof text, "%.0f", exp2(e));
     text_at(f, px(a, exp2(e)), a->top + PANEL + 17, " text-anchor=\"middle\"", text);
   }

@@ -3,10 +3,12 @@
 #include <jansson.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include "base/log.h"
 #include "data/dataset.h"
 #include "hf/checkpoint.h"
+#include "kernels/registry.h"
 #include "par/ranks.h"
 #include "train/bench.h"
 #include "train/session.h"
@@ -21,6 +23,7 @@ static const struct {
     {0, "experts in a loop, blocks unfused", MT_EXPERTS_LOOP, MT_BLOCKS_UNFUSED},
     {1, "experts in a loop, blocks fused", MT_EXPERTS_LOOP, MT_BLOCKS_FUSED},
     {2, "experts grouped, blocks fused", MT_EXPERTS_GROUPED, MT_BLOCKS_FUSED},
+    {3, "experts fused, in 8 bits", MT_EXPERTS_FUSED, MT_BLOCKS_FUSED},
 };
 enum { RUNGS = sizeof rungs / sizeof *rungs };
 _Static_assert((int)RUNGS <= (int)MT_LADDER_RUNGS, "a result for each");
@@ -70,13 +73,14 @@ static mt_err make_model(struct climb *c, const struct work *w,
   MT_TRY(mt_params_build(&w->config, w->world ? &options->shard : NULL, &params));
   mt_err err = mt_model_create(&c->model, &w->config, &params, c->recipe, &c->be, options);
   mt_params_free(&params);
-  return err ? err : mt_hf_load(&w->checkpoint, &c->model.params, &c->be);
+  if (!err) err = mt_hf_load(&w->checkpoint, &c->model.params, &c->be);
+  return err ? err : mt_model_quantize_weights(&c->model);
 }
 
 /* As many stages as there are ranks, or layers for. */
 static int most_stages(int ranks, int layers) {
   int pp = ranks;
-  while (pp > layers || ranks % pp != 0) pp--;
+  while (pp > 1 && (pp > layers || ranks % pp != 0)) pp--;
   return pp;
 }
 
@@ -91,6 +95,19 @@ static mt_err make_place(struct climb *c, const struct work *w, int number) {
   int samples = o->batch_size * size / mt_mesh_readers(&c->mesh);
   return mt_random_batch(&c->batch, samples * mt_mesh_reader(&c->mesh), samples, o->max_seq_length,
                          w->config.vocab, o->seed);
+}
+
+/* As --improvement has it: rung 3 is in 8 bits, whichever fit the device. */
+static mt_err open_device(struct climb *c, const struct mt_device_options *o, int number) {
+  struct mt_device_options d = *o;
+  bool cuda = strcmp(o->device, "cuda") == 0 ||
+              (strcmp(o->device, "auto") == 0 && mt_cuda_device_count() > 0);
+  bool given = d.precision && strstr(d.precision, "fp8");
+  if (number == 3 && !given) d.precision = cuda ? "fp8" : "mxfp8";
+  const char *states = d.optim_state ? d.optim_state : "fp32";
+  if (number == 3 && !mt_recipe_choose(d.precision, states))
+    return mt_fail(MT_EUNSUPPORTED, "no precision %s with --optim-state %s", d.precision, states);
+  return mt_device_open(&d, &c->recipe, &c->be);
 }
 
 static mt_err make_climb(struct climb *c, const struct work *w, int k) {
@@ -110,7 +127,8 @@ static mt_err make_climb(struct climb *c, const struct work *w, int k) {
                                           .clip = 1.0,
                                           .schedule = MT_SCHEDULE_CONSTANT,
                                           .seed = o->seed};
-  MT_TRY(mt_device_open(&o->device, &c->recipe, &c->be));
+  MT_TRY(mt_device_skips(&o->device, &mo.skip_8bit));
+  MT_TRY(open_device(c, &o->device, rungs[k].number));
   if (w->world) mo.shard = mt_ranks_shard(&c->mesh);
   MT_TRY(make_model(c, w, &mo));
   MT_TRY(mt_optimizer_create(&c->optimizer, &c->model, &oo));

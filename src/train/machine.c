@@ -95,6 +95,7 @@ static double roofline(const struct mt_machine *m, double flops_per_s, struct mt
 
 double mt_machine_seconds(const struct mt_machine *m, double flops_per_s, int op,
                           struct mt_work work) {
+  if (strncmp(mt_op_name(op), "qlinear", 7) == 0) flops_per_s = m->fp8_flops;
   return m->launch_s + roofline(m, flops_per_s, work) / m->share[op];
 }
 

@@ -30,7 +30,8 @@ mt_err mt_machine_measure(const struct mt_config *c, const struct mt_device_opti
                           const struct mt_model_options *m, int64_t tokens, int length,
                           struct mt_machine *out);
 
-/* Seconds of one call; flops_per_s: of the format's products. */
+/* Seconds of one call; flops_per_s: of the format's products (those of 8 bits have the machine's).
+ */
 double mt_machine_seconds(const struct mt_machine *m, double flops_per_s, int op,
                           struct mt_work work);
 /* Of products of activations in this format. */

@@ -57,6 +57,7 @@ static struct mt_model_options model_options(const struct mt_planner *p) {
                                    .blocks = (enum mt_blocks_strategy)o->blocks,
                                    .recompute = (enum mt_recompute)o->recompute,
                                    .training = true,
+                                   .skip_8bit = p->skip_8bit,
                                    .token_capacity = p->token_capacity,
                                    .sequence_capacity = o->batch_size};
 }
@@ -87,6 +88,7 @@ mt_err mt_planner_open(struct mt_planner *p, const struct mt_plan_options *o) {
   MT_TRY(mt_path_is_dir(o->path) ? mt_hf_config_load(o->path, &p->config, NULL)
                                  : mt_hf_config_load_file(o->path, &p->config, NULL));
   MT_TRY(open_backend(p));
+  MT_TRY(mt_device_skips(&o->device, &p->skip_8bit));
   struct mt_loader_options l = {.batch_size = o->batch_size,
                                 .max_seq_length = o->max_seq_length,
                                 .pad_multiple = p->recipe->pad_multiple};
@@ -138,29 +140,27 @@ static void keep_class(struct mt_params *p, enum mt_sync sync) {
   p->count = n;
 }
 
-/* By the model's own layout of rows of this class alone, and again without what learning adds. */
+/* By the model's own layout of rows of this class alone. A master weight, where it is memory of its
+ * own, is as large as a moment: it has its shape and format. */
 static mt_err class_of(struct mt_planner *p, const struct mt_config *c,
                        const struct mt_params *rows, const struct mt_model_options *o,
                        enum mt_sync sync, struct class_bytes *out) {
   struct mt_params some = {.count = rows->count};
-  struct mt_memory all, frozen;
+  struct mt_memory all;
   mt_err err;
   some.row = calloc((size_t)rows->count + 1, sizeof *some.row);
   if (!some.row) return mt_fail(MT_ENOMEM, "%d parameters", rows->count);
   memcpy(some.row, rows->row, (size_t)rows->count * sizeof *some.row);
   keep_class(&some, sync);
   MT_GO(mt_model_plan(c, &some, p->recipe, &p->be, o, &all));
-  *out =
-      (struct class_bytes){.grad = all.gradients, .states = all.optimizer, .summed = all.gradients};
+  *out = (struct class_bytes){.grad = all.gradients, .states = all.optimizer};
+  out->master = p->recipe->act == p->recipe->state ? 0 : all.optimizer / 2;
+  out->compute = all.parameters - out->master;
   for (int i = 0; i < some.count; i++) {
     if (!some.row[i].learns) continue;
     size_t last = (size_t)mt_param_count(&some.row[i]) * mt_dtype_bytes(p->recipe->grad);
     out->summed = all.gradients - (MT_ARENA_ALIGN - last % MT_ARENA_ALIGN) % MT_ARENA_ALIGN;
   }
-  for (int i = 0; i < some.count; i++) some.row[i].learns = false;
-  MT_GO(mt_model_plan(c, &some, p->recipe, &p->be, o, &frozen));
-  out->compute = frozen.parameters;
-  out->master = all.parameters - frozen.parameters;
 done:
   mt_params_free(&some);
   return err;
@@ -301,7 +301,7 @@ static struct mt_plan_traffic traffic_of(const struct mt_planner *p, const struc
   double act = (double)mt_dtype_bytes(p->recipe->act);
   double stat = (double)mt_dtype_bytes(p->recipe->stat);
   double rows = tokens * c->top_k * leaving(plan->ep) * layers * passes;
-  double record = ceil((c->experts * (stat + 4) + 4) / 8) * 8;
+  double record = ceil((c->experts * (stat + 4) + stat + 4) / 8) * 8;
   double stream = tokens * c->hidden * act * passes;
   struct mt_plan_traffic t = {
       .counts = 4.0 * c->experts * leaving(plan->ep) * layers * passes,

@@ -70,6 +70,7 @@ struct mt_planner {
   struct mt_backend be;
   struct mt_machine machine;
   int64_t token_capacity;
+  unsigned skip_8bit;
   bool backend_differs;          /* the build has no CUDA: workspaces are the CPU's */
   struct mt_planner_entry *seen; /* counts made before */
   int seen_count;

@@ -60,10 +60,10 @@ static void steps(struct run *mine, struct mt_ranks *ranks) {
   OK(mt_optimizer_create(&opt, &mine->m, &oo));
   OK(mt_step_queue_create(&q, &opt, false));
   q.ranks = ranks;
-  watch(&mine->be);
+  watch(mine->be);
   OK(mt_step_run(&q, micro, MICRO, &r));
-  mine->be.mem_alloc = given.alloc;
-  mine->be.mem_free = given.free;
+  mine->be->mem_alloc = given.alloc;
+  mine->be->mem_free = given.free;
   mt_step_queue_destroy(&q);
   mt_optimizer_destroy(&opt);
   for (int i = 0; i < MICRO; i++) mt_batch_destroy(&b[i]);
@@ -91,9 +91,9 @@ static void same_traffic(const struct mt_plan *plan, struct mt_ranks *r) {
 
 /* The plan is of the rank that has most. */
 static void most_sums(const struct mt_plan *plan, struct mt_ranks *r) {
-  int64_t as_many = r->parts_bytes == plan->memory.sums;
-  if (r->parts_bytes > plan->memory.sums)
-    same_bytes("sums", (double)plan->memory.sums, (double)r->parts_bytes);
+  int64_t as_many = r->sum.parts_bytes == plan->memory.sums;
+  if (r->sum.parts_bytes > plan->memory.sums)
+    same_bytes("sums", (double)plan->memory.sums, (double)r->sum.parts_bytes);
   OK(mt_ranks_sum_counts(r, &as_many, 1));
   assert_true(as_many >= 1);
 }
