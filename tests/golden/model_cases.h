@@ -123,7 +123,7 @@ static void close_case(struct golden *g) {
   free(g->batch.ids), free(g->batch.positions), free(g->batch.labels), free(g->batch.cu_seqlens);
 }
 
-static void check_logits(struct golden *g, const struct bounds *b) {
+static inline void check_logits(struct golden *g, const struct bounds *b) {
   const struct mt_st_tensor *want = expected(g, "", "logits");
   int64_t vocab = g->m.config.vocab;
   float *got = malloc((size_t)(g->batch.valid_count * vocab) * sizeof *got);
@@ -146,9 +146,9 @@ static void check_logits(struct golden *g, const struct bounds *b) {
 }
 
 /* Squared distance and squared size of what `form` holds of a tensor, against the fixture's. */
-static void compare_tensor(struct golden *g, const struct mt_param *p, const double *form,
-                           const struct mt_hf_tensor *t, const struct mt_st_tensor *want,
-                           double *distance, double *size) {
+static inline void compare_tensor(struct golden *g, const struct mt_param *p, const double *form,
+                                  const struct mt_hf_tensor *t, const struct mt_st_tensor *want,
+                                  double *distance, double *size) {
   int64_t n = mt_param_row_elems(p);
   *distance = *size = 0;
   int64_t elems = 1;
@@ -182,7 +182,8 @@ static double *mirror(struct golden *g, const struct mt_tensor *form) {
 }
 
 /* Every parameter's gradient or value; returns the worst share of its bound. */
-static double check_params(struct golden *g, const char *prefix, bool gradient, double bound) {
+static inline double check_params(struct golden *g, const char *prefix, bool gradient,
+                                  double bound) {
   double floor = gradient ? 1e-8 * series(g, "grad_norms_before_clip", 0) : 0, worst = 0;
   int seen = 0;
   for (int i = 0; i < g->m.params.count; i++) {
@@ -203,7 +204,8 @@ static double check_params(struct golden *g, const char *prefix, bool gradient, 
   return worst;
 }
 
-static void run_case(const char *dir, const struct bounds *b, struct mt_model_options options) {
+static inline void run_case(const char *dir, const struct bounds *b,
+                            struct mt_model_options options) {
   struct golden g = {0};
   struct mt_loss loss;
   struct mt_step_result r;
@@ -246,7 +248,7 @@ static void run_case(const char *dir, const struct bounds *b, struct mt_model_op
 }
 
 /* Calls f for every case; at least `least` must be there. */
-static void each_case(int least, void (*f)(const char *dir)) {
+static inline void each_case(int least, void (*f)(const char *dir)) {
   const char *root = getenv("MOETUNE_GOLDEN_DIR");
   char path[MT_PATH_MAX], dir[MT_PATH_MAX];
   if (!root) root = MT_SOURCE_DIR "/tests/golden";
@@ -264,11 +266,11 @@ static void each_case(int least, void (*f)(const char *dir)) {
   assert_true(count >= least);
 }
 
-/* All four ways through experts and blocks. */
+/* All ways through experts and blocks. */
 static inline void every_way(const char *dir, const struct bounds *b) {
-  for (int way = 0; way < 4; way++) {
-    struct mt_model_options o = {.experts = (enum mt_experts_strategy)(way & 1),
-                                 .blocks = (enum mt_blocks_strategy)(way >> 1)};
+  for (int way = 0; way < 6; way++) {
+    struct mt_model_options o = {.experts = (enum mt_experts_strategy)(way % 3),
+                                 .blocks = (enum mt_blocks_strategy)(way / 3)};
     run_case(dir, b, o);
   }
 }

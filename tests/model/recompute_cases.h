@@ -5,19 +5,19 @@
 
 #include "model/small.h"
 
-enum { WAYS = 4, MODES = 3, LAYERS = 3 };
+enum { WAYS = 6, MODES = 3, LAYERS = 3 };
 
 static struct mt_model_options way_of(int way, int recompute) {
-  return (struct mt_model_options){.experts = (enum mt_experts_strategy)(way & 1),
-                                   .blocks = (enum mt_blocks_strategy)(way >> 1),
+  return (struct mt_model_options){.experts = (enum mt_experts_strategy)(way % 3),
+                                   .blocks = (enum mt_blocks_strategy)(way / 3),
                                    .recompute = (enum mt_recompute)recompute,
                                    .aux_coef = 0.02,
                                    .z_coef = 0.01,
                                    .training = true};
 }
 
-static struct mt_config deep_config(void) {
-  struct mt_config c = small_config();
+static struct mt_config deep_config(bool eight_bits) {
+  struct mt_config c = eight_bits ? small_8bit_config() : small_config();
   c.layers = LAYERS;
   for (int l = 0; l < LAYERS; l++) c.layer[l].renormalize = true;
   return c;
@@ -61,10 +61,10 @@ static void same_gradients(struct small_model *a, struct small_model *b, const c
 }
 
 static inline void gradients_are_the_same_on(const char *backend) {
-  static const char *const recipes[] = {"fp32", "bf16", "bf16-states"};
-  struct mt_config c = deep_config();
+  static const char *const recipes[] = {"fp32", "bf16", "bf16-states", "mxfp8", "fp8"};
   for (int way = 0; way < WAYS; way++) {
-    for (int r = 0; r < 3; r++) {
+    for (int r = 0; r < 5; r++) {
+      struct mt_config c = deep_config(r >= 3);
       struct small_model kept;
       small_open(&kept, backend, recipes[r], &c, way_of(way, MT_RECOMPUTE_NONE));
       run_backward(&kept);

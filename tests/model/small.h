@@ -40,6 +40,15 @@ static inline struct mt_config small_config(void) {
   return c;
 }
 
+/* The same in widths that 8-bit recipes take, none a multiple of FP8's blocks. */
+static inline struct mt_config small_8bit_config(void) {
+  struct mt_config c = small_config();
+  c.hidden = 96;
+  c.ffn = 160;
+  c.head_dim = 32;
+  return c;
+}
+
 enum { SMALL_TOKENS = 24, SMALL_SEQUENCES = 3 };
 
 struct small_batch {
@@ -93,6 +102,7 @@ static inline void small_weights(struct mt_model *m, uint64_t seed) {
     free(raw);
     free(x);
   }
+  OK(mt_model_quantize_weights(m));
 }
 
 struct small_model {

@@ -50,7 +50,7 @@ static void check_differences(struct mt_config config, struct mt_model_options o
 
 static void every_way_through_the_blocks(void **state) {
   (void)state;
-  for (int experts = MT_EXPERTS_LOOP; experts <= MT_EXPERTS_GROUPED; experts++) {
+  for (int experts = MT_EXPERTS_LOOP; experts <= MT_EXPERTS_FUSED; experts++) {
     for (int blocks = MT_BLOCKS_UNFUSED; blocks <= MT_BLOCKS_FUSED; blocks++) {
       struct mt_model_options o = {.experts = (enum mt_experts_strategy)experts,
                                    .blocks = (enum mt_blocks_strategy)blocks};

@@ -12,7 +12,7 @@ static void gradients_are_the_same_to_the_bit(void **state) {
 static void memory_equals_the_plan(void **state) {
   (void)state;
   static const char *const recipes[] = {"fp32", "bf16", "bf16-states"};
-  struct mt_config c = deep_config();
+  struct mt_config c = deep_config(false);
   for (int way = 0; way < WAYS; way++) {
     for (int r = 0; r < 3; r++) {
       size_t before = SIZE_MAX;
@@ -53,7 +53,7 @@ static void mixtral_width_fits(void **state) {
   for (int mode = 0; mode < MODES; mode++) {
     struct mt_params params;
     struct mt_memory m;
-    struct mt_model_options o = way_of(3, mode);
+    struct mt_model_options o = way_of(4, mode);
     o.token_capacity = 16384;
     o.sequence_capacity = 2;
     OK(mt_params_build(&c, NULL, &params));

@@ -45,6 +45,33 @@ __global__ void __launch_bounds__(256)
   }
 }
 
+/* The same, 16 elements a thread, which have one scale, or (columns of MX) one each, side by side.
+ */
+template <class T, bool ONE_EACH>
+__global__ void __launch_bounds__(256)
+    restore_wide(const uint8_t *e, struct scales s, int64_t rows, int64_t cols, int64_t ld, T *to) {
+  int64_t g = blockIdx.z, c = ((int64_t)blockIdx.x * 256 + threadIdx.x) * 16;
+  e += g * rows * ld;
+  to += g * rows * cols;
+  if (c >= cols) return;
+  for (int64_t row = blockIdx.y; row < rows; row += gridDim.y) {
+    pack<uint8_t, 16> in = *(const pack<uint8_t, 16> *)(e + row * ld + c), scale;
+    float by = 0, v[wide<T>];
+    if (ONE_EACH)
+      scale = *(const pack<uint8_t, 16> *)((const uint8_t *)s.p + g * s.count +
+                                           row / s.tall * s.ld + c);
+    else
+      by = scale_at(s, g, row, c);
+#pragma unroll
+    for (int i = 0; i < 16; i += wide<T>) {
+#pragma unroll
+      for (int j = 0; j < wide<T>; j++)
+        v[j] = from_e4m3(in.x[i + j]) * (ONE_EACH ? scale_value(scale.x[i + j]) : by);
+      store_floats<T, wide<T>>(to + row * cols + c + i, v);
+    }
+  }
+}
+
 /* The same to [matrices][cols][rows]. */
 template <class T>
 __global__ void __launch_bounds__(STRIP * 8)
@@ -99,6 +126,8 @@ static struct stored row_copy(const struct mt_qtensor *q) {
 
 /* Rows: the first of the column copy that count. */
 static struct stored col_copy(const struct mt_qtensor *q, int64_t rows) {
+  /* FP8 weights are turned as they are, scales too: nothing is won by turning them back. */
+  if (q->format == MT_Q_FP8 && q->weight && q->row) return row_copy(q);
   int64_t n = q->dim[q->rank - 2], k = q->dim[q->rank - 1], block = mt_q_block(q->format);
   int64_t matrices = q->rank == 3 ? q->dim[0] : 1, tall = mt_q_blocks(q->format, n);
   if (q->format == MT_Q_MXFP8) {
@@ -112,6 +141,13 @@ static struct stored col_copy(const struct mt_qtensor *q, int64_t rows) {
             true};
   }
   return {q->col, {q->col_scale, 0, k, 1, 128, true, true}, 1, k, rows, q->col_rows, true};
+}
+
+/* For restore_wide. */
+static bool wide_enough(const struct stored *c) {
+  if (c->cols % 16 != 0 || c->ld % 16 != 0 || !aligned_to(c->e, 16)) return false;
+  if (c->s.wide != 1) return true;
+  return c->s.ld % 16 == 0 && c->s.count % 16 == 0 && aligned_to(c->s.p, 16);
 }
 
 /* Takes the next part of the scratch and fills it with the operand as it is (not transposed). */
@@ -130,6 +166,10 @@ static mt_err bring_back(struct mt_backend *be, const char *op, const struct sto
     restore_turned<T>
         <<<dim3((unsigned)div_up(c->cols, STRIP), y < most ? (unsigned)y : most, z), dim3(STRIP, 8),
            0, mt_cuda_of(be)->stream>>>(c->e, c->s, c->rows, c->cols, c->ld, *out);
+  } else if (wide_enough(c)) {
+    auto kernel = c->s.wide == 1 ? restore_wide<T, true> : restore_wide<T, false>;
+    kernel<<<dim3((unsigned)div_up(c->cols, 4096), c->rows < most ? (unsigned)c->rows : most, z),
+             256, 0, mt_cuda_of(be)->stream>>>(c->e, c->s, c->rows, c->cols, c->ld, *out);
   } else {
     restore<T>
         <<<dim3((unsigned)div_up(c->cols, 1024), c->rows < most ? (unsigned)c->rows : most, z), 256,

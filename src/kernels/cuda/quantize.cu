@@ -8,7 +8,7 @@ enum { TILE = MT_Q_PAD, THREADS = 256, WARPS = THREADS / 32, GROUPS_MOST = MT_OP
 
 /* Elements between rows of a tile in shared memory: neighbouring threads read neighbouring columns,
  * and lanes that read down a column meet few of each other's banks. */
-template <class T> constexpr int stride_of = TILE + 4 / (int)sizeof(T);
+template <class T> constexpr int stride_of = TILE + 2;
 
 struct groups {
   const int32_t *offsets, *padded; /* NULL: one group of all rows */
@@ -73,26 +73,39 @@ __device__ void write_row(const struct mt_qtensor &q, const struct place &p, int
   for (int i = 0; i < 4 && first + i < p.cols; i++) to[i] = e[i];
 }
 
-/* The tile's columns in MX: two threads a column, each with 64 rows. A weight ends with its rows.
- */
+/* The tile's columns in MX: a warp has 32 rows of 64 columns, two columns a lane, which stay in
+ * registers between scale and elements. A weight ends with its rows. */
 template <class T>
 __device__ void write_columns_mx(const struct mt_qtensor &q, const struct place &p,
                                  const T (*tile)[stride_of<T>]) {
-  int c = threadIdx.x % TILE, begin = threadIdx.x / TILE * (TILE / 2);
+  int warp = threadIdx.x / 32, c = warp % 2 * 64 + threadIdx.x % 32 * 2, r = warp / 2 * 32;
   int64_t all = q.dim[1];
   int rows = q.weight ? p.rows : TILE;
-  if (c >= p.cols) return;
-  for (int r = begin; r < begin + TILE / 2 && r < rows; r += 32) {
-    unsigned top = 0;
-#pragma unroll 8
-    for (int i = 0; i < 32; i++) top = max(top, magnitude_bits(to_float(tile[r + i][c])));
-    unsigned byte = scale_byte<false>(top);
-    float by = scale_inverse(byte);
-    ((uint8_t *)q.col_scale)[(p.at + r) / 32 * all + p.col + c] = (uint8_t)byte;
-#pragma unroll 8
-    for (int i = 0; i < 32; i++) {
-      if (r + i >= rows) break;
-      q.col[(p.at + r + i) * all + p.col + c] = to_e4m3(to_float(tile[r + i][c]) * by);
+  if (c >= p.cols || r >= rows) return;
+  pack<T, 2> v[32];
+  unsigned top[2] = {0, 0};
+#pragma unroll
+  for (int i = 0; i < 32; i++) {
+    v[i] = *(const pack<T, 2> *)&tile[r + i][c];
+    top[0] = max(top[0], magnitude_bits(to_float(v[i].x[0])));
+    top[1] = max(top[1], magnitude_bits(to_float(v[i].x[1])));
+  }
+  unsigned byte[2] = {scale_byte<false>(top[0]), scale_byte<false>(top[1])};
+  float by[2] = {scale_inverse(byte[0]), scale_inverse(byte[1])};
+  uint8_t *scale = (uint8_t *)q.col_scale + (p.at + r) / 32 * all + p.col + c;
+  uint8_t *to = q.col + (p.at + r) * all + p.col + c;
+  bool both = c + 1 < p.cols;
+  scale[0] = (uint8_t)byte[0];
+  if (both) scale[1] = (uint8_t)byte[1];
+#pragma unroll
+  for (int i = 0; i < 32; i++, to += all) {
+    if (r + i >= rows) break;
+    uint8_t e0 = to_e4m3(to_float(v[i].x[0]) * by[0]), e1 = to_e4m3(to_float(v[i].x[1]) * by[1]);
+    if (both && ((uintptr_t)to & 1) == 0) {
+      *(uchar2 *)to = make_uchar2(e0, e1);
+    } else {
+      to[0] = e0;
+      if (both) to[1] = e1;
     }
   }
 }
