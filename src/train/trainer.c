@@ -264,7 +264,10 @@ static bool patience_is_over(const struct run *r) {
   return r->o->patience > 0 && r->best.since >= r->o->patience;
 }
 
+/* What a run that goes on from the checkpoint reads beside it is safe before it. */
 static mt_err save(struct run *r) {
+  MT_TRY(mt_lines_sync(r->metrics.file, "metrics.jsonl"));
+  MT_TRY(mt_lines_sync(r->samples.file, "samples.jsonl"));
   mt_world_doing(r->s.world, "writing a checkpoint");
   mt_world_patience(r->s.world, mt_session_patience_s(&r->s));
   MT_TRY(mt_state_save(&r->s, &r->optimizer, &r->loader, r->o, r->last_checkpoint));
