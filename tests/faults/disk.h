@@ -86,7 +86,7 @@ static inline void disk_close(struct disk *d) {
 /* The directory's names after k of its changes; how many. */
 static inline int names_after(const struct node *dir, int k, struct name *out) {
   int count = dir->name_count;
-  memcpy(out, dir->names, (size_t)count * sizeof *out);
+  if (count) memcpy(out, dir->names, (size_t)count * sizeof *out);
   for (int c = 0; c < k; c++) {
     for (int i = 0; i < dir->changes[c].count; i++) {
       const struct name *x = &dir->changes[c].name[i];
