@@ -132,14 +132,30 @@ mt_err mt_path_sync(const char *path) {
   return err;
 }
 
-/* The directory that holds path: a rename is durable once that is synced. */
+/* The directory that holds path. */
+static void parent_of(const char *path, char parent[MT_PATH_MAX]) {
+  snprintf(parent, MT_PATH_MAX, "%s", path);
+  char *slash = strrchr(parent, '/');
+  if (slash)
+    slash[slash == parent] = '\0';
+  else
+    snprintf(parent, MT_PATH_MAX, ".");
+}
+
+/* A rename is durable once the directory that holds path is synced. */
 static mt_err sync_parent(const char *path) {
   char parent[MT_PATH_MAX];
-  snprintf(parent, sizeof parent, "%s", path);
-  char *slash = strrchr(parent, '/');
-  if (!slash) return mt_path_sync(".");
-  slash[slash == parent] = '\0';
+  parent_of(path, parent);
   return mt_path_sync(parent);
+}
+
+/* mkdir, durable where the parent may be read; one that is there already is left as it is. */
+static mt_err make_dir(const char *path) {
+  char parent[MT_PATH_MAX];
+  if (mkdir(path, 0777) != 0)
+    return errno == EEXIST ? MT_OK : system_error("cannot create directory", path);
+  parent_of(path, parent);
+  return access(parent, R_OK) == 0 ? mt_path_sync(parent) : MT_OK;
 }
 
 mt_err mt_file_write_atomic(const char *path, const void *data, size_t size_bytes) {
@@ -171,9 +187,7 @@ mt_err mt_dir_create(const char *path) {
     part[i] = path[i];
     if (i > 0 && (path[i] == '/' || path[i] == '\0')) {
       part[i] = '\0';
-      if (mkdir(part, 0777) != 0 && errno != EEXIST) {
-        return system_error("cannot create directory", part);
-      }
+      MT_TRY(make_dir(part));
       part[i] = path[i];
     }
     if (path[i] == '\0') break;
@@ -220,7 +234,9 @@ mt_err mt_dir_commit(struct mt_dir_txn *t) {
   if (!err && rename(t->temp, t->path) != 0) {
     /* A directory that is not empty stands there: exchange the two names in one step. */
     if (renameat2(AT_FDCWD, t->temp, AT_FDCWD, t->path, RENAME_EXCHANGE) == 0) {
-      err = mt_dir_remove(t->temp);
+      /* Should the power fail, the old one must not be found without its files. */
+      err = sync_parent(t->path);
+      if (!err) err = mt_dir_remove(t->temp);
     } else {
       err = system_error("cannot rename to", t->path);
     }

@@ -308,8 +308,9 @@ static mt_err write_z_loss(FILE *f, const struct mt_run *runs, int count, bool w
 }
 
 mt_err mt_page_experts(FILE *f, const struct mt_run *runs, int count) {
-  bool any = false, routers;
+  bool any = false, routers, z_loss = false;
   for (int i = 0; i < count; i++) any |= runs[i].layers > 0 && runs[i].frames.count > 0;
+  for (int i = 0; i < count; i++) z_loss |= isfinite(runs[i].z_loss.last);
   fputs("<section aria-labelledby=\"experts\"><h2 id=\"experts\">Experts</h2>\n", f);
   if (!any) {
     fputs("<p class=\"empty\">No loads of experts yet.</p></section>\n", f);
@@ -325,8 +326,9 @@ mt_err mt_page_experts(FILE *f, const struct mt_run *runs, int count) {
   }
   MT_TRY(write_entropy(f, runs, count, &routers));
   MT_TRY(write_extremes(f, runs, count));
-  MT_TRY(write_aux(f, runs, count, routers));
-  MT_TRY(write_z_loss(f, runs, count, false));
+  /* The row is full: two plots side by side, or one across it. */
+  MT_TRY(write_aux(f, runs, count, routers && !z_loss));
+  MT_TRY(write_z_loss(f, runs, count, !routers));
   fputs("</div></section>\n", f);
   return MT_OK;
 }

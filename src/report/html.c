@@ -111,7 +111,7 @@ const char *mt_short_bytes(char *out, double bytes) {
 }
 
 const char *mt_short_seconds(char *out, double s) {
-  if (!isfinite(s)) return none(out);
+  if (!(fabs(s) < 1e15)) return none(out); /* no time that anyone has measured */
   if (s < 60) {
     trimmed(out, s, s < 10 ? 2 : 3, " s");
     return out;
@@ -136,7 +136,7 @@ const char *mt_short_date(char *out, int64_t seconds) {
 
 static int log_ticks(double lo, double hi, int wanted, double *out, int max) {
   static const double part[] = {1, 2, 5};
-  double decades = log10(hi / lo);
+  double decades = log10(hi) - log10(lo); /* hi / lo may be infinite */
   int parts = decades * 3 <= wanted + 2 ? 3 : 1, n = 0;
   int every = parts == 1 ? (int)ceil(decades / wanted) : 1;
   if (every < 1) every = 1;

@@ -122,7 +122,7 @@ static void write_facts(FILE *f, const struct mt_run *r) {
   fprintf(f, "%s", mt_short_seconds(a, run_seconds(r)));
   double started = mt_run_number(r, NULL, "started", NAN);
   snprintf(small, sizeof small, "from %s",
-           isfinite(started) ? mt_short_date(b, (int64_t)started) : "an unknown time");
+           fabs(started) < 1e15 ? mt_short_date(b, (int64_t)started) : "an unknown time");
   fact_close(f, small);
   model_facts(f, r);
   fputs("</dl>\n", f);

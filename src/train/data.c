@@ -94,8 +94,9 @@ static void describe_origin(const struct mt_dataset *d) {
   if (o.cached) {
     mt_info("         tokens found in %s after %.2f s", o.cache, o.seconds);
   } else if (o.seconds > 0) {
-    mt_info("         tokenised %.1f MB in %.2f s (%.1f MB/s)%s%s", megabytes, o.seconds,
-            megabytes / o.seconds, o.cache ? ", kept in " : "", o.cache ? o.cache : "");
+    mt_info("         tokenised %.*f MB in %.2f s (%.1f MB/s)%s%s", megabytes < 1 ? 3 : 1,
+            megabytes, o.seconds, megabytes / o.seconds, o.cache ? ", kept in " : "",
+            o.cache ? o.cache : "");
   }
 }
 

@@ -26,8 +26,12 @@ static mt_err copy_lines(FILE *from, FILE *to, const char *path, int64_t last_st
   }
   free(line);
   if (!feof(from)) return mt_fail(MT_EIO, "cannot read '%s': %s", path, strerror(errno));
-  if (fflush(to) == 0 && !ferror(to) && fsync(fileno(to)) == 0) return MT_OK;
-  return mt_fail(MT_EIO, "cannot write beside '%s': %s", path, strerror(errno));
+  return mt_context(mt_lines_sync(to, "its copy"), "'%s'", path);
+}
+
+mt_err mt_lines_sync(FILE *f, const char *name) {
+  if (!f || (fflush(f) == 0 && !ferror(f) && fsync(fileno(f)) == 0)) return MT_OK;
+  return mt_fail(MT_EIO, "cannot sync %s: %s", name, strerror(errno));
 }
 
 mt_err mt_lines_keep(const char *path, int64_t last_step) {

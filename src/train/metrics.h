@@ -38,6 +38,9 @@ void mt_metrics_close(struct mt_metrics *m);
  * there has none. */
 mt_err mt_metrics_best(const char *dir, int64_t last_step, double min_delta, struct mt_best *best);
 
+/* What has been written survives a loss of power. f may be NULL: there is no such file. */
+mt_err mt_lines_sync(FILE *f, const char *name);
+
 /* Rewrites a file of JSON lines that begin with {"step":N to those with N <= last_step; a last line
  * cut short is dropped. Absent is no error. Errors: MT_EIO naming the path. */
 mt_err mt_lines_keep(const char *path, int64_t last_step);

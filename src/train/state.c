@@ -215,6 +215,7 @@ static mt_err remove_checkpoint(const char *out, int64_t n) {
   MT_TRY(mt_path_join(gone, out, name));
   if (rename(path, gone) != 0)
     return mt_fail(MT_EIO, "cannot remove '%s': %s", path, strerror(errno));
+  MT_TRY(mt_path_sync(out)); /* or the power fails, and it is found without its files */
   return mt_dir_remove(gone);
 }
 

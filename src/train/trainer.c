@@ -33,7 +33,7 @@ struct run {
   bool evaluated, recorded; /* there is an evaluation; there is a run.json */
   int stop;                 /* the signal that ends the run, on all ranks after the same step */
   struct mt_progress progress;
-  int64_t total_steps, first_step, looked_at, started;
+  int64_t total_steps, first_step, looked_at, saved_at, started;
   double open_s, begin_s;            /* of the process, of the first step */
   char last_checkpoint[MT_PATH_MAX]; /* "" before the first */
 };
@@ -265,13 +265,22 @@ static bool patience_is_over(const struct run *r) {
   return r->o->patience > 0 && r->best.since >= r->o->patience;
 }
 
+/* What a run that goes on from a checkpoint reads beside it. */
+static mt_err sync_lines(const struct run *r) {
+  MT_TRY(mt_lines_sync(r->metrics.file, "metrics.jsonl"));
+  return mt_lines_sync(r->samples.file, "samples.jsonl");
+}
+
 static mt_err save(struct run *r) {
+  if (r->saved_at == r->optimizer.step) return MT_OK; /* the run ends where it has just saved */
+  MT_TRY(mt_world_meet(r->s.world, sync_lines(r), NULL)); /* safe before it is */
   mt_world_doing(r->s.world, "writing a checkpoint");
   mt_world_patience(r->s.world, mt_session_patience_s(&r->s));
   MT_TRY(mt_state_save(&r->s, &r->optimizer, &r->loader, r->o, r->last_checkpoint));
   mt_world_patience(r->s.world, 0);
   mt_progress_break(&r->progress);
   mt_info("saved    %s", r->last_checkpoint);
+  r->saved_at = r->optimizer.step;
   if (!speaks(r)) return MT_OK;
   return mt_state_retain(r->o->out, r->optimizer.step, r->o->keep_last);
 }
@@ -425,7 +434,7 @@ static mt_err open_records(struct run *r, bool resume) {
   const struct mt_train_options *o = r->o;
   const struct mt_config *c = &r->s.checkpoint.config;
   r->first_step = r->optimizer.step;
-  r->looked_at = -1;
+  r->looked_at = r->saved_at = -1;
   MT_TRY(mt_world_meet(r->s.world, open_files(r, resume), NULL));
   if (r->s.world) MT_TRY(mt_comm_broadcast(&r->s.world->all, &r->best, sizeof r->best, 0));
   MT_TRY(mt_samples_open(&r->samples, &r->s, o, r->eval_data, r->first_step, resume));

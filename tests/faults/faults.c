@@ -9,6 +9,7 @@
  *     slow                 not one but every call takes half a ms and reads or writes by halves
  *   FAULTS_LEAK=1        a block of memory is lost, to see that this is noticed
  *   FAULTS_COUNTS=FILE   at its end: the number of allocations and of file calls
+ *   FAULTS_TRACE=FILE    what was done to the files, see trace.h
  * Standard output and error are nobody's files here. */
 #include <dirent.h>
 #include <dlfcn.h>
@@ -21,12 +22,16 @@
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
+#include <stdio_ext.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
+
+#include "trace.h"
 
 enum kind { NONE, SPACE, IO, READONLY, SHORT, KILL, TORN, SLOW };
 enum { MAX_FD = 4096 };
@@ -36,7 +41,8 @@ static long memory_at, file_at;
 static enum kind kind;
 static bool sticky, ready;
 static atomic_long memory_calls, file_calls;
-static atomic_bool watched[MAX_FD];
+static atomic_bool watched[MAX_FD], written[MAX_FD]; /* written: since its last TRACE_CONTENT */
+static int trace_fd = -1;
 
 #define NEXT(name)                                                                                 \
   static __typeof__(name) *next_##name;                                                            \
@@ -59,6 +65,10 @@ __attribute__((constructor)) static void begin(void) {
   memory_at = env_number("FAULTS_MEMORY");
   file_at = env_number("FAULTS_FILE");
   sticky = env_number("FAULTS_STICKY") != 0;
+  const char *trace = getenv("FAULTS_TRACE");
+  if (trace)
+    trace_fd =
+        (int)syscall(SYS_openat, AT_FDCWD, trace, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
   if (env_number("FAULTS_LEAK")) {
     char *volatile lost = malloc(77);
     if (lost) lost[0] = 0;
@@ -162,6 +172,61 @@ void *aligned_alloc(size_t align, size_t size) {
   return !known() || memory_fails() ? NULL : real.aligned_alloc(align, size);
 }
 
+/* ---- trace ---- */
+
+static void put(const void *data, size_t size) {
+  for (const char *p = data; size > 0;) {
+    long n = syscall(SYS_write, trace_fd, p, size);
+    if (n <= 0) abort(); /* half a trace says something else */
+    p += n;
+    size -= (size_t)n;
+  }
+}
+
+static void trace(struct trace_record r, const char *a, const char *b, const void *data) {
+  static atomic_flag busy = ATOMIC_FLAG_INIT;
+  struct stat err;
+  int why = errno;
+  if (trace_fd < 0) return;
+  r.a_length = a ? (uint32_t)strlen(a) : 0;
+  r.b_length = b ? (uint32_t)strlen(b) : 0;
+  while (atomic_flag_test_and_set(&busy)) continue;
+  r.told = fstat(2, &err) == 0 ? err.st_size : 0;
+  put(&r, sizeof r);
+  put(a, r.a_length);
+  put(b, r.b_length);
+  put(data, r.data_length);
+  atomic_flag_clear(&busy);
+  errno = why;
+}
+
+static void trace_path(enum trace_kind what, const char *a, const char *b) {
+  trace((struct trace_record){.kind = what}, a, b, NULL);
+}
+
+/* All of a file, whatever its descriptor is open for. */
+static void trace_content(int fd) {
+  char path[64];
+  struct stat st;
+  if (trace_fd < 0 || !written[fd]) return;
+  written[fd] = false;
+  snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
+  int from = (int)syscall(SYS_openat, AT_FDCWD, path, O_RDONLY | O_CLOEXEC);
+  if (from < 0 || fstat(from, &st) != 0) abort();
+  size_t size = (size_t)st.st_size;
+  char *data = real.malloc(size + 1);
+  if (!data || (size_t)syscall(SYS_pread64, from, data, size, 0) != size) abort();
+  trace((struct trace_record){.kind = TRACE_CONTENT, .fd = fd, .data_length = (uint32_t)size}, NULL,
+        NULL, data);
+  real.free(data);
+  syscall(SYS_close, from);
+}
+
+static void trace_close(int fd) {
+  trace_content(fd);
+  trace((struct trace_record){.kind = TRACE_CLOSE, .fd = fd}, NULL, NULL, NULL);
+}
+
 /* ---- files ---- */
 
 static bool below(const char *path) {
@@ -172,8 +237,12 @@ static bool seen(int fd) {
   return ready && fd >= 0 && fd < MAX_FD && watched[fd];
 }
 
-static int watch(int fd) {
-  if (fd >= 0 && fd < MAX_FD) watched[fd] = true;
+static int watch(int fd, const char *path, int flags) {
+  if (fd < 0 || fd >= MAX_FD) return fd;
+  watched[fd] = true;
+  written[fd] = (flags & (O_CREAT | O_TRUNC)) != 0;
+  if (path)
+    trace((struct trace_record){.kind = TRACE_OPEN, .fd = fd, .flags = flags}, path, NULL, NULL);
   return fd;
 }
 
@@ -218,7 +287,7 @@ int open(const char *path, int flags, ...) {
   NEXT(open);
   MODE(flags)
   if (!below(path)) return next_open(path, flags, mode);
-  return whole_call_goes_on() ? watch(next_open(path, flags, mode)) : -1;
+  return whole_call_goes_on() ? watch(next_open(path, flags, mode), path, flags) : -1;
 }
 
 int open64(const char *path, int flags, ...) {
@@ -229,12 +298,12 @@ int open64(const char *path, int flags, ...) {
 int mkostemp(char *path, int flags) {
   NEXT(mkostemp);
   if (!below(path)) return next_mkostemp(path, flags);
-  return whole_call_goes_on() ? watch(next_mkostemp(path, flags)) : -1;
+  return whole_call_goes_on() ? watch(next_mkostemp(path, flags), path, flags | O_CREAT) : -1;
 }
 
 int memfd_create(const char *name, unsigned flags) {
   NEXT(memfd_create);
-  return whole_call_goes_on() ? watch(next_memfd_create(name, flags)) : -1;
+  return whole_call_goes_on() ? watch(next_memfd_create(name, flags), NULL, 0) : -1;
 }
 
 int close(int fd) {
@@ -242,6 +311,7 @@ int close(int fd) {
   if (!seen(fd)) return next_close(fd);
   watched[fd] = false;
   bool good = whole_call_goes_on();
+  trace_close(fd);
   int why = errno, status = next_close(fd);
   if (good) return status;
   errno = why;
@@ -266,6 +336,7 @@ ssize_t write(int fd, const void *data, size_t size) {
   NEXT(write);
   bool half = false;
   if (seen(fd) && !goes_on(true, &half)) return -1;
+  if (seen(fd)) written[fd] = true;
   ssize_t n = next_write(fd, data, part(size, half));
   if (half && kind == TORN) raise(SIGKILL);
   return n;
@@ -275,6 +346,7 @@ ssize_t pwrite(int fd, const void *data, size_t size, off_t at) {
   NEXT(pwrite);
   bool half = false;
   if (seen(fd) && !goes_on(true, &half)) return -1;
+  if (seen(fd)) written[fd] = true;
   ssize_t n = next_pwrite(fd, data, part(size, half), at);
   if (half && kind == TORN) raise(SIGKILL);
   return n;
@@ -282,7 +354,11 @@ ssize_t pwrite(int fd, const void *data, size_t size, off_t at) {
 
 int fsync(int fd) {
   NEXT(fsync);
-  return seen(fd) && !whole_call_goes_on() ? -1 : next_fsync(fd);
+  if (!seen(fd)) return next_fsync(fd);
+  if (!whole_call_goes_on()) return -1;
+  trace_content(fd);
+  trace((struct trace_record){.kind = TRACE_SYNC, .fd = fd}, NULL, NULL, NULL);
+  return next_fsync(fd);
 }
 
 void *mmap(void *at, size_t size, int protection, int flags, int fd, off_t offset) {
@@ -293,41 +369,58 @@ void *mmap(void *at, size_t size, int protection, int flags, int fd, off_t offse
 
 int rename(const char *from, const char *to) {
   NEXT(rename);
-  return below(to) && !whole_call_goes_on() ? -1 : next_rename(from, to);
+  if (below(to) && !whole_call_goes_on()) return -1;
+  int status = next_rename(from, to);
+  if (below(to) && status == 0) trace_path(TRACE_RENAME, from, to);
+  return status;
 }
 
 int renameat2(int from_dir, const char *from, int to_dir, const char *to, unsigned flags) {
   NEXT(renameat2);
   if (below(to) && !whole_call_goes_on()) return -1;
-  return next_renameat2(from_dir, from, to_dir, to, flags);
+  int status = next_renameat2(from_dir, from, to_dir, to, flags);
+  if (below(to) && status == 0)
+    trace_path(flags & RENAME_EXCHANGE ? TRACE_EXCHANGE : TRACE_RENAME, from, to);
+  return status;
 }
 
 int linkat(int from_dir, const char *from, int to_dir, const char *to, int flags) {
   NEXT(linkat);
   if (below(to) && !whole_call_goes_on()) return -1;
-  return next_linkat(from_dir, from, to_dir, to, flags);
+  int status = next_linkat(from_dir, from, to_dir, to, flags);
+  if (below(to) && status == 0) trace_path(TRACE_LINK, from, to);
+  return status;
 }
 
-#define PATH_CALL(type, name, bad, declaration, arguments)                                         \
-  type name declaration {                                                                          \
+#define PATH_CALL(name, declaration, arguments, kind)                                              \
+  int name declaration {                                                                           \
     NEXT(name);                                                                                    \
-    return below(path) && !whole_call_goes_on() ? bad : next_##name arguments;                     \
+    if (!below(path)) return next_##name arguments;                                                \
+    if (!whole_call_goes_on()) return -1;                                                          \
+    int status = next_##name arguments;                                                            \
+    if (status == 0) trace_path(kind, path, NULL);                                                 \
+    return status;                                                                                 \
   }
-PATH_CALL(int, unlink, -1, (const char *path), (path))
-PATH_CALL(int, mkdir, -1, (const char *path, mode_t mode), (path, mode))
-PATH_CALL(int, rmdir, -1, (const char *path), (path))
-PATH_CALL(DIR *, opendir, NULL, (const char *path), (path))
+PATH_CALL(unlink, (const char *path), (path), TRACE_UNLINK)
+PATH_CALL(mkdir, (const char *path, mode_t mode), (path, mode), TRACE_MKDIR)
+PATH_CALL(rmdir, (const char *path), (path), TRACE_UNLINK)
+
+DIR *opendir(const char *path) {
+  NEXT(opendir);
+  return below(path) && !whole_call_goes_on() ? NULL : next_opendir(path);
+}
 
 /* stdio calls the system from within the C library: its own calls are taken instead. */
-static FILE *stream_open(FILE *f) {
-  if (f) watch(fileno(f));
+static FILE *stream_open(FILE *f, const char *path, const char *mode) {
+  int flags = *mode == 'w' ? O_WRONLY | O_CREAT | O_TRUNC : *mode == 'a' ? O_WRONLY | O_CREAT : 0;
+  if (f) watch(fileno(f), path, flags);
   return f;
 }
 
 FILE *fopen(const char *path, const char *mode) {
   NEXT(fopen);
   if (!below(path)) return next_fopen(path, mode);
-  return whole_call_goes_on() ? stream_open(next_fopen(path, mode)) : NULL;
+  return whole_call_goes_on() ? stream_open(next_fopen(path, mode), path, mode) : NULL;
 }
 
 static int stream_fails(FILE *f) {
@@ -337,8 +430,12 @@ static int stream_fails(FILE *f) {
 
 int fflush(FILE *f) {
   NEXT(fflush);
-  if (!f || !seen(fileno(f)) || whole_call_goes_on()) return next_fflush(f);
-  return stream_fails(f);
+  if (!f || !seen(fileno(f))) return next_fflush(f);
+  if (!whole_call_goes_on()) return stream_fails(f);
+  int status = next_fflush(f);
+  written[fileno(f)] = true;
+  trace_content(fileno(f));
+  return status;
 }
 
 int fclose(FILE *f) {
@@ -347,6 +444,12 @@ int fclose(FILE *f) {
   if (!seen(fd)) return next_fclose(f);
   watched[fd] = false;
   bool good = whole_call_goes_on();
+  if (trace_fd >= 0) {
+    NEXT(fflush);
+    written[fd] |= __fwriting(f) != 0;
+    next_fflush(f);
+    trace_close(fd);
+  }
   int why = errno, status = next_fclose(f);
   if (good) return status;
   errno = why;

@@ -83,6 +83,7 @@ static void numbers_for_people(void **state) {
   assert_string_equal(mt_short_percent(t, 0.29588), "29.6%");
   assert_string_equal(mt_short_seconds(t, 46.06), "46.1 s");
   assert_string_equal(mt_short_seconds(t, 3725), "1 h 02 min");
+  assert_string_equal(mt_short_seconds(t, 7.5e83), "–");
   assert_string_equal(mt_short_date(t, 1700000000), "2023-11-14 22:13 UTC");
   double tick[16];
   assert_int_equal(mt_ticks(0.1, 5.2, 5, 0, tick, 16), 5);
@@ -90,6 +91,8 @@ static void numbers_for_people(void **state) {
   assert_int_equal(mt_ticks(0.5, 2000, 5, 1, tick, 16), 4);
   assert_true(fabs(tick[0] - 1) < 1e-12 && fabs(tick[3] - 1000) < 1e-9);
   assert_int_equal(mt_ticks(1, 1, 5, 0, tick, 16), 0);
+  int many = mt_ticks(1e-300, 1e300, 5, 1, tick, 16); /* a quotient beyond a double */
+  assert_true(many >= 4 && many <= 6);
 }
 
 static char *page_of(const char *const *dirs, int count, const char *out) {
