@@ -91,7 +91,7 @@ static void counted_is_what_runs(void **state) {
 /* Products alone, attention's backward as the formula has it (four, of which five are counted). */
 static void flops_are_the_formula(void **state) {
   (void)state;
-  struct mt_config c = deep_config();
+  struct mt_config c = deep_config(false);
   struct mt_machine machine;
   struct small_model s;
   struct mt_params params;
@@ -116,7 +116,7 @@ static void flops_are_the_formula(void **state) {
 /* A machine of twice the rates takes half the time. */
 static void time_follows_the_machine(void **state) {
   (void)state;
-  struct mt_config c = deep_config();
+  struct mt_config c = deep_config(false);
   struct mt_machine slow, fast;
   struct small_model s;
   struct mt_params params;
