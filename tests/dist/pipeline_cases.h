@@ -126,8 +126,8 @@ static void memory_is_the_share(const struct run *mine, const struct run *whole,
 }
 
 /* runs: 2 to compare their bits too. */
-static void stages_equal_to_one(const char *recipe, const struct order *order, int ep, int pp, int runs,
-                                struct near near) {
+static void stages_equal_to_one(const char *recipe, const struct order *order, int ep, int pp,
+                                int runs, struct near near) {
   struct mt_config c = layered(STAGE_LAYERS);
   struct mt_mesh mesh;
   struct numbers want, got, again;
@@ -182,7 +182,8 @@ static void stages_on_every_mesh(const char *recipe, struct near near) {
     for (int ep = 1; ep <= world.size; ep++) {
       if (world.size % (pp * ep) != 0 || EXPERTS % ep != 0) continue;
       size_t count = ep == 1 ? sizeof orders / sizeof *orders : 2;
-      for (size_t i = 0; i < count; i++) stages_equal_to_one(recipe, &orders[i], ep, pp, i % 3 == 0 ? 2 : 1, near);
+      for (size_t i = 0; i < count; i++)
+        stages_equal_to_one(recipe, &orders[i], ep, pp, i % 3 == 0 ? 2 : 1, near);
     }
   }
 }

@@ -47,13 +47,14 @@ static const struct mt_optimizer_options adam = {
     .seed = 5};
 
 struct numbers {
-  double loss[STEPS], aux[STEPS], norm[STEPS];
+  double loss[STEPS], aux[STEPS], z[STEPS], norm[STEPS];
   int64_t targets[STEPS], tokens[STEPS], correct[STEPS], load[STEPS];
 };
 
 static void note(struct numbers *n, int step, const struct mt_step_result *r, int loads) {
   n->loss[step] = r->loss;
   n->aux[step] = r->aux;
+  n->z[step] = r->z;
   n->norm[step] = r->grad_norm;
   n->targets[step] = r->target_count;
   n->tokens[step] = r->token_count;

@@ -184,7 +184,7 @@ static double *mirror(struct golden *g, const struct mt_tensor *form) {
 /* Every gradient or value of the parameters that are here; returns the worst share of its bound.
  * *seen (+=) tensors of the fixture. */
 static inline double check_held(struct golden *g, const char *prefix, bool gradient, double bound,
-                         int64_t *seen) {
+                                int64_t *seen) {
   double floor = gradient ? 1e-8 * series(g, "grad_norms_before_clip", 0) : 0, worst = 0;
   for (int i = 0; i < g->m.params.count; i++) {
     struct mt_param *p = &g->m.params.row[i];
@@ -223,7 +223,7 @@ static inline struct mt_optimizer_options adamw_of(const struct golden *g) {
 }
 
 static inline void check_step(const struct golden *g, const struct bounds *b, size_t step,
-                       const struct mt_step_result *r) {
+                              const struct mt_step_result *r) {
   double dl = fabs(r->loss - series(g, "losses", step)),
          norm = series(g, "grad_norms_before_clip", step);
   double dc = fabs(r->cross_entropy - series(g, "cross_entropy", step)),
