@@ -90,6 +90,14 @@ static const struct mt_option rows[] = {
      .min = 1,
      .max = 65536,
      .help = "Micro-batches whose gradients make one step, weighted by their target tokens."},
+    {.flag = "micro-batches",
+     .type = MT_OPT_INT,
+     .offset = AT(grad_accum),
+     .unit = "MICRO-BATCHES",
+     .initial = "1",
+     .min = 1,
+     .max = 65536,
+     .help = "Another name of --grad-accum: what is under way in the stages of --pp-size."},
     MT_ROW_MAX_SEQ_LENGTH(S, "512"),
     MT_ROW_SEED(S, "Decides the order of samples. The same seed gives the same run."),
 
@@ -173,6 +181,15 @@ static const struct mt_option rows[] = {
     MT_ROW_OPTIM_STATE(S),
     MT_ROW_GRAPHS(S),
     MT_ROWS_RANKS(S, ),
+    {.flag = "pp-schedule",
+     .type = MT_OPT_CHOICE,
+     .offset = AT(pp_schedule),
+     .unit = "ORDER",
+     .choices = "1f1b|sequential",
+     .initial = "1f1b",
+     .initial_note = "1f1b; sequential with --improvement 0",
+     .help = "Order of the stages' work: one forward and one backward by turns, with up to "
+             "--pp-size micro-batches under way; or one micro-batch at a time."},
     {.flag = "dry-run",
      .type = MT_OPT_FLAG,
      .offset = AT(dry_run),
@@ -296,6 +313,12 @@ static mt_err finish(void *options, const struct mt_parsed *parsed) {
   if (!mt_parsed_given(parsed, "blocks")) {
     o->blocks = o->improvement >= 1 ? MT_BLOCKS_FUSED : MT_BLOCKS_UNFUSED;
   }
+  if (!mt_parsed_given(parsed, "pp-schedule") && o->improvement == 0) {
+    o->pp_schedule = MT_PP_SEQUENTIAL;
+  }
+  if (mt_parsed_given(parsed, "grad-accum") && mt_parsed_given(parsed, "micro-batches")) {
+    return mt_fail(MT_EINVAL, "--grad-accum and --micro-batches are one option: give either");
+  }
   if (o->patience > 0 && (!o->eval_data || o->eval_every == 0)) {
     return mt_fail(MT_EINVAL, "--patience needs --eval-data and --eval-every");
   }
@@ -339,7 +362,8 @@ const struct mt_command mt_command_train = {
         "into rows without seeing each other; the loss is the mean cross-entropy of the answers' "
         "tokens.\n\n"
         "Started by mpirun or srun, its ranks train one model together: --ep-size of them share "
-        "a layer's experts, and each reads --batch-size samples of its own.\n\n"
+        "a layer's experts, and each reads --batch-size samples of its own; --pp-size cuts the "
+        "layers into stages.\n\n"
         "A run is --warmup-steps plus --train-steps optimizer steps. It ends with the number of "
         "steps and their median time. An interrupted run goes on with --resume.",
     .examples = "  moetune train --model mixtral --data train.jsonl --out runs/first\n"

@@ -1,5 +1,6 @@
 #include "model/acts.h"
 
+#include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -39,12 +40,11 @@ static mt_err take_ints(struct mt_arena *arena, int32_t **p, int64_t count) {
   return MT_OK;
 }
 
-/* What a layer keeps in every mode of training. */
+/* What a layer keeps in every mode of training, but for s1. */
 static mt_err take_stream(struct mt_layer_acts *l, const struct mt_config *c,
                           const struct mt_shard *shard, const struct mt_recipe *recipe,
                           const struct mt_acts_options *o, struct mt_arena *arena) {
   int64_t t = o->token_capacity, e = c->experts, k = c->top_k, r = t * k;
-  MT_TRY(take(arena, &l->s1, mt_mat(NULL, recipe->act, t, c->hidden)));
   MT_TRY(take(arena, &l->rstd1, mt_vec(NULL, recipe->stat, t)));
   MT_TRY(take(arena, &l->rstd2, mt_vec(NULL, recipe->stat, t)));
   MT_TRY(take(arena, &l->logits, mt_mat(NULL, recipe->stat, t, e)));
@@ -83,15 +83,20 @@ static mt_err take_mlp(struct mt_layer_acts *l, const struct mt_config *c,
   return take(arena, &l->ys, mt_mat(NULL, recipe->act, r, c->hidden));
 }
 
-/* A layer's buffers; what is not kept is that of layer 0. */
+/* A layer's buffers in the set that is filled; what is not kept is that of the first one of all.
+ * Training, a stage's first layer has its s1 from the entry. */
 static mt_err layer_layout(struct mt_acts *a, int layer, const struct mt_config *c,
                            const struct mt_recipe *recipe, struct mt_arena *arena) {
   const struct mt_acts_options *o = &a->options;
   struct mt_layer_acts *l = &a->layer[layer];
-  *l = a->layer[0];
-  if (o->training || layer == 0) MT_TRY(take_stream(l, c, &a->shard, recipe, o, arena));
-  if (o->keep_attention || layer == 0) MT_TRY(take_attention(l, c, recipe, o, arena));
-  if (o->keep_mlp || layer == 0) MT_TRY(take_mlp(l, c, recipe, o, arena));
+  const struct mt_layer_acts *first = &a->sets[0].layer[a->shard.layer_begin];
+  bool comes = !mt_acts_first_stage(a) && layer == a->shard.layer_begin && o->training;
+  *l = *first;
+  if ((o->training || l == first) && !comes)
+    MT_TRY(take(arena, &l->s1, mt_mat(NULL, recipe->act, o->token_capacity, c->hidden)));
+  if (o->training || l == first) MT_TRY(take_stream(l, c, &a->shard, recipe, o, arena));
+  if (o->keep_attention || l == first) MT_TRY(take_attention(l, c, recipe, o, arena));
+  if (o->keep_mlp || l == first) MT_TRY(take_mlp(l, c, recipe, o, arena));
   l->load = a->loads ? a->loads + layer * c->experts : NULL;
   return MT_OK;
 }
@@ -112,32 +117,83 @@ static struct mt_tensor part_of(const struct mt_tensor *v, int64_t begin, int64_
   return mt_vec(data, v->dtype, n);
 }
 
-static mt_err batch_layout(struct mt_acts *a, const struct mt_config *c,
-                           const struct mt_recipe *recipe, struct mt_arena *arena) {
-  int64_t t = a->options.token_capacity, e = c->experts;
-  enum mt_dtype stat = recipe->stat;
-  void *block, *report;
-  size_t bytes = block_bytes(a, t), loads = (size_t)(c->layers * e) * sizeof(int32_t);
-  a->host_block = calloc(1, bytes);
-  if (!a->host_block) return mt_fail(MT_ENOMEM, "a batch of %lld tokens", (long long)t);
-  a->host_values = a->host_block;
+/* The set's own: a->set, whose layers are there already. */
+static mt_err set_layout(struct mt_acts *a, const struct mt_config *c,
+                         const struct mt_recipe *recipe, struct mt_arena *arena) {
+  int64_t t = a->options.token_capacity;
+  size_t bytes = block_bytes(a, t);
+  void *block;
   MT_TRY(mt_arena_alloc(arena, bytes, &block));
   a->values = block;
+  MT_TRY(take(arena, &a->cos, mt_mat(NULL, recipe->stat, t, c->head_dim / 2)));
+  MT_TRY(take(arena, &a->sin, mt_mat(NULL, recipe->stat, t, c->head_dim / 2)));
+  MT_TRY(take_ints(arena, &a->loads, (int64_t)c->layers * c->experts));
+  for (int l = a->shard.layer_begin; l < a->shard.layer_end; l++)
+    MT_TRY(layer_layout(a, l, c, recipe, arena));
+  return MT_OK;
+}
+
+/* Host memory of all sets. */
+static mt_err set_tables(struct mt_acts *a) {
+  size_t sets = (size_t)a->options.in_flight, layers = (size_t)a->layer_count;
+  size_t bytes = block_bytes(a, a->options.token_capacity);
+  a->sets = calloc(sets, sizeof *a->sets);
+  a->entry = calloc(sets + 1, sizeof *a->entry);
+  if (!a->sets || !a->entry) return mt_fail(MT_ENOMEM, "%zu micro-batches under way", sets);
+  for (size_t i = 0; i < sets; i++) {
+    a->sets[i].layer = calloc(layers, sizeof *a->layer);
+    a->sets[i].host_block = a->sets[i].host_values = calloc(1, bytes);
+    if (!a->sets[i].layer || !a->sets[i].host_block) {
+      return mt_fail(MT_ENOMEM, "a batch of %lld tokens in %zu layers",
+                     (long long)a->options.token_capacity, layers);
+    }
+  }
+  return MT_OK;
+}
+
+static size_t aux_bytes(const struct mt_config *c, const struct mt_recipe *recipe) {
+  size_t e = (size_t)c->experts;
+  return (e + 1) * mt_dtype_bytes(recipe->stat) + e * sizeof(int32_t);
+}
+
+static mt_err aux_layout(struct mt_stage_entry *x, const struct mt_config *c,
+                         const struct mt_recipe *recipe, struct mt_arena *arena) {
+  void *memory;
+  MT_TRY(mt_arena_alloc(arena, aux_bytes(c, recipe), &memory));
+  x->aux_sums = mt_vec(memory, recipe->stat, c->experts + 1);
+  x->aux_count = memory ? (int32_t *)(void *)((char *)memory + mt_bytes(&x->aux_sums)) : NULL;
+  return MT_OK;
+}
+
+/* Where the auxiliary losses' sums and gradients lie from here on. */
+static void place_aux(struct mt_acts *a, const struct mt_stage_entry *entry,
+                      struct mt_tensor grads) {
+  int64_t e = grads.dim[0] - 1;
+  a->aux_sums = entry->aux_sums;
+  a->aux_prob = part_of(&a->aux_sums, 0, e);
+  a->z_sum = part_of(&a->aux_sums, e, 1);
+  a->aux_count = entry->aux_count;
+  a->aux_grads = grads;
+  a->aux_grad = part_of(&grads, 0, e);
+  a->z_grad = part_of(&grads, e, 1);
+}
+
+/* What all micro-batches share, of one pass. */
+static mt_err batch_layout(struct mt_acts *a, const struct mt_config *c,
+                           const struct mt_recipe *recipe, struct mt_arena *arena) {
+  int64_t t = a->options.token_capacity;
+  size_t loads = (size_t)(c->layers * c->experts) * sizeof(int32_t);
+  void *report;
   MT_TRY(mt_arena_alloc(arena, sizeof *a->report + loads, &report));
   a->report = report;
   a->load_sums = report ? (int32_t *)(a->report + 1) : NULL;
-  MT_TRY(take(arena, &a->cos, mt_mat(NULL, stat, t, c->head_dim / 2)));
-  MT_TRY(take(arena, &a->sin, mt_mat(NULL, stat, t, c->head_dim / 2)));
-  MT_TRY(take_ints(arena, &a->loads, c->layers * e));
-  MT_TRY(take(arena, &a->aux_sums, mt_vec(NULL, stat, e + 1)));
-  a->aux_prob = part_of(&a->aux_sums, 0, e);
-  a->z_sum = part_of(&a->aux_sums, e, 1);
-  MT_TRY(take(arena, &a->aux_loss, mt_vec(NULL, stat, 1)));
-  MT_TRY(take(arena, &a->aux_grad, mt_vec(NULL, stat, e)));
-  MT_TRY(take(arena, &a->z_loss, mt_vec(NULL, stat, 1)));
-  MT_TRY(take(arena, &a->z_grad, mt_vec(NULL, stat, 1)));
-  MT_TRY(take_ints(arena, &a->aux_count, e));
-  MT_TRY(take(arena, &a->loss, mt_vec(NULL, stat, t)));
+  MT_TRY(aux_layout(&a->entry[0], c, recipe, arena));
+  a->aux_bytes = aux_bytes(c, recipe);
+  MT_TRY(take(arena, &a->aux_grads, mt_vec(NULL, recipe->stat, c->experts + 1)));
+  place_aux(a, &a->entry[0], a->aux_grads);
+  MT_TRY(take(arena, &a->aux_loss, mt_vec(NULL, recipe->stat, 1)));
+  MT_TRY(take(arena, &a->z_loss, mt_vec(NULL, recipe->stat, 1)));
+  MT_TRY(take(arena, &a->loss, mt_vec(NULL, recipe->stat, t)));
   return take_ints(arena, &a->correct, t);
 }
 
@@ -149,6 +205,24 @@ static mt_err take_operand(struct mt_arena *arena, void **memory, enum mt_qforma
 
 static int64_t most(int64_t a, int64_t b) {
   return a > b ? a : b;
+}
+
+/* A stage's ends; the first of the shared buffers is one of the two turns'. */
+static mt_err stage_layout(struct mt_acts *a, const struct mt_config *c,
+                           const struct mt_recipe *recipe, struct mt_arena *arena) {
+  struct mt_tensor stream = mt_mat(NULL, recipe->act, a->options.token_capacity, c->hidden);
+  for (int i = 0; i <= a->options.in_flight; i++) {
+    if (!mt_acts_first_stage(a)) MT_TRY(take(arena, &a->entry[i].stream, stream));
+    if (i > 0) MT_TRY(aux_layout(&a->entry[i], c, recipe, arena));
+  }
+  a->turn[0] = (struct mt_stage_turn){.ds = a->ds, .aux_grads = a->aux_grads};
+  for (int i = 0; i < 2; i++) {
+    if (!mt_acts_last_stage(a)) MT_TRY(take(arena, &a->turn[i].out, stream));
+    if (i == 0 || !a->options.training) continue;
+    MT_TRY(take(arena, &a->turn[i].ds, stream));
+    MT_TRY(take(arena, &a->turn[i].aux_grads, a->aux_grads));
+  }
+  return MT_OK;
 }
 
 static mt_err attention_layout(struct mt_acts *a, const struct mt_config *c,
@@ -181,6 +255,14 @@ static mt_err moe_operands_layout(struct mt_acts *a, const struct mt_config *c, 
   return mt_arena_alloc(arena, training && col > row ? col : row, &a->moe_operand[2]);
 }
 
+/* One buffer for all layers of all sets: the tensor at `member` of each. */
+static void share(struct mt_acts *a, size_t member, struct mt_tensor t) {
+  for (int i = 0; i < a->options.in_flight; i++) {
+    for (int l = 0; l < a->layer_count; l++)
+      memcpy((char *)&a->sets[i].layer[l] + member, &t, sizeof t);
+  }
+}
+
 /* The MoE room's buffers of so many rows. */
 static mt_err room_rows_layout(struct mt_acts *a, const struct mt_config *c,
                                const struct mt_recipe *recipe, int64_t r, struct mt_arena *arena) {
@@ -189,12 +271,15 @@ static mt_err room_rows_layout(struct mt_acts *a, const struct mt_config *c,
   if (!o->weigh_outputs || !o->keep_mlp) {
     struct mt_tensor ys;
     MT_TRY(take(arena, &ys, mt_mat(NULL, recipe->act, r, c->hidden)));
-    for (int l = 0; l < a->layer_count; l++) a->layer[l].ys = ys;
+    share(a, offsetof(struct mt_layer_acts, ys), ys);
   }
   if (o->training && !o->weigh_outputs)
     MT_TRY(take(arena, &a->drow_prob, mt_vec(NULL, recipe->stat, r)));
   if (!o->over_ranks) {
-    for (int l = 0; l < a->layer_count; l++) a->layer[l].xs = a->layer[l].ys;
+    for (int i = 0; i < o->in_flight; i++) {
+      struct mt_layer_acts *layer = a->sets[i].layer;
+      for (int l = 0; l < a->layer_count; l++) layer[l].xs = layer[l].ys;
+    }
   }
   return moe_operands_layout(a, c, r, arena);
 }
@@ -247,16 +332,21 @@ mt_err mt_acts_layout(struct mt_acts *a, const struct mt_config *c, const struct
                       const struct mt_acts_options *options, struct mt_arena *arena) {
   struct mt_tensor stream = mt_mat(NULL, recipe->act, options->token_capacity, c->hidden);
   *a = (struct mt_acts){.options = *options, .shard = *shard, .layer_count = c->layers};
-  a->layer = calloc((size_t)c->layers, sizeof *a->layer);
-  if (!a->layer) return mt_fail(MT_ENOMEM, "activation table of %d layers", c->layers);
   if (mt_eight_bits(recipe, MT_8BIT_ATTENTION, options->skip_8bit))
     a->attention_format = recipe->qformat;
   if (mt_eight_bits(recipe, MT_8BIT_EXPERTS, options->skip_8bit)) a->moe_format = recipe->qformat;
+  MT_TRY(set_tables(a));
   MT_TRY(batch_layout(a, c, recipe, arena));
-  for (int l = 0; l < c->layers; l++) MT_TRY(layer_layout(a, l, c, recipe, arena));
+  for (int i = 0; i < options->in_flight; i++) {
+    a->set = a->sets[i];
+    MT_TRY(set_layout(a, c, recipe, arena));
+    a->sets[i] = a->set;
+  }
+  a->set = a->sets[0];
   MT_TRY(take(arena, &a->branch, stream));
   MT_TRY(take(arena, &a->xn, stream));
   if (options->training) MT_TRY(take(arena, &a->ds, stream));
+  if (mt_acts_staged(a)) MT_TRY(stage_layout(a, c, recipe, arena));
   return rooms_layout(a, c, recipe, be, arena);
 }
 
@@ -282,7 +372,7 @@ static mt_err shared_rows_layout(struct mt_acts *a, const struct mt_config *c,
   if (a->options.keep_mlp) return MT_OK;
   struct mt_tensor gate_up;
   MT_TRY(take(arena, &gate_up, mt_mat(NULL, recipe->act, r, 2 * (int64_t)c->ffn)));
-  for (int l = 0; l < a->layer_count; l++) a->layer[l].gate_up = gate_up;
+  share(a, offsetof(struct mt_layer_acts, gate_up), gate_up);
   return MT_OK;
 }
 
@@ -315,7 +405,7 @@ mt_err mt_acts_reserve_rows(struct mt_acts *a, const struct mt_config *c,
                             const struct mt_recipe *recipe, struct mt_backend *be, int layer,
                             int64_t rows, bool *grown) {
   /* Without training all layers are one. */
-  struct mt_layer_acts *l = &a->layer[a->options.training ? layer : 0];
+  struct mt_layer_acts *l = &a->layer[a->options.training ? layer : a->shard.layer_begin];
   if (rows < 1) rows = 1; /* where nothing comes, operations still want a place */
   int64_t more = rows + rows / 8;
   *grown = false;
@@ -336,7 +426,10 @@ mt_err mt_acts_reserve_rows(struct mt_acts *a, const struct mt_config *c,
 
 void mt_acts_release_rows(struct mt_acts *a, struct mt_backend *be) {
   release(&a->room_rows, be);
-  for (int l = 0; a->layer && l < a->layer_count; l++) release(&a->layer[l].rows, be);
+  for (int i = 0; a->sets && i < a->options.in_flight; i++) {
+    struct mt_layer_acts *layer = a->sets[i].layer;
+    for (int l = 0; layer && l < a->layer_count; l++) release(&layer[l].rows, be);
+  }
 }
 
 void mt_acts_enter(const struct mt_acts *a, struct mt_backend *be, enum mt_room room) {
@@ -345,9 +438,37 @@ void mt_acts_enter(const struct mt_acts *a, struct mt_backend *be, enum mt_room 
 }
 
 void mt_acts_free(struct mt_acts *a) {
-  free(a->layer);
-  free(a->host_block);
+  for (int i = 0; a->sets && i < a->options.in_flight; i++) {
+    free(a->sets[i].layer);
+    free(a->sets[i].host_block);
+  }
+  free(a->sets);
+  free(a->entry);
   *a = (struct mt_acts){0};
+}
+
+mt_err mt_acts_clear(struct mt_acts *a, const struct mt_config *c, struct mt_backend *be) {
+  size_t loads = (size_t)c->layers * (size_t)c->experts * sizeof(int32_t);
+  if (!mt_acts_staged(a)) return MT_OK;
+  for (int i = 0; i < a->options.in_flight; i++) MT_TRY(be->zero(be, a->sets[i].loads, loads));
+  MT_TRY(be->zero(be, a->loss.data, mt_bytes(&a->loss)));
+  MT_TRY(be->zero(be, a->correct, (size_t)a->options.token_capacity * sizeof *a->correct));
+  MT_TRY(be->zero(be, a->z_loss.data, mt_bytes(&a->z_loss)));
+  return be->zero(be, a->aux_loss.data, mt_bytes(&a->aux_loss));
+}
+
+void mt_acts_select(struct mt_acts *a, int micro) {
+  const struct mt_stage_entry *entry = &a->entry[micro % (a->options.in_flight + 1)];
+  const struct mt_stage_turn *turn = &a->turn[micro % 2];
+  struct mt_step_values values = *a->host_values;
+  a->sets[a->running] = a->set;
+  a->running = micro % a->options.in_flight;
+  a->set = a->sets[a->running];
+  *a->host_values = values;
+  a->out = turn->out;
+  a->ds = turn->ds;
+  place_aux(a, entry, turn->aux_grads);
+  if (!mt_acts_first_stage(a)) a->layer[a->shard.layer_begin].s1 = entry->stream;
 }
 
 mt_err mt_acts_load(struct mt_acts *a, struct mt_backend *be, const struct mt_batch *batch) {

@@ -52,6 +52,7 @@ struct mt_layer_acts {
 
 struct mt_acts_options {
   int64_t token_capacity, sequence_capacity;
+  int in_flight;       /* micro-batches that are kept at a time: sets of what layers keep */
   bool training;       /* layers keep something; else all layers share one set of buffers */
   bool keep_attention; /* each layer keeps qkv, att, lse, s2; else all layers share them */
   bool keep_mlp;       /* each layer keeps gate_up, and ys if outputs are weighed; else shared */
@@ -68,26 +69,67 @@ struct mt_step_report {
   struct mt_clock clock; /* by enum mt_phase */
 };
 
+/* What a micro-batch has to itself from its forward to its backward. Stages of a pipeline have
+ * several under way, a set for each; these fields of mt_acts are those of the one that runs.
+ * layer: host array by number of layer, filled for those of the shard. The rest is all that changes
+ * from pass to pass, one block of the device that one upload fills from its copy on the host:
+ * values, valid_count, cu_seqlens (as many as there may be sequences), and T each of ids, positions
+ * and labels, whose places depend on T; and what follows from it: stat [T,D/2] cos and sin, and
+ * [layers,E] loads, 0 of layers elsewhere. */
+#define MT_ACTS_SET_FIELDS                                                                         \
+  struct mt_layer_acts *layer;                                                                     \
+  void *host_block;                                                                                \
+  struct mt_step_values *values, *host_values;                                                     \
+  int32_t *ids, *positions, *labels, *cu_seqlens, *valid_count;                                    \
+  struct mt_tensor cos, sin;                                                                       \
+  int32_t *loads;
+struct mt_acts_set {
+  MT_ACTS_SET_FIELDS
+};
+
+/* A stage's ends: where hidden states and gradients lie that come from a neighbour or go to one. */
+struct mt_stage_entry {
+  struct mt_tensor stream; /* act [T,H] hidden states that came; none on the first stage */
+  /* stat [E+1], [E]: what the auxiliary losses are made of, one stretch of memory; came, and goes
+   * on with what this stage's layers add. */
+  struct mt_tensor aux_sums;
+  int32_t *aux_count;
+};
+struct mt_stage_turn {
+  struct mt_tensor out;           /* act [T,H] hidden states that go; none on the last stage */
+  struct mt_tensor ds, aux_grads; /* act [T,H], stat [E+1]: gradients that came, and go on */
+};
+
 struct mt_acts {
   struct mt_acts_options options;
   struct mt_shard shard;
-  int layer_count;
-  struct mt_layer_acts *layer; /* host array */
-  /* All that changes from pass to pass, one block of the device that one upload fills from its copy
-   * on the host: values, valid_count, cu_seqlens (as many as there may be sequences), and T each of
-   * ids, positions and labels, whose places depend on T. */
-  void *host_block;
-  struct mt_step_values *values, *host_values;
-  int32_t *ids, *positions, *labels, *cu_seqlens, *valid_count;
-  struct mt_tensor cos, sin;                     /* stat [T,D/2] */
-  struct mt_tensor aux_sums;                     /* stat [E+1]: aux_prob, then z_sum */
+  int layer_count; /* of the whole model */
+  union {
+    struct {
+      MT_ACTS_SET_FIELDS
+    };
+    struct mt_acts_set set;
+  };
+  struct mt_acts_set *sets; /* [in_flight]; that of the one that runs is `set` */
+  int running;              /* number of the set that is selected */
+  int forwarded;            /* of the set whose forward was the last to run, -1 once any backward
+                               has: what layers share holds its last layer's */
+  /* Stages: a micro-batch's entry is its number modulo in_flight + 1, so that the next can come in
+   * while all are under way; the turn is its number modulo 2, so that one can leave while the next
+   * is made. */
+  struct mt_stage_entry *entry;
+  struct mt_stage_turn turn[2];
+  struct mt_tensor out;       /* stages: of the turn, as ds and aux_grads are */
+  struct mt_tensor aux_sums;  /* stat [E+1]: aux_prob, then z_sum; stages: of the entry */
+  struct mt_tensor aux_grads; /* stat [E+1]: aux_grad, then z_grad */
   struct mt_tensor aux_prob, aux_loss, aux_grad; /* stat [E], [1], [E] */
   struct mt_tensor z_sum, z_loss, z_grad;        /* stat [1] each */
-  int32_t *aux_count;                            /* [E] */
+  int32_t *aux_count;                            /* [E], behind aux_sums */
+  size_t aux_bytes;                              /* of both */
   struct mt_tensor loss;                         /* stat [T] */
   int32_t *correct;                              /* [T] */
   struct mt_step_report *report;
-  int32_t *loads, *load_sums; /* [layers,E] */
+  int32_t *load_sums; /* [layers,E] */
   /* Scratch of all rooms. */
   struct mt_tensor branch; /* act [T,H]: output of a block on its way to the residual stream */
   struct mt_tensor ds;     /* act [T,H]: gradient of the residual stream (training) */
@@ -125,6 +167,22 @@ mt_err mt_acts_layout(struct mt_acts *a, const struct mt_config *c, const struct
                       const struct mt_recipe *recipe, const struct mt_backend *be,
                       const struct mt_acts_options *options, struct mt_arena *arena);
 void mt_acts_free(struct mt_acts *a);
+/* Zero what is read and never written on a stage. */
+mt_err mt_acts_clear(struct mt_acts *a, const struct mt_config *c, struct mt_backend *be);
+
+/* Micro-batch number `micro` of a step runs from here on: its set, entry and turn. The host's
+ * values of the one before go along. */
+void mt_acts_select(struct mt_acts *a, int micro);
+
+static inline bool mt_acts_first_stage(const struct mt_acts *a) {
+  return a->shard.layer_begin == 0;
+}
+static inline bool mt_acts_last_stage(const struct mt_acts *a) {
+  return a->shard.layer_end == a->layer_count;
+}
+static inline bool mt_acts_staged(const struct mt_acts *a) {
+  return !mt_acts_first_stage(a) || !mt_acts_last_stage(a);
+}
 
 /* Over ranks: room for so many rows in a layer and in the MoE's room. Nothing of either may be in
  * use. *grown (=) whether memory was taken anew. Errors: MT_ENOMEM. */

@@ -138,8 +138,9 @@ static mt_err project(struct mt_model *m, int layer, int64_t tokens) {
 mt_err mt_attention_project(struct mt_model *m, int layer, int64_t tokens) {
   struct mt_layer_acts *l = &m->acts.layer[layer];
   struct mt_tensor none = {0};
-  struct mt_tensor stream = layer ? mt_top(m->acts.layer[layer - 1].s2, tokens) : none;
-  struct mt_tensor branch = layer ? mt_top(m->acts.branch, tokens) : none;
+  bool first = layer == m->acts.shard.layer_begin; /* its s1 is there already */
+  struct mt_tensor stream = first ? none : mt_top(m->acts.layer[layer - 1].s2, tokens);
+  struct mt_tensor branch = first ? none : mt_top(m->acts.branch, tokens);
   mt_acts_enter(&m->acts, m->be, MT_ROOM_ATTENTION);
   MT_TRY(mt_norm_forward(m, stream, branch, mt_params_find(&m->params, MT_PARAM_ATTN_NORM, layer),
                          mt_top(l->s1, tokens), mt_top(m->acts.xn, tokens),

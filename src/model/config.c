@@ -51,5 +51,16 @@ mt_err mt_config_check(const struct mt_config *c) {
 }
 
 struct mt_shard mt_shard_whole(const struct mt_config *c) {
-  return (struct mt_shard){.expert_end = c->experts};
+  return (struct mt_shard){.expert_end = c->experts, .layer_end = c->layers};
+}
+
+struct mt_shard mt_shard_of(const struct mt_config *c, const struct mt_shard *shard) {
+  struct mt_shard s = shard ? *shard : mt_shard_whole(c);
+  if (s.expert_end == 0) s.expert_end = c->experts;
+  if (s.layer_end == 0) s.layer_end = c->layers;
+  return s;
+}
+
+bool mt_shard_staged(const struct mt_config *c, const struct mt_shard *shard) {
+  return shard->layer_begin > 0 || shard->layer_end < c->layers;
 }

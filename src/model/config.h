@@ -18,9 +18,11 @@ struct mt_layer_spec {
   int window;       /* sliding window, own position included; 0: none */
 };
 
-/* What of a model is here: a rank's share, or all of it. */
+/* What of a model is here: a rank's share, or all of it. The first layer's shard has the embedding,
+ * the last layer's the final norm and the head. */
 struct mt_shard {
-  int expert_begin, expert_end; /* of every layer */
+  int expert_begin, expert_end; /* of every layer here; end 0: all */
+  int layer_begin, layer_end;   /* end 0: all */
 };
 
 struct mt_config {
@@ -45,6 +47,10 @@ struct mt_config {
 };
 
 struct mt_shard mt_shard_whole(const struct mt_config *c);
+/* The shard with what it leaves open filled in; NULL: everything. */
+struct mt_shard mt_shard_of(const struct mt_config *c, const struct mt_shard *shard);
+/* Whether it is a stage of a pipeline: some layers are elsewhere. */
+bool mt_shard_staged(const struct mt_config *c, const struct mt_shard *shard);
 
 /* Everything the rest of the code relies on (positive sizes, heads a multiple of kv_heads, top_k
  * <= experts, even head_dim, 31-bit products where the code uses int). Errors: MT_ESHAPE or

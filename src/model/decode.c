@@ -9,6 +9,7 @@ mt_err mt_kv_cache_create(struct mt_kv_cache *cache, const struct mt_model *m, i
   const struct mt_config *c = &m->config;
   int64_t width = (int64_t)c->kv_heads * c->head_dim;
   size_t row_bytes = (size_t)width * mt_dtype_bytes(m->recipe->act);
+  size_t held = (size_t)(m->acts.shard.layer_end - m->acts.shard.layer_begin);
   *cache = (struct mt_kv_cache){.be = m->be, .layers = c->layers, .capacity = capacity};
   mt_err err = MT_ENOMEM;
   cache->k = calloc((size_t)c->layers, sizeof *cache->k);
@@ -17,10 +18,10 @@ mt_err mt_kv_cache_create(struct mt_kv_cache *cache, const struct mt_model *m, i
     mt_fail(MT_ENOMEM, "key-value cache of %d layers", c->layers);
     goto done;
   }
-  cache->memory_size_bytes = 2 * (size_t)c->layers * (size_t)capacity * row_bytes;
+  cache->memory_size_bytes = 2 * held * (size_t)capacity * row_bytes;
   MT_GO(m->be->mem_alloc(m->be, cache->memory_size_bytes, &cache->memory));
   char *p = cache->memory;
-  for (int l = 0; l < c->layers; l++) {
+  for (int l = m->acts.shard.layer_begin; l < m->acts.shard.layer_end; l++) {
     cache->k[l] = mt_mat(p, m->recipe->act, capacity, width);
     p += (size_t)capacity * row_bytes;
     cache->v[l] = mt_mat(p, m->recipe->act, capacity, width);
@@ -44,10 +45,6 @@ static mt_err load_tokens(struct mt_model *m, int64_t start, const int32_t *ids,
   int32_t *positions = m->host_rows; /* [T] of 8 bytes: positions, then labels */
   int32_t *labels = positions + count;
   for (int i = 0; i < count; i++) {
-    if (ids[i] < 0 || ids[i] >= m->config.vocab) {
-      return mt_fail(MT_EINVAL, "token id %d lies outside the vocabulary of %d", (int)ids[i],
-                     m->config.vocab);
-    }
     positions[i] = (int32_t)(start + i);
     labels[i] = MT_IGNORE;
   }
@@ -83,18 +80,29 @@ static mt_err cached_attention(struct mt_model *m, struct mt_kv_cache *cache, in
                                                .out = mt_top(l->att, tokens)});
 }
 
-mt_err mt_model_decode(struct mt_model *m, struct mt_kv_cache *cache, const int32_t *ids, int count,
-                       float *logits) {
+mt_err mt_model_decode_check(const struct mt_model *m, const struct mt_kv_cache *cache,
+                             const int32_t *ids, int count) {
   if (count < 1 || count > m->acts.options.token_capacity ||
       count > cache->capacity - cache->length) {
     return mt_fail(MT_ESHAPE, "%d tokens after %lld: the model takes %lld at once, the cache %lld",
                    count, (long long)cache->length, (long long)m->acts.options.token_capacity,
                    (long long)cache->capacity);
   }
+  for (int i = 0; i < count; i++) {
+    if (ids[i] >= 0 && ids[i] < m->config.vocab) continue;
+    return mt_fail(MT_EINVAL, "token id %d lies outside the vocabulary of %d", (int)ids[i],
+                   m->config.vocab);
+  }
+  return MT_OK;
+}
+
+mt_err mt_model_decode(struct mt_model *m, struct mt_kv_cache *cache, const int32_t *ids, int count,
+                       float *logits) {
   struct mt_view v = {.tokens = count, .sequences = 1};
+  MT_TRY(mt_model_decode_check(m, cache, ids, count));
   MT_TRY(load_tokens(m, cache->length, ids, count));
   MT_TRY(mt_stream_open(m, &v));
-  for (int l = 0; l < m->config.layers; l++) {
+  for (int l = m->acts.shard.layer_begin; l < m->acts.shard.layer_end; l++) {
     MT_TRY(mt_attention_project(m, l, count));
     MT_TRY(cached_attention(m, cache, l, count));
     MT_TRY(mt_attention_output(m, l, count));

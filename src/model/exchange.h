@@ -10,6 +10,7 @@
 /* One layer's routing of one micro-batch; device memory. */
 struct mt_route {
   int layer;
+  int plan; /* number of the exchange's plan: of a layer and of a micro-batch under way */
   int token_count, top_k;
   int64_t row_count; /* R, the host's bound on rows here: exact over ranks, else T*K */
   int expert_count;  /* experts held here */

@@ -18,8 +18,8 @@ static inline struct mt_tensor mt_top(struct mt_tensor t, int64_t rows) {
   return t;
 }
 
-/* s1 = stream + branch (layer 0: the embedding already lies in s1), branch (=) = output of the
- * attention block, to be added to s1 by the MoE block. */
+/* s1 = stream + branch (a shard's first layer: what comes in already lies in s1), branch (=) =
+ * output of the attention block, to be added to s1 by the MoE block. */
 mt_err mt_attention_forward(struct mt_model *m, int layer, const struct mt_view *v);
 /* Forward again in backward, from s1 on, which was kept: qkv, att, lse, branch. */
 mt_err mt_attention_again(struct mt_model *m, int layer, const struct mt_view *v);
@@ -32,12 +32,15 @@ mt_err mt_attention_project(struct mt_model *m, int layer, int64_t tokens);
 mt_err mt_attention_output(struct mt_model *m, int layer, int64_t tokens);
 
 /* Whether buffers that layers share have been overwritten since the layer's forward: those of the
- * last layer have not. */
+ * last layer have not, unless another micro-batch has run since. */
+static inline bool mt_layer_overwritten(const struct mt_model *m, int layer) {
+  return layer + 1 < m->acts.shard.layer_end || m->acts.forwarded != m->acts.running;
+}
 static inline bool mt_layer_attention_lost(const struct mt_model *m, int layer) {
-  return m->options.recompute == MT_RECOMPUTE_FULL && layer + 1 < m->config.layers;
+  return m->options.recompute == MT_RECOMPUTE_FULL && mt_layer_overwritten(m, layer);
 }
 static inline bool mt_layer_gate_up_lost(const struct mt_model *m, int layer) {
-  return m->options.recompute != MT_RECOMPUTE_NONE && layer + 1 < m->config.layers;
+  return m->options.recompute != MT_RECOMPUTE_NONE && mt_layer_overwritten(m, layer);
 }
 
 /* s2 = s1 + branch, branch (=) = output of the MoE block. */
@@ -58,7 +61,8 @@ mt_err mt_norm_backward(struct mt_model *m, struct mt_tensor dy, struct mt_tenso
                         int first, int accumulate);
 
 /* The ends of the residual stream: rope tables and embedding into layer 0's s1; last residual add
- * and the final norm into xf. */
+ * and the final norm into xf. Of a stage, only what it holds, and the last residual add into
+ * acts.out where the stream goes on. */
 mt_err mt_stream_open(struct mt_model *m, const struct mt_view *v);
 mt_err mt_stream_close(struct mt_model *m, const struct mt_view *v);
 

@@ -79,6 +79,7 @@ static mt_err place(struct mt_model *m) {
   struct mt_acts_options a = {
       .token_capacity = m->options.token_capacity,
       .sequence_capacity = m->options.sequence_capacity,
+      .in_flight = m->options.in_flight,
       .training = m->options.training,
       .keep_attention = m->options.training && m->options.recompute != MT_RECOMPUTE_FULL,
       .keep_mlp = m->options.training && m->options.recompute == MT_RECOMPUTE_NONE,
@@ -113,7 +114,8 @@ static mt_err check_widths(const struct mt_model *m) {
 
 static mt_err plan(struct mt_model *m) {
   MT_TRY(check_widths(m));
-  if (m->options.shard.expert_end == 0) m->options.shard = mt_shard_whole(&m->config);
+  m->options.shard = mt_shard_of(&m->config, &m->options.shard);
+  if (m->options.in_flight < 1) m->options.in_flight = 1;
   mt_arena_plan(&m->parameters, "parameters");
   mt_arena_plan(&m->gradients, "gradients");
   mt_arena_plan(&m->optimizer, "optimizer");
@@ -170,8 +172,10 @@ mt_err mt_model_quantize_weights(struct mt_model *m) {
   return MT_OK;
 }
 
+/* Layers of the stages before may learn, whoever is here. */
 static int lowest_learning(const struct mt_model *m) {
   int lowest = m->config.layers;
+  if (m->options.shard.layer_begin > 0) return -1;
   for (int i = 0; i < m->params.count; i++) {
     const struct mt_param *p = &m->params.row[i];
     if (!p->learns) continue;
@@ -211,6 +215,7 @@ mt_err mt_model_create(struct mt_model *m, const struct mt_config *config, struc
   for (int i = 0; i < 4; i++) MT_GO(arena_on_device(be, arenas[i]));
   MT_GO(place(m));
   MT_GO(be->zero(be, m->optimizer.base, m->optimizer.capacity_bytes));
+  MT_GO(mt_acts_clear(&m->acts, config, be));
   MT_GO(host_tables(m));
   m->lowest_learning = lowest_learning(m);
 done:

@@ -23,7 +23,8 @@ enum mt_recompute { MT_RECOMPUTE_NONE, MT_RECOMPUTE_MLP, MT_RECOMPUTE_FULL };
   X(MOE_BWD, "moe_backward")                                                                       \
   X(ATTENTION_BWD, "attention_backward")                                                           \
   X(OPTIMIZER, "optimizer")                                                                        \
-  X(DATA, "data")
+  X(DATA, "data")                                                                                  \
+  X(PIPELINE, "pipeline_wait")
 enum mt_phase {
 #define X(phase, name) MT_PHASE_##phase,
   MT_PHASE_LIST(X)
@@ -42,6 +43,8 @@ struct mt_model_options {
   bool training;             /* gradients and saved activations exist */
   int64_t token_capacity;    /* T at most */
   int64_t sequence_capacity; /* packed samples at most */
+  int in_flight;             /* of a stage: micro-batches whose activations are kept at a time;
+                                0: one */
   struct mt_shard shard;     /* what of the model is here; all zero: all of it */
   unsigned skip_8bit;        /* parts that an 8-bit recipe leaves in its activations' format */
 };
@@ -118,6 +121,17 @@ mt_err mt_model_train_pass(struct mt_model *m, const struct mt_pass *pass, struc
  * whatever else the batch holds. load does not touch host_values.adamw, which it sends along. */
 mt_err mt_model_pass_load(struct mt_model *m, const struct mt_pass *pass);
 mt_err mt_model_pass_launch(struct mt_model *m, const struct mt_pass *pass);
+/* A stage's parts of a step's micro-batch number `micro`. Forward loads it (as above) and runs the
+ * stage's layers from acts.layer[layer_begin].s1, which the caller has filled with acts.aux_sums
+ * and aux_count where the stage is not the first (mt_acts.entry), to acts.out. Backward runs from
+ * acts.ds and acts.aux_grads, the gradient of out and what the last stage has left of the auxiliary
+ * loss, to acts.ds, the gradient of s1; the last stage begins with its head instead, and no other
+ * forward may lie between its two. At most options.in_flight have come forward and not yet back,
+ * and they come back in their order. */
+mt_err mt_model_stage_forward(struct mt_model *m, int micro, const struct mt_pass *pass);
+mt_err mt_model_stage_backward(struct mt_model *m, int micro, const struct mt_pass *pass);
+/* Forward alone; loss (=), on the last stage alone what mt_model_eval_pass says, 0 elsewhere. */
+mt_err mt_model_stage_eval(struct mt_model *m, const struct mt_batch *batch, struct mt_loss *loss);
 /* Sets every parameter's grad_summed as a pass with this sum_squares does. */
 void mt_model_say_summed(struct mt_model *m, bool summed);
 mt_err mt_model_eval_pass(struct mt_model *m, const struct mt_batch *batch, struct mt_loss *loss);

@@ -92,6 +92,7 @@ static struct moe moe_open(struct mt_model *m, int layer, const struct mt_view *
       .prob = mt_top(l->prob, t),
   };
   o.route.layer = layer;
+  o.route.plan = m->acts.running * m->config.layers + layer;
   o.route.token_count = (int)t;
   return o;
 }

@@ -34,15 +34,19 @@ static struct mt_param *add_row(struct mt_params *p, enum mt_param_kind kind, in
 
 mt_err mt_params_build(const struct mt_config *c, const struct mt_shard *shard,
                        struct mt_params *out) {
-  struct mt_shard s = shard ? *shard : mt_shard_whole(c);
+  struct mt_shard s = mt_shard_of(c, shard);
   *out = (struct mt_params){0};
+  if (c->tied_head && mt_shard_staged(c, &s)) {
+    return mt_fail(MT_EUNSUPPORTED, "tie_word_embeddings: the first stage's embedding would be the "
+                                    "last one's head; a model with it is not cut into stages");
+  }
   out->row = calloc((size_t)c->layers * PER_LAYER + 3, sizeof *out->row);
   if (!out->row) return mt_fail(MT_ENOMEM, "parameter table of %d layers", c->layers);
   int64_t h = c->hidden, f = c->ffn, e = c->experts, v = c->vocab;
   int64_t held = s.expert_end - s.expert_begin;
   int64_t queries = (int64_t)c->heads * c->head_dim, kv = (int64_t)c->kv_heads * c->head_dim;
-  add_row(out, MT_PARAM_EMBED, -1, 2, v, h, 1);
-  for (int l = 0; l < c->layers; l++) {
+  if (s.layer_begin == 0) add_row(out, MT_PARAM_EMBED, -1, 2, v, h, 1);
+  for (int l = s.layer_begin; l < s.layer_end; l++) {
     add_row(out, MT_PARAM_ATTN_NORM, l, 1, h, 1, 1);
     add_row(out, MT_PARAM_QKV, l, 2, queries + 2 * kv, h, 1);
     add_row(out, MT_PARAM_ATTN_OUT, l, 2, h, queries, 1);
@@ -51,6 +55,7 @@ mt_err mt_params_build(const struct mt_config *c, const struct mt_shard *shard,
     add_row(out, MT_PARAM_GATE_UP, l, 3, held, 2 * f, h)->first = s.expert_begin;
     add_row(out, MT_PARAM_DOWN, l, 3, held, h, f)->first = s.expert_begin;
   }
+  if (s.layer_end < c->layers) return MT_OK;
   add_row(out, MT_PARAM_FINAL_NORM, -1, 1, h, 1, 1);
   if (!c->tied_head) add_row(out, MT_PARAM_HEAD, -1, 2, v, h, 1);
   return MT_OK;

@@ -62,7 +62,8 @@ struct mt_params {
 };
 
 /* Builds the rows (all learning, no memory) of what is here of a checked config; shard NULL: of
- * everything. Errors: MT_ENOMEM. mt_params_free releases the table, not the tensors' memory. */
+ * everything. Errors: MT_ENOMEM; MT_EUNSUPPORTED where layers are elsewhere and the head is
+ * tied to the embedding. mt_params_free releases the table, not the tensors' memory. */
 mt_err mt_params_build(const struct mt_config *c, const struct mt_shard *shard,
                        struct mt_params *out);
 void mt_params_free(struct mt_params *p);

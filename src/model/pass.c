@@ -44,19 +44,24 @@ mt_err mt_stream_open(struct mt_model *m, const struct mt_view *v) {
                                                              .inv_freq = m->inv_freq,
                                                              .cos = mt_top(a->cos, t),
                                                              .sin = mt_top(a->sin, t)}));
+  if (!mt_acts_first_stage(a)) return MT_OK;
   MT_TRY(be->ops.embed_fwd(be, &(struct mt_embed_fwd_args){
                                    .ids = a->ids,
                                    .table = mt_params_find(&m->params, MT_PARAM_EMBED, -1)->compute,
                                    .out = mt_top(a->layer[0].s1, t)}));
-  MT_TRY(be->zero(be, a->aux_sums.data, mt_bytes(&a->aux_sums)));
-  return be->zero(be, a->aux_count, (size_t)m->config.experts * sizeof(int32_t));
+  return be->zero(be, a->aux_sums.data, a->aux_bytes);
 }
 
 mt_err mt_stream_close(struct mt_model *m, const struct mt_view *v) {
   struct mt_acts *a = &m->acts;
   int64_t t = v->tokens;
+  struct mt_tensor s2 = mt_top(a->layer[a->shard.layer_end - 1].s2, t);
+  if (!mt_acts_last_stage(a)) {
+    return m->be->ops.add(
+        m->be, &(struct mt_add_args){.a = s2, .b = mt_top(a->branch, t), .y = mt_top(a->out, t)});
+  }
   mt_acts_enter(a, m->be, MT_ROOM_ENDS);
-  return mt_norm_forward(m, mt_top(a->layer[m->config.layers - 1].s2, t), mt_top(a->branch, t),
+  return mt_norm_forward(m, s2, mt_top(a->branch, t),
                          mt_params_find(&m->params, MT_PARAM_FINAL_NORM, -1), mt_top(a->sf, t),
                          mt_top(a->xf, t), mt_top(a->rstdf, t));
 }
@@ -64,7 +69,7 @@ mt_err mt_stream_close(struct mt_model *m, const struct mt_view *v) {
 static mt_err forward(struct mt_model *m, const struct mt_view *v) {
   struct mt_acts *a = &m->acts;
   MT_TRY(mt_stream_open(m, v));
-  for (int l = 0; l < m->config.layers; l++) {
+  for (int l = a->shard.layer_begin; l < a->shard.layer_end; l++) {
     MT_TRY(mt_phase_enter(m, MT_PHASE_ATTENTION_FWD));
     MT_TRY(mt_attention_forward(m, l, v));
     MT_TRY(mt_phase_enter(m, MT_PHASE_MOE_FWD));
@@ -72,6 +77,8 @@ static mt_err forward(struct mt_model *m, const struct mt_view *v) {
   }
   MT_TRY(mt_phase_enter(m, MT_PHASE_HEAD));
   MT_TRY(mt_stream_close(m, v));
+  a->forwarded = a->running;
+  if (!mt_acts_last_stage(a)) return MT_OK;
   const int32_t *valid_count = a->valid_count;
   if (m->exchange.share_aux) {
     MT_TRY(m->exchange.share_aux(&m->exchange, m->be, &a->aux_sums, a->aux_count, &valid_count));
@@ -113,10 +120,14 @@ static mt_err head(struct mt_model *m, const struct mt_view *v, bool backward) {
 static mt_err backward(struct mt_model *m, const struct mt_view *v) {
   struct mt_acts *a = &m->acts;
   int64_t t = v->tokens;
-  MT_TRY(mt_norm_backward(m, mt_top(a->branch, t), mt_top(a->sf, t),
-                          mt_params_find(&m->params, MT_PARAM_FINAL_NORM, -1), mt_top(a->rstdf, t),
-                          mt_top(a->ds, t), 1, v->accumulate));
-  for (int l = m->config.layers - 1; l >= 0 && l >= m->lowest_learning; l--) {
+  if (mt_acts_last_stage(a)) {
+    MT_TRY(mt_norm_backward(m, mt_top(a->branch, t), mt_top(a->sf, t),
+                            mt_params_find(&m->params, MT_PARAM_FINAL_NORM, -1),
+                            mt_top(a->rstdf, t), mt_top(a->ds, t), 1, v->accumulate));
+  }
+  int lowest =
+      m->lowest_learning > a->shard.layer_begin ? m->lowest_learning : a->shard.layer_begin;
+  for (int l = a->shard.layer_end - 1; l >= lowest; l--) {
     if (mt_layer_attention_lost(m, l)) {
       MT_TRY(mt_phase_enter(m, MT_PHASE_ATTENTION_BWD));
       MT_TRY(mt_attention_again(m, l, v));
@@ -126,6 +137,7 @@ static mt_err backward(struct mt_model *m, const struct mt_view *v) {
     MT_TRY(mt_phase_enter(m, MT_PHASE_ATTENTION_BWD));
     MT_TRY(mt_attention_backward(m, l, v));
   }
+  if (!mt_acts_first_stage(a)) return MT_OK;
   MT_TRY(mt_phase_enter(m, MT_PHASE_EMBED));
   mt_acts_enter(a, m->be, MT_ROOM_ENDS);
   struct mt_param *embed = mt_params_find(&m->params, MT_PARAM_EMBED, -1);
@@ -189,14 +201,14 @@ mt_err mt_model_pass_load(struct mt_model *m, const struct mt_pass *pass) {
   return mt_acts_load(&m->acts, m->be, pass->batch);
 }
 
-mt_err mt_model_pass_launch(struct mt_model *m, const struct mt_pass *pass) {
+/* Head where it is here, backward, and the numbers. */
+static mt_err launch_backward(struct mt_model *m, const struct mt_pass *pass,
+                              const struct mt_view *view) {
   struct mt_acts *a = &m->acts;
-  struct mt_view v = view_of(m, pass->batch);
-  if (!m->options.training) return mt_fail(MT_EINVAL, "this model was built for inference");
-  v.accumulate = pass->accumulate;
-  MT_TRY(forward(m, &v));
-  MT_TRY(head(m, &v, true));
+  struct mt_view v = *view;
+  if (mt_acts_last_stage(a)) MT_TRY(head(m, &v, true));
   MT_TRY(backward(m, &v));
+  a->forwarded = -1;
   struct mt_tally_args t = {.loss = mt_top(a->loss, v.tokens),
                             .correct = a->correct,
                             .aux = a->aux_loss,
@@ -210,6 +222,47 @@ mt_err mt_model_pass_launch(struct mt_model *m, const struct mt_pass *pass) {
   return m->be->ops.tally(m->be, &t);
 }
 
+static mt_err whole(const struct mt_model *m) {
+  if (!mt_acts_staged(&m->acts)) return MT_OK;
+  return mt_fail(MT_EINVAL, "layers %d to %d of %d are a stage, not a model",
+                 m->acts.shard.layer_begin, m->acts.shard.layer_end, m->config.layers);
+}
+
+mt_err mt_model_pass_launch(struct mt_model *m, const struct mt_pass *pass) {
+  struct mt_view v = view_of(m, pass->batch);
+  if (!m->options.training) return mt_fail(MT_EINVAL, "this model was built for inference");
+  MT_TRY(whole(m));
+  v.accumulate = pass->accumulate;
+  MT_TRY(forward(m, &v));
+  return launch_backward(m, pass, &v);
+}
+
+mt_err mt_model_stage_forward(struct mt_model *m, int micro, const struct mt_pass *pass) {
+  struct mt_view v = view_of(m, pass->batch);
+  if (!m->options.training) return mt_fail(MT_EINVAL, "this model was built for inference");
+  mt_acts_select(&m->acts, micro);
+  MT_TRY(mt_model_pass_load(m, pass));
+  return forward(m, &v);
+}
+
+mt_err mt_model_stage_backward(struct mt_model *m, int micro, const struct mt_pass *pass) {
+  struct mt_view v = view_of(m, pass->batch);
+  v.accumulate = pass->accumulate;
+  mt_acts_select(&m->acts, micro);
+  if (mt_acts_last_stage(&m->acts)) MT_TRY(mt_phase_enter(m, MT_PHASE_HEAD));
+  return launch_backward(m, pass, &v);
+}
+
+mt_err mt_model_stage_eval(struct mt_model *m, const struct mt_batch *batch, struct mt_loss *loss) {
+  struct mt_view v = view_of(m, batch);
+  *loss = (struct mt_loss){0};
+  MT_TRY(mt_model_pass_load(m, &(struct mt_pass){.batch = batch, .aux_weight = 1}));
+  MT_TRY(forward(m, &v));
+  if (!mt_acts_last_stage(&m->acts)) return MT_OK;
+  MT_TRY(head(m, &v, false));
+  return read_loss(m, batch, loss);
+}
+
 mt_err mt_model_train_pass(struct mt_model *m, const struct mt_pass *pass, struct mt_loss *loss) {
   MT_TRY(mt_model_pass_load(m, pass));
   MT_TRY(mt_model_pass_launch(m, pass));
@@ -217,11 +270,8 @@ mt_err mt_model_train_pass(struct mt_model *m, const struct mt_pass *pass, struc
 }
 
 mt_err mt_model_eval_pass(struct mt_model *m, const struct mt_batch *batch, struct mt_loss *loss) {
-  struct mt_view v = view_of(m, batch);
-  MT_TRY(mt_model_pass_load(m, &(struct mt_pass){.batch = batch, .aux_weight = 1}));
-  MT_TRY(forward(m, &v));
-  MT_TRY(head(m, &v, false));
-  return read_loss(m, batch, loss);
+  MT_TRY(whole(m));
+  return mt_model_stage_eval(m, batch, loss);
 }
 
 mt_err mt_model_logits(struct mt_model *m, int64_t begin, int64_t count, float *out) {

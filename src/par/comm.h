@@ -67,7 +67,8 @@ struct mt_comm {
   mt_err (*recv)(struct mt_comm *c, void *buf, size_t size_bytes, int from, struct mt_transfer *t);
   mt_err (*barrier)(struct mt_comm *c, struct mt_transfer *t);
   mt_err (*wait)(struct mt_comm *c, struct mt_transfer *t);
-  mt_err (*failed)(struct mt_comm *c); /* or NULL: wait has told */
+  mt_err (*set_out)(struct mt_comm *c); /* or NULL: messages set out when they are started */
+  mt_err (*failed)(struct mt_comm *c);  /* or NULL: wait has told */
   void (*destroy)(struct mt_comm *c);
   void *impl;
 };
@@ -91,6 +92,8 @@ mt_err mt_comm_send(struct mt_comm *c, const void *buf, size_t size_bytes, int t
 mt_err mt_comm_recv(struct mt_comm *c, void *buf, size_t size_bytes, int from,
                     struct mt_transfer *t);
 mt_err mt_comm_wait(struct mt_comm *c, struct mt_transfer *t);
+/* Messages that have been started and may still be gathered set out now. */
+mt_err mt_comm_set_out(struct mt_comm *c);
 /* Returns when everyone has come. */
 mt_err mt_comm_barrier(struct mt_comm *c);
 

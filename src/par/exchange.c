@@ -18,8 +18,8 @@ struct state {
   struct mt_backend *be;
   struct mt_comm *expert, *readers;
   int ranks, held, experts; /* experts: of all ranks */
-  struct ways *layer;
-  int layer_count;
+  struct ways *plan;
+  int plan_count;
   int64_t *numbers; /* what the ways' arrays are cut from */
   /* Backend: [E+1] offsets of this rank's choices, then [ranks][held+1] of what others send here;
    * and the host's copy. */
@@ -106,7 +106,7 @@ static int64_t count_rows(const struct state *s, struct ways *w) {
 static mt_err plan(struct mt_exchange *x, struct mt_backend *be, struct mt_route *route,
                    const struct mt_tensor *tokens) {
   struct state *s = state_of(x);
-  struct ways *w = &s->layer[route->layer];
+  struct ways *w = &s->plan[route->plan];
   struct mt_tensor home;
   MT_TRY(be->ops.permute_plan(be, &(struct mt_permute_plan_args){.index = route->index,
                                                                  .token_count = route->token_count,
@@ -169,7 +169,7 @@ static mt_err stage_away(struct state *s, const struct mt_tensor *rows, struct m
 
 static mt_err send_out(struct state *s, const struct mt_route *route, struct mt_tensor home,
                        struct mt_tensor rows) {
-  const struct ways *w = &s->layer[route->layer];
+  const struct ways *w = &s->plan[route->plan];
   struct mt_tensor away;
   MT_TRY(stage_away(s, &rows, &away));
   MT_TRY(mt_comm_all_to_all(s->expert, home.data, (struct mt_parts){w->out_count, w->out_start},
@@ -180,7 +180,7 @@ static mt_err send_out(struct state *s, const struct mt_route *route, struct mt_
 
 static mt_err send_back(struct state *s, const struct mt_route *route, struct mt_tensor rows,
                         struct mt_tensor home) {
-  const struct ways *w = &s->layer[route->layer];
+  const struct ways *w = &s->plan[route->plan];
   struct mt_tensor away;
   MT_TRY(stage_away(s, &rows, &away));
   if (s->held > 1) MT_TRY(reorder(s->be, rows, w->back, away));
@@ -293,9 +293,9 @@ void mt_exchange_close(struct mt_model *m) {
   m->exchange = mt_exchange_local();
   if (!s) return;
   struct mt_backend *be = s->be;
-  for (int l = 0; s->layer && l < s->layer_count; l++) {
-    be->mem_free(be, s->layer[l].order, s->layer[l].order_bytes);
-    be->mem_free(be, s->layer[l].back, s->layer[l].back_bytes);
+  for (int l = 0; s->plan && l < s->plan_count; l++) {
+    be->mem_free(be, s->plan[l].order, s->plan[l].order_bytes);
+    be->mem_free(be, s->plan[l].back, s->plan[l].back_bytes);
   }
   be->mem_free(be, s->home, s->home_bytes);
   be->mem_free(be, s->away, s->away_bytes);
@@ -303,7 +303,7 @@ void mt_exchange_close(struct mt_model *m) {
   be->mem_free(be, s->records, s->record_bytes * (size_t)s->readers->size);
   be->mem_free(be, s->valid_count, sizeof *s->valid_count);
   if (s->host_offsets) be->host_free(be, s->host_offsets);
-  free(s->layer);
+  free(s->plan);
   free(s->numbers);
   free(s);
 }
@@ -314,13 +314,14 @@ static mt_err take(struct mt_backend *be, size_t size_bytes, void **out) {
 }
 
 static mt_err open_state(struct state *s, const struct mt_model *m) {
-  size_t ranks = (size_t)s->ranks, layers = (size_t)m->config.layers, e = (size_t)s->experts;
+  size_t ranks = (size_t)s->ranks, e = (size_t)s->experts;
+  size_t plans = (size_t)m->config.layers * (size_t)m->options.in_flight;
   struct mt_backend *be = s->be;
   void *p = NULL;
-  s->layer_count = m->config.layers;
-  s->layer = calloc(layers, sizeof *s->layer);
-  s->numbers = calloc(layers * ranks * 4, sizeof *s->numbers);
-  if (!s->layer || !s->numbers) return mt_fail(MT_ENOMEM, "exchange of %d ranks", s->ranks);
+  s->plan_count = (int)plans;
+  s->plan = calloc(plans, sizeof *s->plan);
+  s->numbers = calloc(plans * ranks * 4, sizeof *s->numbers);
+  if (!s->plan || !s->numbers) return mt_fail(MT_ENOMEM, "exchange of %d ranks", s->ranks);
   s->offsets_bytes = (e + 1 + ranks * ((size_t)s->held + 1)) * sizeof *s->offsets;
   MT_TRY(take(be, s->offsets_bytes, &p));
   s->offsets = p;
@@ -331,12 +332,12 @@ static mt_err open_state(struct state *s, const struct mt_model *m) {
   s->records = p;
   MT_TRY(take(be, sizeof *s->valid_count, &p));
   s->valid_count = p;
-  for (size_t l = 0; l < layers; l++) {
+  for (size_t l = 0; l < plans; l++) {
     int64_t *n = s->numbers + l * ranks * 4;
-    s->layer[l] = (struct ways){.out_count = n,
-                                .out_start = n + ranks,
-                                .in_count = n + 2 * ranks,
-                                .in_start = n + 3 * ranks};
+    s->plan[l] = (struct ways){.out_count = n,
+                               .out_start = n + ranks,
+                               .in_count = n + 2 * ranks,
+                               .in_start = n + 3 * ranks};
   }
   return MT_OK;
 }

@@ -47,6 +47,12 @@ mt_err mt_mesh_make(const struct mt_config *c, int world, int rank, int ep, int 
   if (pp > c->layers) {
     return mt_fail(MT_EINVAL, "--pp-size %d is more than the model's %d layers", pp, c->layers);
   }
+  if (pp > 1 && c->tied_head) {
+    return mt_fail(MT_EUNSUPPORTED,
+                   "--pp-size %d: tie_word_embeddings: the first stage's embedding would be the "
+                   "last one's head",
+                   pp);
+  }
   *out = (struct mt_mesh){.world = world, .dp = world / (ep * pp), .ep = ep, .pp = pp};
   place(out, c, rank);
   return MT_OK;

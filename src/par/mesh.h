@@ -30,7 +30,8 @@ const char *mt_group_name(enum mt_group group);
 
 /* The place of `rank` of `world`; DP is what is left. Errors, before anything is loaded: MT_EINVAL
  * where world is not a multiple of ep * pp, where experts are not one of ep (every rank holds as
- * many), where pp is more than there are layers, or where a size is below 1. */
+ * many), where pp is more than there are layers, or where a size is below 1;
+ * MT_EUNSUPPORTED for stages of a model whose head is tied to its embedding. */
 mt_err mt_mesh_make(const struct mt_config *c, int world, int rank, int ep, int pp,
                     struct mt_mesh *out);
 

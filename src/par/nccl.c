@@ -502,6 +502,7 @@ mt_err mt_comm_device(struct mt_comm *host, struct mt_backend *be, struct mt_com
                       .recv = device_recv,
                       .barrier = device_barrier,
                       .wait = device_wait,
+                      .set_out = flush,
                       .failed = failed,
                       .destroy = device_destroy};
   struct group *g = calloc(1, sizeof *g);

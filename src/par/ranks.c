@@ -10,15 +10,15 @@
 enum { BUCKET_ELEMENTS = 8 << 20 };
 
 struct mt_shard mt_ranks_shard(const struct mt_mesh *mesh) {
-  return (struct mt_shard){(int)mesh->expert_begin, (int)mesh->expert_end};
+  return (struct mt_shard){.expert_begin = (int)mesh->expert_begin,
+                           .expert_end = (int)mesh->expert_end,
+                           .layer_begin = (int)mesh->layer_begin,
+                           .layer_end = (int)mesh->layer_end};
 }
 
 mt_err mt_ranks_open(struct mt_ranks *r, struct mt_world *world, const struct mt_mesh *mesh) {
   mt_err err = MT_OK;
   *r = (struct mt_ranks){.world = world, .mesh = *mesh, .bucket_elements = BUCKET_ELEMENTS};
-  if (mesh->pp > 1) {
-    return mt_fail(MT_EUNSUPPORTED, "--pp-size %d: a model is not cut into stages yet", mesh->pp);
-  }
   for (int g = 0; g < MT_GROUP_COUNT; g++) {
     MT_GO(mt_world_group(world, mesh, (enum mt_group)g, &r->comm[g]));
   }
@@ -27,13 +27,15 @@ done:
   return err;
 }
 
-/* The squares of this rank's parts, one a bucket at a time, and of all ranks. */
+/* The squares of this rank's parts, one a bucket at a time, and of all ranks or stages. */
 static size_t squares_bytes(const struct mt_ranks *r) {
-  return (1 + (size_t)r->comm[MT_GROUP_DENSE].size) * sizeof(double);
+  int readers = r->comm[MT_GROUP_DENSE].size, stages = r->comm[MT_GROUP_PIPE].size;
+  return (1 + (size_t)(readers > stages ? readers : stages)) * sizeof(double);
 }
 
 void mt_ranks_close(struct mt_ranks *r) {
   if (r->model) mt_exchange_close(r->model);
+  mt_pipeline_close(&r->pipeline);
   if (r->squares) r->model->be->mem_free(r->model->be, r->squares, squares_bytes(r));
   mt_sum_free(&r->sum);
   for (int g = 0; g < MT_GROUP_COUNT; g++) {
@@ -65,7 +67,9 @@ mt_err mt_ranks_join(struct mt_ranks *r, struct mt_model *m) {
   r->sum.be = m->be;
   MT_TRY(m->be->mem_alloc(m->be, squares_bytes(r), &squares));
   r->squares = squares;
-  return mt_exchange_over(m, r->tensor[MT_GROUP_EXPERT], r->tensor[MT_GROUP_DENSE]);
+  MT_TRY(mt_exchange_over(m, r->tensor[MT_GROUP_EXPERT], r->tensor[MT_GROUP_DENSE]));
+  if (r->mesh.pp == 1) return MT_OK;
+  return mt_pipeline_open(&r->pipeline, m, r->tensor[MT_GROUP_PIPE], &r->comm[MT_GROUP_PIPE]);
 }
 
 mt_err mt_ranks_failed(struct mt_ranks *r) {
@@ -73,9 +77,8 @@ mt_err mt_ranks_failed(struct mt_ranks *r) {
   return MT_OK;
 }
 
-/* Everyone's numbers in the order of ranks. */
-static mt_err gather(struct mt_ranks *r, const void *mine, size_t bytes, char **all) {
-  struct mt_comm *c = &r->comm[MT_GROUP_DENSE];
+/* Everyone's numbers in the order of the group's ranks. */
+static mt_err gather(struct mt_comm *c, const void *mine, size_t bytes, char **all) {
   size_t n = (size_t)c->size;
   int64_t *parts = calloc(2 * n, sizeof *parts);
   *all = malloc(n * bytes);
@@ -92,12 +95,12 @@ done:
   return err;
 }
 
-mt_err mt_ranks_sum_counts(struct mt_ranks *r, int64_t *numbers, int n) {
+static mt_err sum_counts(struct mt_comm *c, int64_t *numbers, int n) {
   size_t bytes = (size_t)n * sizeof *numbers;
   char *all = NULL;
-  mt_err err = gather(r, numbers, bytes, &all);
+  mt_err err = gather(c, numbers, bytes, &all);
   if (!err) memset(numbers, 0, bytes);
-  for (int i = 0; !err && i < r->comm[MT_GROUP_DENSE].size; i++) {
+  for (int i = 0; !err && i < c->size; i++) {
     const int64_t *one = (const int64_t *)(const void *)(all + (size_t)i * bytes);
     for (int k = 0; k < n; k++) numbers[k] += one[k];
   }
@@ -105,17 +108,55 @@ mt_err mt_ranks_sum_counts(struct mt_ranks *r, int64_t *numbers, int n) {
   return err;
 }
 
-mt_err mt_ranks_sum(struct mt_ranks *r, double *numbers, int n) {
+static mt_err sum(struct mt_comm *c, double *numbers, int n) {
   size_t bytes = (size_t)n * sizeof *numbers;
   char *all = NULL;
-  mt_err err = gather(r, numbers, bytes, &all);
+  mt_err err = gather(c, numbers, bytes, &all);
   if (!err) memset(numbers, 0, bytes);
-  for (int i = 0; !err && i < r->comm[MT_GROUP_DENSE].size; i++) {
+  for (int i = 0; !err && i < c->size; i++) {
     const double *one = (const double *)(const void *)(all + (size_t)i * bytes);
     for (int k = 0; k < n; k++) numbers[k] += one[k];
   }
   free(all);
   return err;
+}
+
+mt_err mt_ranks_sum_counts(struct mt_ranks *r, int64_t *numbers, int n) {
+  return sum_counts(&r->comm[MT_GROUP_DENSE], numbers, n);
+}
+
+mt_err mt_ranks_sum(struct mt_ranks *r, double *numbers, int n) {
+  return sum(&r->comm[MT_GROUP_DENSE], numbers, n);
+}
+
+mt_err mt_ranks_sum_stage_counts(struct mt_ranks *r, int64_t *numbers, int n) {
+  return sum_counts(&r->comm[MT_GROUP_PIPE], numbers, n);
+}
+
+mt_err mt_ranks_sum_stages(struct mt_ranks *r, double *numbers, int n) {
+  return sum(&r->comm[MT_GROUP_PIPE], numbers, n);
+}
+
+bool mt_ranks_staged(const struct mt_ranks *r) {
+  return r && r->mesh.pp > 1;
+}
+
+mt_err mt_ranks_eval(struct mt_ranks *r, struct mt_model *m, const struct mt_batch *batch,
+                     struct mt_loss *loss) {
+  return mt_ranks_staged(r) ? mt_pipeline_eval(&r->pipeline, batch, loss)
+                            : mt_model_eval_pass(m, batch, loss);
+}
+
+mt_err mt_ranks_decode(struct mt_ranks *r, struct mt_model *m, struct mt_kv_cache *cache,
+                       const int32_t *ids, int count, float *logits) {
+  return mt_ranks_staged(r) ? mt_pipeline_decode(&r->pipeline, cache, ids, count, logits)
+                            : mt_model_decode(m, cache, ids, count, logits);
+}
+
+mt_err mt_ranks_logits(struct mt_ranks *r, struct mt_model *m, int64_t begin, int64_t count,
+                       float *out) {
+  return mt_ranks_staged(r) ? mt_pipeline_logits(&r->pipeline, begin, count, out)
+                            : mt_model_logits(m, begin, count, out);
 }
 
 mt_err mt_ranks_token(struct mt_ranks *r, int32_t *id) {
@@ -168,10 +209,10 @@ static mt_err sum_class(struct mt_ranks *r, enum mt_sync sync, struct mt_comm *c
   return MT_OK;
 }
 
-/* squares[1 + i] of every rank i, added up in their order. */
-static mt_err sum_squares(struct mt_ranks *r, double *sumsq) {
+/* *sumsq (=) squares[0] of every member of a group, added up in their order. */
+static mt_err sum_squares(struct mt_ranks *r, enum mt_group group, double *sumsq) {
   struct mt_backend *be = r->model->be;
-  struct mt_comm *c = r->tensor[MT_GROUP_DENSE];
+  struct mt_comm *c = r->tensor[group];
   int64_t *parts = calloc(2 * (size_t)c->size, sizeof *parts);
   if (!parts) return mt_fail(MT_ENOMEM, "squares of %d ranks", c->size);
   for (int i = 0; i < c->size; i++) parts[i] = 1, parts[c->size + i] = i;
@@ -189,5 +230,9 @@ mt_err mt_ranks_gradients(struct mt_ranks *r, double *sumsq) {
   MT_TRY(r->model->be->zero(r->model->be, r->squares, squares_bytes(r)));
   MT_TRY(sum_class(r, MT_SYNC_DENSE, r->tensor[MT_GROUP_DENSE]));
   MT_TRY(sum_class(r, MT_SYNC_EXPERT, r->tensor[MT_GROUP_DATA]));
-  return sum_squares(r, sumsq);
+  if (r->mesh.pp == 1) return sum_squares(r, MT_GROUP_DENSE, sumsq);
+  MT_TRY(sum_squares(r, MT_GROUP_DENSE, r->squares));
+  MT_TRY(mt_phase_enter(r->model, MT_PHASE_PIPELINE)); /* the last stage waits for the first */
+  MT_TRY(sum_squares(r, MT_GROUP_PIPE, sumsq));
+  return mt_phase_enter(r->model, MT_PHASE_OPTIMIZER);
 }

@@ -8,7 +8,8 @@
 #ifndef MT_PAR_RANKS_H
 #define MT_PAR_RANKS_H
 
-#include "model/model.h"
+#include "model/decode.h"
+#include "par/pipeline.h"
 #include "par/sum.h"
 #include "par/world.h"
 
@@ -19,14 +20,14 @@ struct mt_ranks {
   struct mt_comm gpu[MT_GROUP_COUNT];     /* over a GPU's, where the model is on one */
   struct mt_comm *tensor[MT_GROUP_COUNT]; /* over the backend's: those of one or the other */
   struct mt_model *model;
-  struct mt_tensor *views; /* room for the gradients that a norm reads */
+  struct mt_pipeline pipeline; /* of several stages; mesh.pp says whether */
+  struct mt_tensor *views;     /* room for the gradients that a norm reads */
   struct mt_sum sum;
-  double *squares;         /* backend [1 + DP EP]: of this rank's parts, and of all ranks */
+  double *squares;         /* backend [1 + DP EP or PP]: of this rank's parts, and of all ranks */
   int64_t bucket_elements; /* summed at a time, at most */
 };
 
-/* Communicators of every group of the mesh. Collective. Errors: MT_ECOMM, MT_ENOMEM;
- * MT_EUNSUPPORTED for a pipeline of several stages. */
+/* Communicators of every group of the mesh. Collective. Errors: MT_ECOMM, MT_ENOMEM. */
 mt_err mt_ranks_open(struct mt_ranks *r, struct mt_world *world, const struct mt_mesh *mesh);
 /* Joins a model that was created with the mesh's shard: exchange and gradients; on a GPU, where
  * communicators for its memory are made. *r stays where it is from then on. Collective. Errors:
@@ -43,6 +44,20 @@ struct mt_shard mt_ranks_shard(const struct mt_mesh *mesh);
 /* n numbers summed over the ranks that read data, in place; the same on each. */
 mt_err mt_ranks_sum_counts(struct mt_ranks *r, int64_t *numbers, int n);
 mt_err mt_ranks_sum(struct mt_ranks *r, double *numbers, int n);
+/* And over the stages of this rank's pipeline. */
+mt_err mt_ranks_sum_stage_counts(struct mt_ranks *r, int64_t *numbers, int n);
+mt_err mt_ranks_sum_stages(struct mt_ranks *r, double *numbers, int n);
+
+/* Whether the model is cut into stages. r may be NULL. */
+bool mt_ranks_staged(const struct mt_ranks *r);
+/* mt_model_eval_pass, mt_model_decode and mt_model_logits of m, which may be a stage: of all stages
+ * then, with the same arguments. r may be NULL: m is whole. */
+mt_err mt_ranks_eval(struct mt_ranks *r, struct mt_model *m, const struct mt_batch *batch,
+                     struct mt_loss *loss);
+mt_err mt_ranks_decode(struct mt_ranks *r, struct mt_model *m, struct mt_kv_cache *cache,
+                       const int32_t *ids, int count, float *logits);
+mt_err mt_ranks_logits(struct mt_ranks *r, struct mt_model *m, int64_t begin, int64_t count,
+                       float *out);
 
 /* Rank 0's token for everyone: who generates together must go on alike. *id (=); r may be NULL. */
 mt_err mt_ranks_token(struct mt_ranks *r, int32_t *id);

@@ -8,7 +8,7 @@ static size_t pair_count(const struct mt_routing *r) {
 }
 
 mt_err mt_routing_create(struct mt_routing *r, const struct mt_model *m) {
-  const struct mt_tensor *logits = &m->acts.layer[0].logits;
+  const struct mt_tensor *logits = &m->acts.layer[m->acts.shard.layer_begin].logits;
   *r = (struct mt_routing){.layers = m->config.layers, .experts = m->config.experts};
   r->load = calloc(pair_count(r), sizeof *r->load);
   r->host_load = calloc(pair_count(r), sizeof *r->host_load);
@@ -59,7 +59,7 @@ static mt_err add_routing(struct mt_routing *r, struct mt_model *m, const struct
   for (size_t i = 0; i < pair_count(r); i++) r->load[i] += r->host_load[i];
   r->tokens += b->valid_count;
   if (!m->options.training) return MT_OK;
-  for (int l = 0; l < r->layers; l++) {
+  for (int l = a->shard.layer_begin; l < a->shard.layer_end; l++) {
     struct mt_tensor logits = mt_rows(&a->layer[l].logits, 0, b->valid_count);
     MT_TRY(m->be->download(m->be, r->host_logits, logits.data, mt_bytes(&logits)));
     r->entropy[l] += entropy_sum(r, logits.dtype, b->valid_count);
@@ -91,7 +91,10 @@ static mt_err add_ranks(struct mt_ranks *ranks, struct mt_routing *routing,
   if (!routing) return MT_OK;
   routing->tokens = counts[3];
   MT_TRY(mt_ranks_sum_counts(ranks, routing->load, (int)pair_count(routing)));
-  return mt_ranks_sum(ranks, routing->entropy, routing->layers);
+  MT_TRY(mt_ranks_sum(ranks, routing->entropy, routing->layers));
+  if (!mt_ranks_staged(ranks)) return MT_OK; /* else each stage has its layers' */
+  MT_TRY(mt_ranks_sum_stage_counts(ranks, routing->load, (int)pair_count(routing)));
+  return mt_ranks_sum_stages(ranks, routing->entropy, routing->layers);
 }
 
 mt_err mt_evaluate(struct mt_model *m, struct mt_ranks *ranks, struct mt_loader *l,
@@ -105,7 +108,7 @@ mt_err mt_evaluate(struct mt_model *m, struct mt_ranks *ranks, struct mt_loader 
   if (routing) begin_routing(routing);
   while ((err = mt_loader_next_once(l, &b)) == MT_OK) {
     struct mt_loss loss;
-    MT_TRY(mt_model_eval_pass(m, b, &loss));
+    MT_TRY(mt_ranks_eval(ranks, m, b, &loss));
     if (routing) MT_TRY(add_routing(routing, m, b));
     sum += loss.cross_entropy_sum;
     correct += loss.correct_count;

@@ -9,7 +9,7 @@ static mt_err prefill(struct mt_generation *g, const int32_t *ids, size_t count)
   for (size_t at = 0; at < count;) {
     size_t n = count - at < most ? count - at : most;
     bool last = at + n == count;
-    MT_TRY(mt_model_decode(&g->s->model, &g->cache, ids + at, (int)n,
+    MT_TRY(mt_ranks_decode(g->s->ranks, &g->s->model, &g->cache, ids + at, (int)n,
                            last ? g->sampler.logits : NULL));
     at += n;
   }
@@ -58,7 +58,8 @@ static mt_err answer(struct mt_generation *g) {
     size_t till = showable(g, &stopped);
     if (g->o->stream && !show(g, till)) goto done;
     if (g->cache.length == g->cache.capacity) break;
-    if (!stopped) MT_GO(mt_model_decode(&g->s->model, &g->cache, &id, 1, g->sampler.logits));
+    if (stopped) break;
+    MT_GO(mt_ranks_decode(g->s->ranks, &g->s->model, &g->cache, &id, 1, g->sampler.logits));
   }
   size_t till = showable(g, &stopped);
   (void)show(g, stopped ? till : g->said.size);

@@ -102,6 +102,11 @@ mt_err mt_metrics_board(struct mt_metrics *m, const char *dir, int64_t first_ste
   return mt_tensorboard_open(&m->board, dir, first_step);
 }
 
+/* The last one, MT_PHASE_PIPELINE, is of pipelines alone. */
+static int phases_of(const struct mt_step_result *r) {
+  return r->stage_count > 0 ? MT_PHASE_COUNT : MT_PHASE_PIPELINE;
+}
+
 /* What the loads of a step say in a few numbers. */
 static mt_err board_step(struct mt_metrics *m, const struct mt_step_result *r,
                          const struct mt_model *model) {
@@ -118,10 +123,11 @@ static mt_err board_step(struct mt_metrics *m, const struct mt_step_result *r,
   mt_tensorboard_scalar(b, "train/accuracy", (double)r->correct_count / (double)r->target_count);
   mt_tensorboard_scalar(b, "speed/tokens_per_s", (double)r->token_count / r->ms * 1e3);
   mt_tensorboard_scalar(b, "speed/step_ms", r->ms);
-  for (int p = 0; p < MT_PHASE_COUNT; p++) {
+  for (int p = 0; p < phases_of(r); p++) {
     snprintf(tag, sizeof tag, "phase_ms/%s", mt_phase_name((enum mt_phase)p));
     mt_tensorboard_scalar(b, tag, r->phase_s[p] * 1e3);
   }
+  if (r->stage_count > 0) mt_tensorboard_scalar(b, "speed/bubble", r->bubble);
   for (int l = 0; l < model->config.layers; l++) {
     struct mt_load_facts f =
         mt_load_facts(r->load + l * model->config.experts, model->config.experts);
@@ -135,6 +141,15 @@ static mt_err board_step(struct mt_metrics *m, const struct mt_step_result *r,
     mt_tensorboard_scalar(b, tag, f.idle);
   }
   return mt_tensorboard_end(b);
+}
+
+/* How long each stage of the pipeline waited for others. */
+static void write_stages(FILE *f, const struct mt_step_result *r) {
+  number(f, "bubble", r->bubble);
+  fputs("\"stage_wait_ms\":[", f);
+  for (int s = 0; s < r->stage_count; s++)
+    fprintf(f, s ? ",%.4g" : "%.4g", r->stage_wait_s[s] * 1e3);
+  fputs("],", f);
 }
 
 mt_err mt_metrics_step(struct mt_metrics *m, const struct mt_step_result *r,
@@ -156,10 +171,12 @@ mt_err mt_metrics_step(struct mt_metrics *m, const struct mt_step_result *r,
   number(f, "tokens_per_s", (double)r->token_count / r->ms * 1e3);
   number(f, "step_ms", r->ms);
   fputs("\"phase_ms\":{", f);
-  for (int p = 0; p < MT_PHASE_COUNT; p++) {
+  for (int p = 0; p < phases_of(r); p++) {
     fprintf(f, "%s\"%s\":%.4g", p ? "," : "", mt_phase_name((enum mt_phase)p), r->phase_s[p] * 1e3);
   }
-  fputs("},\"expert_load\":[", f);
+  fputs("},", f);
+  if (r->stage_count > 0) write_stages(f, r);
+  fputs("\"expert_load\":[", f);
   for (int l = 0; l < model->config.layers; l++) {
     fputs(l ? ",[" : "[", f);
     for (int e = 0; e < model->config.experts; e++) {

@@ -52,7 +52,7 @@ mt_err mt_optimizer_create(struct mt_optimizer *o, struct mt_model *m,
     o->segment_count++;
     o->part_count += leaves_sumsq(p);
   }
-  if (o->segment_count == 0) {
+  if (o->segment_count == 0 && !mt_acts_staged(&m->acts)) { /* others' stages may learn */
     err = mt_fail(MT_EINVAL, "every parameter is frozen: there is nothing to learn");
     goto done;
   }

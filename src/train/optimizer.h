@@ -29,7 +29,7 @@ struct mt_optimizer {
  * step warmup+1), then stays, falls linearly to 0, or along half a cosine to 0, at total+1. */
 double mt_schedule_lr(const struct mt_optimizer_options *o, int64_t step);
 
-/* Errors: MT_ENOMEM, MT_EINVAL when no parameter learns. */
+/* Errors: MT_ENOMEM, MT_EINVAL when no parameter of a whole model learns. */
 mt_err mt_optimizer_create(struct mt_optimizer *o, struct mt_model *m,
                            const struct mt_optimizer_options *options);
 void mt_optimizer_destroy(struct mt_optimizer *o);

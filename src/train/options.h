@@ -37,6 +37,9 @@ struct mt_string_list {
   int count;
 };
 
+/* The order in which stages work (par/pipeline.h). */
+enum mt_pp_schedule { MT_PP_1F1B, MT_PP_SEQUENTIAL };
+
 /* `moetune train`. A run is warmup_steps + train_steps optimizer steps; the warm-up steps raise the
  * learning rate and stay out of the median step time. */
 struct mt_train_options {
@@ -49,6 +52,7 @@ struct mt_train_options {
   struct mt_world *world; /* the ranks that train together; NULL: this process alone */
   int ep_size;            /* of them, those that share a layer's experts */
   int pp_size;            /* stages that the layers are cut into */
+  int pp_schedule;        /* enum mt_pp_schedule */
   double comm_timeout_s;  /* how long they wait for each other */
   int batch_size;         /* samples a rank and micro-batch */
   int max_seq_length;     /* tokens; longer samples are truncated */

@@ -183,7 +183,8 @@ static mt_err count_stage(struct mt_planner *p, const struct mt_mesh *m, int rec
   mt_err err;
   c.layers = (int)(m->layer_end - m->layer_begin);
   co.model.recompute = (enum mt_recompute)recompute;
-  co.model.shard = (struct mt_shard){(int)m->expert_begin, (int)m->expert_end};
+  co.model.shard =
+      (struct mt_shard){.expert_begin = (int)m->expert_begin, .expert_end = (int)m->expert_end};
   co.rows = (int64_t)ceil((double)(p->token_capacity * c.top_k) * o->imbalance);
   MT_GO(stage_rows(m, &c, all, 1, true, &here));
   MT_GO(class_of(p, &c, &here, &co.model, MT_SYNC_DENSE, &out->dense));
@@ -213,7 +214,7 @@ static mt_err count_stages(struct mt_planner *p, struct mt_planner_entry *e) {
   struct mt_mesh m;
   mt_err err;
   MT_TRY(mt_mesh_make(&p->config, e->ep * e->pp, 0, e->ep, e->pp, &m));
-  struct mt_shard shard = {(int)m.expert_begin, (int)m.expert_end};
+  struct mt_shard shard = {.expert_begin = (int)m.expert_begin, .expert_end = (int)m.expert_end};
   MT_GO(mt_params_build(&p->config, &shard, &all));
   MT_GO(mt_hf_freeze(&p->config, &all, o->freeze.item, o->freeze.count));
   MT_GO(count_stage(p, &m, e->recompute, e->sets, &all, &e->first));

@@ -138,7 +138,8 @@ static mt_err feed(struct mt_samples *x, const struct mt_ids *ids) {
   for (size_t at = 0; at < ids->count; at += step) {
     size_t n = ids->count - at < step ? ids->count - at : step;
     bool last = at + n == ids->count;
-    MT_TRY(mt_model_decode(m, &x->cache, ids->id + at, (int)n, last ? x->sampler.logits : NULL));
+    MT_TRY(mt_ranks_decode(x->s->ranks, m, &x->cache, ids->id + at, (int)n,
+                           last ? x->sampler.logits : NULL));
   }
   return MT_OK;
 }
@@ -153,7 +154,7 @@ static mt_err answer(struct mt_samples *x, const struct mt_sample_prompt *p) {
     if (id == x->s->checkpoint.config.eos_id) break;
     MT_TRY(mt_ids_append(&x->said, id));
     if (n + 1 < x->new_tokens)
-      MT_TRY(mt_model_decode(&x->s->model, &x->cache, &id, 1, x->sampler.logits));
+      MT_TRY(mt_ranks_decode(x->s->ranks, &x->s->model, &x->cache, &id, 1, x->sampler.logits));
   }
   return mt_decode(x->s->tokenizer, x->said.id, x->said.count, true, &x->answer);
 }

@@ -38,6 +38,7 @@ void mt_step_queue_destroy(struct mt_step_queue *q) {
     if (q->slot[i].report) q->model->be->host_free(q->model->be, q->slot[i].report);
   }
   free(q->targets);
+  free(q->passes);
   *q = (struct mt_step_queue){0};
 }
 
@@ -146,6 +147,18 @@ static mt_err run_part(struct mt_step_queue *q, struct mt_graph_key key,
   return launch(part);
 }
 
+/* *last (=) the step's last pass. */
+static mt_err launch_stages(struct mt_step_queue *q, struct mt_batch *const *micro, int micro_count,
+                            const int64_t *targets, struct mt_pass *last) {
+  const struct mt_step_result *r = &next_slot(q)->result;
+  for (int i = 0; i < micro_count; i++) {
+    q->passes[i] = micro_pass(r, targets, micro, micro_count, i);
+    q->passes[i].sum_squares = false;
+  }
+  *last = q->passes[micro_count - 1];
+  return mt_pipeline_run(&q->ranks->pipeline, q->passes, micro_count);
+}
+
 static mt_err launch_all(struct mt_step_queue *q, struct mt_batch *const *micro, int micro_count,
                          int64_t *targets) {
   struct mt_step_slot *s = next_slot(q);
@@ -158,8 +171,9 @@ static mt_err launch_all(struct mt_step_queue *q, struct mt_batch *const *micro,
                                .load = (const int32_t *)(s->report + 1)};
   MT_TRY(count_targets(q->ranks, micro, micro_count, targets, r));
   r->lr = mt_optimizer_prepare(q->optimizer);
-  r->replayed = true;
-  for (int i = 0; i < micro_count; i++) {
+  r->replayed = !mt_ranks_staged(q->ranks);
+  if (mt_ranks_staged(q->ranks)) MT_TRY(launch_stages(q, micro, micro_count, targets, &part.pass));
+  for (int i = 0; i < micro_count && !mt_ranks_staged(q->ranks); i++) {
     part.pass = micro_pass(r, targets, micro, micro_count, i);
     part.pass.sum_squares &= !q->ranks; /* a sum over ranks comes behind */
     const struct mt_graph_key pass = {micro[i]->token_count, part.pass.accumulate, several};
@@ -182,14 +196,38 @@ static mt_err launch_all(struct mt_step_queue *q, struct mt_batch *const *micro,
 static mt_err reserve_targets(struct mt_step_queue *q, int micro_count) {
   if (q->target_capacity > micro_count) return MT_OK;
   free(q->targets);
+  free(q->passes);
   q->targets = calloc((size_t)micro_count + 1, sizeof *q->targets);
-  q->target_capacity = q->targets ? micro_count + 1 : 0;
-  return q->targets ? MT_OK : mt_fail(MT_ENOMEM, "%d micro-batches", micro_count);
+  q->passes = calloc((size_t)micro_count, sizeof *q->passes);
+  q->target_capacity = q->targets && q->passes ? micro_count + 1 : 0;
+  return q->target_capacity ? MT_OK : mt_fail(MT_ENOMEM, "%d micro-batches", micro_count);
 }
 
 mt_err mt_step_launch(struct mt_step_queue *q, struct mt_batch *const *micro, int micro_count) {
   MT_TRY(reserve_targets(q, micro_count));
   return launch_all(q, micro, micro_count, q->targets);
+}
+
+/* Each stage has its layers' loads, the last one the losses. */
+static mt_err sum_stages(struct mt_step_queue *q, struct mt_step_report *report, int64_t *loads,
+                         int n) {
+  MT_TRY(mt_ranks_sum_stages(q->ranks, report->sums, 4));
+  return mt_ranks_sum_stage_counts(q->ranks, loads, n);
+}
+
+/* Everyone's waits, and what they are of. */
+static mt_err share_waits(struct mt_step_queue *q, struct mt_step_result *r) {
+  int n = q->ranks->mesh.pp;
+  double work = 0, numbers[MT_STEP_STAGES + 1] = {0};
+  for (int p = MT_PHASE_EMBED; p <= MT_PHASE_ATTENTION_BWD; p++) work += r->phase_s[p];
+  numbers[q->ranks->mesh.pp_rank] = r->phase_s[MT_PHASE_PIPELINE];
+  numbers[n] = work;
+  MT_TRY(mt_ranks_sum_stages(q->ranks, numbers, n + 1));
+  double waited = 0;
+  for (int i = 0; i < n; i++) waited += r->stage_wait_s[i] = numbers[i];
+  r->stage_count = n;
+  if (waited > 0) r->bubble = waited / (waited + numbers[n]);
+  return MT_OK;
 }
 
 /* A report's sums over the ranks that read data; the auxiliary losses are of all of them already.
@@ -202,6 +240,7 @@ static mt_err sum_reports(struct mt_step_queue *q, struct mt_step_report *report
   for (int i = 0; i < n; i++) wide[i] = load[i];
   mt_err err = mt_ranks_sum(q->ranks, report->sums, 2);
   if (!err) err = mt_ranks_sum_counts(q->ranks, wide, n);
+  if (!err && mt_ranks_staged(q->ranks)) err = sum_stages(q, report, wide, n);
   for (int i = 0; !err && i < n; i++) load[i] = (int32_t)wide[i];
   free(wide);
   return err;
@@ -227,6 +266,7 @@ mt_err mt_step_take(struct mt_step_queue *q, struct mt_step_result *out) {
   if (q->ranks) MT_TRY(mt_ranks_failed(q->ranks));
   if (q->ranks) MT_TRY(sum_reports(q, report));
   for (int p = 0; p < MT_PHASE_COUNT; p++) r->phase_s[p] = 1e-9 * (double)report->clock.phase_ns[p];
+  if (mt_ranks_staged(q->ranks)) MT_TRY(share_waits(q, r));
   r->ms = seconds * 1e3;
   r->cross_entropy = report->sums[0] / (double)r->target_count;
   r->correct_count = (int64_t)report->sums[1];

@@ -8,7 +8,7 @@
 #include "train/graphs.h"
 #include "train/optimizer.h"
 
-enum { MT_STEP_DEPTH = 32, MT_STEP_LINES = 32 };
+enum { MT_STEP_DEPTH = 32, MT_STEP_LINES = 32, MT_STEP_STAGES = MT_MAX_LAYERS };
 
 struct mt_step_result {
   int64_t step;         /* number of the update, from 1 */
@@ -22,7 +22,11 @@ struct mt_step_result {
   double ms;                      /* from mt_step_begin to the end of the update */
   double phase_s[MT_PHASE_COUNT]; /* seconds */
   const int32_t *load;            /* [layers,E] routed choices; valid until the next launch */
-  int64_t lines[MT_STEP_LINES];   /* of the data file: the step's first samples */
+  /* Pipelines: seconds that each stage waited for others, and their share of what all stages spent
+   * on forward, backward and waiting. */
+  double stage_wait_s[MT_STEP_STAGES], bubble;
+  int stage_count;              /* 0: none */
+  int64_t lines[MT_STEP_LINES]; /* of the data file: the step's first samples */
   int line_count;
   bool replayed; /* all of it was launched by graphs */
 };
@@ -43,6 +47,7 @@ struct mt_step_queue {
   int64_t taken, replayed; /* steps, and those of them that were */
   struct mt_ranks *ranks;  /* that make the step together, or NULL; set by the owner */
   int64_t *targets;        /* of each micro-batch; and how many there is room for */
+  struct mt_pass *passes;  /* likewise */
   int target_capacity;
 };
 

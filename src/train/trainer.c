@@ -133,6 +133,11 @@ static mt_err model_options(const struct run *r, struct mt_model_options *out) {
       .training = true,
       .token_capacity = capacity,
       .sequence_capacity = r->o->batch_size};
+  if (mt_ranks_staged(r->s.ranks)) {
+    const struct mt_mesh *mesh = &r->s.ranks->mesh;
+    out->in_flight = mt_stage_in_flight(r->o->pp_schedule == MT_PP_SEQUENTIAL, mesh->pp_rank,
+                                        mesh->pp, r->o->grad_accum);
+  }
   return MT_OK;
 }
 
@@ -140,6 +145,7 @@ static mt_err open_model(struct run *r) {
   struct mt_model_options o;
   MT_TRY(model_options(r, &o));
   MT_TRY(mt_session_load(&r->s, &o, &r->o->freeze));
+  r->s.members.pipeline.sequential = r->o->pp_schedule == MT_PP_SEQUENTIAL;
   mt_session_describe(&r->s);
   return MT_OK;
 }
@@ -164,6 +170,8 @@ static mt_err open_optimizer(struct run *r) {
   mt_info("run      %lld steps of %d samples (%.2f epochs), warm-up %lld, learning rate %g",
           (long long)r->total_steps, o->batch_size * o->grad_accum * mt_session_readers(&r->s),
           (double)r->total_steps / (double)per_epoch, (long long)o->warmup_steps, o->lr);
+  if (mt_session_parameters(&r->s).learning == 0)
+    return mt_fail(MT_EINVAL, "every parameter is frozen: there is nothing to learn");
   MT_TRY(mt_optimizer_create(&r->optimizer, &r->s.model, &oo));
   return mt_step_queue_create(&r->queue, &r->optimizer,
                               mt_device_graphs(&o->device) && !r->s.ranks);
@@ -272,7 +280,7 @@ static mt_err sync_lines(const struct run *r) {
 }
 
 static mt_err save(struct run *r) {
-  if (r->saved_at == r->optimizer.step) return MT_OK; /* the run ends where it has just saved */
+  if (r->saved_at == r->optimizer.step) return MT_OK;     /* the run ends where it has just saved */
   MT_TRY(mt_world_meet(r->s.world, sync_lines(r), NULL)); /* safe before it is */
   mt_world_doing(r->s.world, "writing a checkpoint");
   mt_world_patience(r->s.world, mt_session_patience_s(&r->s));

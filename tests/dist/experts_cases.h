@@ -5,6 +5,7 @@
 
 #include "dist/sharded.h"
 #include "par/exchange.h"
+#include "par/ranks.h"
 
 enum { PASSES = 2 };
 
@@ -91,7 +92,7 @@ static void gradients_equal_to_one(const char *recipe, struct mt_model_options o
   open_comms(&mesh, MT_GROUP_EXPERT, &host_expert, &expert);
   open_comms(&mesh, MT_GROUP_DENSE, &dense, &tensor_dense);
   OK(mt_world_group(&world, &mesh, MT_GROUP_DATA, &data));
-  struct mt_shard shard = {(int)mesh.expert_begin, (int)mesh.expert_end};
+  struct mt_shard shard = mt_ranks_shard(&mesh);
   struct run whole, mine;
   open_run(&whole, recipe, options, &c, NULL);
   small_weights(&whole.m, 3);
@@ -166,7 +167,7 @@ static void auxiliary_loss_is_of_all(const char *recipe, double bound) {
   OK(mt_mesh_make(&c, world.size, world.rank, world.size, 1, &mesh));
   open_comms(&mesh, MT_GROUP_EXPERT, &host_expert, &expert);
   open_comms(&mesh, MT_GROUP_DENSE, &host_dense, &dense);
-  struct mt_shard shard = {(int)mesh.expert_begin, (int)mesh.expert_end};
+  struct mt_shard shard = mt_ranks_shard(&mesh);
   struct mt_model_options o = expert_ways[0];
   o.aux_coef = 0.1;
   o.z_coef = 0.05;

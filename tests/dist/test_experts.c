@@ -20,7 +20,7 @@ static void a_shard_that_does_not_fit_is_refused(void **state) {
   (void)state;
   struct mt_config c = config();
   struct mt_comm self = mt_comm_self("expert");
-  struct mt_shard half = {EXPERTS / 2, EXPERTS};
+  struct mt_shard half = {.expert_begin = EXPERTS / 2, .expert_end = EXPERTS};
   struct run mine;
   open_run(&mine, "fp32", expert_ways[0], &c, &half);
   assert_int_equal(mt_exchange_over(&mine.m, &self, &self), MT_EINVAL);

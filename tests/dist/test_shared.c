@@ -3,6 +3,7 @@
  * memory is a device's. */
 #include "dist/experts_cases.h"
 #include "dist/comm_cases.h"
+#include "dist/pipeline_cases.h"
 #include "dist/steps_cases.h"
 
 #include <cuda.h>
@@ -55,6 +56,12 @@ static void steps_float32(void **state) {
   steps_on_every_mesh("fp32", (struct near){1e-5, 1e-5, 1e-4, true});
 }
 
+/* Messages in groups, each waited for at once. */
+static void stages_float32(void **state) {
+  (void)state;
+  stages_on_every_mesh("fp32", (struct near){1e-5, 5e-5, 1e-4, true});
+}
+
 static void ranks_need_gpus_of_their_own(void **state) {
   (void)state;
   struct mt_world w = {.rank = 9, .size = 12, .local_rank = 3, .local_size = 6};
@@ -69,9 +76,12 @@ static void ranks_need_gpus_of_their_own(void **state) {
   assert_int_equal(setenv("MOETUNE_SHARED_GPU", "1", 1), 0);
 }
 
-static const struct CMUnitTest tests[] = {
-    COMM_CASES, cmocka_unit_test(gradients_float32), cmocka_unit_test(auxiliary_loss_float32),
-    cmocka_unit_test(steps_float32), cmocka_unit_test(ranks_need_gpus_of_their_own)};
+static const struct CMUnitTest tests[] = {COMM_CASES,
+                                          cmocka_unit_test(gradients_float32),
+                                          cmocka_unit_test(auxiliary_loss_float32),
+                                          cmocka_unit_test(steps_float32),
+                                          cmocka_unit_test(stages_float32),
+                                          cmocka_unit_test(ranks_need_gpus_of_their_own)};
 
 int main(void) {
   if (setenv("MOETUNE_SHARED_GPU", "1", 1) != 0 || dist_open()) return 1;

@@ -11,20 +11,6 @@ static void steps_float32(void **state) {
   steps_on_every_mesh("fp32", (struct near){1e-5, 1e-5, 1e-4, true});
 }
 
-/* What would run and be wrong. */
-static void what_is_not_there_is_refused(void **state) {
-  (void)state;
-  struct mt_config c = config();
-  struct mt_mesh mesh;
-  struct mt_ranks ranks;
-  if (world.size % 2 == 0) {
-    OK(mt_mesh_make(&c, world.size, world.rank, 1, 2, &mesh));
-    assert_int_equal(mt_ranks_open(&ranks, &world, &mesh), MT_EUNSUPPORTED);
-    assert_non_null(strstr(mt_error_message(), "--pp-size 2"));
-  }
-}
-
 static const struct CMUnitTest tests[] = {cmocka_unit_test(steps_float64),
-                                          cmocka_unit_test(steps_float32),
-                                          cmocka_unit_test(what_is_not_there_is_refused)};
+                                          cmocka_unit_test(steps_float32)};
 DIST_MAIN(tests)

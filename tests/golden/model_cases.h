@@ -181,15 +181,15 @@ static double *mirror(struct golden *g, const struct mt_tensor *form) {
   return x;
 }
 
-/* Every parameter's gradient or value; returns the worst share of its bound. */
-static inline double check_params(struct golden *g, const char *prefix, bool gradient,
-                                  double bound) {
+/* Every gradient or value of the parameters that are here; returns the worst share of its bound.
+ * *seen (+=) tensors of the fixture. */
+static inline double check_held(struct golden *g, const char *prefix, bool gradient, double bound,
+                                int64_t *seen) {
   double floor = gradient ? 1e-8 * series(g, "grad_norms_before_clip", 0) : 0, worst = 0;
-  int seen = 0;
   for (int i = 0; i < g->m.params.count; i++) {
     struct mt_param *p = &g->m.params.row[i];
     double *form = mirror(g, gradient ? &p->grad : &p->master);
-    for (int k = 0; k < mt_hf_tensor_count(&g->m.config, MT_HF_PACKED, p); k++, seen++) {
+    for (int k = 0; k < mt_hf_tensor_count(&g->m.config, MT_HF_PACKED, p); k++, ++*seen) {
       struct mt_hf_tensor t = mt_hf_tensor_at(&g->m.config, MT_HF_PACKED, p, k);
       double distance, size;
       compare_tensor(g, p, form, &t, expected(g, prefix, t.name), &distance, &size);
@@ -200,8 +200,37 @@ static inline double check_params(struct golden *g, const char *prefix, bool gra
     }
     free(form);
   }
+  return worst;
+}
+
+static inline double check_params(struct golden *g, const char *prefix, bool gradient,
+                                  double bound) {
+  int64_t seen = 0;
+  double worst = check_held(g, prefix, gradient, bound, &seen);
   assert_int_equal(seen, json_array_size(json_object_get(g->json, "param_names")));
   return worst;
+}
+
+static inline struct mt_optimizer_options adamw_of(const struct golden *g) {
+  const json_t *betas = json_object_get(json_object_get(g->json, "adamw"), "betas");
+  return (struct mt_optimizer_options){.lr = setting(g, "lr"),
+                                       .beta1 = json_number_value(json_array_get(betas, 0)),
+                                       .beta2 = json_number_value(json_array_get(betas, 1)),
+                                       .eps = setting(g, "eps"),
+                                       .weight_decay = setting(g, "weight_decay_on_2d_and_up"),
+                                       .clip = setting(g, "clip"),
+                                       .schedule = MT_SCHEDULE_CONSTANT};
+}
+
+static inline void check_step(const struct golden *g, const struct bounds *b, size_t step,
+                              const struct mt_step_result *r) {
+  double dl = fabs(r->loss - series(g, "losses", step)),
+         norm = series(g, "grad_norms_before_clip", step);
+  double dc = fabs(r->cross_entropy - series(g, "cross_entropy", step)),
+         dn = fabs(r->grad_norm - norm) / norm;
+  if (!(dl <= b->loss) || !(dc <= b->loss))
+    fail_msg("%s step %zu: loss is off by %.3g", g->dir, step, dl);
+  if (!(dn <= b->norm)) fail_msg("%s step %zu: gradient norm is off by %.3g", g->dir, step, dn);
 }
 
 static inline void run_case(const char *dir, const struct bounds *b,
@@ -213,14 +242,7 @@ static inline void run_case(const char *dir, const struct bounds *b,
   struct mt_step_queue q;
   snprintf(g.dir, sizeof g.dir, "%s", dir);
   open_case(&g, b, options);
-  const json_t *betas = json_object_get(json_object_get(g.json, "adamw"), "betas");
-  struct mt_optimizer_options oo = {.lr = setting(&g, "lr"),
-                                    .beta1 = json_number_value(json_array_get(betas, 0)),
-                                    .beta2 = json_number_value(json_array_get(betas, 1)),
-                                    .eps = setting(&g, "eps"),
-                                    .weight_decay = setting(&g, "weight_decay_on_2d_and_up"),
-                                    .clip = setting(&g, "clip"),
-                                    .schedule = MT_SCHEDULE_CONSTANT};
+  struct mt_optimizer_options oo = adamw_of(&g);
   print_message("  %s, %s %s, experts %d, blocks %d\n", dir, b->backend, b->recipe,
                 (int)options.experts, (int)options.blocks);
   OK(mt_optimizer_create(&o, &g.m, &oo));
@@ -232,13 +254,7 @@ static inline void run_case(const char *dir, const struct bounds *b,
   print_message("    gradients %.2f of the bound\n", check_params(&g, "grad.", true, b->gradient));
   for (size_t step = 0; step < 4; step++) {
     OK(mt_step_run(&q, micro, 1, &r));
-    double dl = fabs(r.loss - series(&g, "losses", step)),
-           norm = series(&g, "grad_norms_before_clip", step);
-    double dc = fabs(r.cross_entropy - series(&g, "cross_entropy", step)),
-           dn = fabs(r.grad_norm - norm) / norm;
-    if (!(dl <= b->loss) || !(dc <= b->loss))
-      fail_msg("%s step %zu: loss is off by %.3g", dir, step, dl);
-    if (!(dn <= b->norm)) fail_msg("%s step %zu: gradient norm is off by %.3g", dir, step, dn);
+    check_step(&g, b, step, &r);
   }
   print_message("    parameters after four steps %.2f of the bound\n",
                 check_params(&g, "after4.", false, b->after));

@@ -18,6 +18,26 @@ static const char *file(const char *out, const char *name) {
   return at_home(path);
 }
 
+/* Each step's line of metrics has what the stages waited. */
+static void waits_are_told(int stages) {
+  char *text;
+  size_t size;
+  OK(mt_file_read(file("many", "metrics.jsonl"), 1 << 20, &text, &size));
+  const char *at = text;
+  for (int step = 0; step < 6; step++) {
+    at = strstr(at, "\"bubble\":");
+    if (!at) fail_msg("no bubble of step %d: %s", step + 1, text);
+    double share = strtod(at + strlen("\"bubble\":"), NULL);
+    assert_true(share > 0 && share < 1);
+    at = strstr(at, "\"stage_wait_ms\":[");
+    assert_non_null(at);
+    int commas = 0;
+    for (; *at != ']'; at++) commas += *at == ',';
+    assert_int_equal(commas, stages - 1);
+  }
+  free(text);
+}
+
 /* 24 samples a step everywhere: two epochs and a bit. */
 static void equals_one_rank(void **state) {
   (void)state;
@@ -32,14 +52,24 @@ static void equals_one_rank(void **state) {
                 {4, "--batch-size 6 --ep-size 4 --improvement 1"},
                 {6, "--batch-size 4 --ep-size 2"},
                 {8, "--batch-size 3 --ep-size 4"},
-                {2, "--batch-size 6 --grad-accum 2 --ep-size 2 --router-aux-coef 0"}};
+                {2, "--batch-size 24 --pp-size 2"},
+                {4, "--batch-size 12 --pp-size 2 --improvement 0"},
+                {4, "--batch-size 12 --pp-size 2 --ep-size 2 --recompute full"},
+                {8, "--batch-size 6 --pp-size 2 --ep-size 2"},
+                {2, "--batch-size 24 --pp-size 2 --freeze *layers.0.* --freeze *embed*"},
+                {2, "--batch-size 6 --grad-accum 2 --ep-size 2 --router-aux-coef 0"},
+                {2, "--batch-size 4 --micro-batches 6 --pp-size 2 --router-aux-coef 0"},
+                {4, "--batch-size 4 --micro-batches 3 --pp-size 2 --router-aux-coef 0"}};
   train(0, "one", "--batch-size 24");
   train(0, "one-without", "--batch-size 24 --router-aux-coef 0");
+  train(0, "one-frozen", "--batch-size 24 --freeze *layers.0.* --freeze *embed*");
   for (size_t i = 0; i < sizeof meshes / sizeof *meshes; i++) {
     const char *one = strstr(meshes[i].args, "aux-coef") ? "one-without" : "one";
+    if (strstr(meshes[i].args, "freeze")) one = "one-frozen";
     train(meshes[i].ranks, "many", meshes[i].args);
-    if (!strstr(meshes[i].args, "accum"))
+    if (!strstr(meshes[i].args, "accum 2") && !strstr(meshes[i].args, "micro"))
       same_metrics(file("many", "metrics.jsonl"), file(one, "metrics.jsonl"), 2e-5);
+    if (strstr(meshes[i].args, "pp-size")) waits_are_told(2);
     double off = apart(file("many", "model/model.safetensors"),
                        file(one, "model/model.safetensors"), at_home("model/model.safetensors"));
     if (!(off <= 1e-4))
@@ -66,6 +96,8 @@ static void goes_on_elsewhere(void **state) {
                 {2, "--batch-size 6 --ep-size 2"},
                 {2, "--batch-size 6"},
                 {4, "--batch-size 3 --ep-size 4"},
+                {2, "--batch-size 12 --pp-size 2"},
+                {4, "--batch-size 6 --pp-size 2 --ep-size 2"},
                 {4, "--batch-size 3 --ep-size 2"}};
   char args[512], command[4 * MT_PATH_MAX];
   train(4, "from", "--batch-size 3 --ep-size 2 --save-every 3 --keep-best --eval-every 3");
@@ -148,9 +180,12 @@ static void answers_are_the_same(void **state) {
   double loss = 0;
   struct start s = {.args = say}, t;
   start_well(&s);
-  for (int n = 0; n <= 4; n++) {
-    snprintf(args, sizeof args, "%s%d --ep-size %d", eval, n == 3 ? 1 : 7,
-             n == 2 || n == 4 ? n : 1);
+  static const struct {
+    int ranks, ep, pp;
+  } meshes[] = {{0, 1, 1}, {1, 1, 1}, {2, 2, 1}, {3, 1, 1}, {4, 4, 1}, {2, 1, 2}, {4, 2, 2}};
+  for (size_t i = 0; i < sizeof meshes / sizeof *meshes; i++) {
+    int n = meshes[i].ranks, ep = meshes[i].ep, pp = meshes[i].pp;
+    snprintf(args, sizeof args, "%s%d --ep-size %d --pp-size %d", eval, n == 3 ? 1 : 7, ep, pp);
     t = (struct start){.ranks = n, .args = args};
     start_well(&t);
     const char *load = strstr(t.out, "\"expert_load\""), *at = strstr(t.out, "\"loss\": ");
@@ -159,7 +194,7 @@ static void answers_are_the_same(void **state) {
     if (n == 0) loss = got, snprintf(loads, sizeof loads, "%s", load);
     if (fabs(got - loss) > 1e-6 * loss) fail_msg("%d ranks: loss %.9g, not %.9g", n, got, loss);
     if (strcmp(load, loads) != 0) fail_msg("%d ranks: %s, not %s", n, load, loads);
-    snprintf(args, sizeof args, "%s --ep-size %d", say, n == 2 || n == 4 ? n : 1);
+    snprintf(args, sizeof args, "%s --ep-size %d --pp-size %d", say, ep, pp);
     t = (struct start){.ranks = n, .args = args};
     start_well(&t);
     assert_string_equal(t.out, s.out);

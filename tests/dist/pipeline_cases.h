@@ -1,0 +1,191 @@
+/* Models cut into stages against one rank that has all of it: losses, norms, loads and parameters
+ * after ten updates with accumulation, clipping, the auxiliary loss and lengths that differ; both
+ * orders, with and without recomputation, with experts over ranks and several readers; the same
+ * bits twice; bytes as the formulas say; evaluation and decoding; memory of a stage alone; and how
+ * long stages wait for each other. */
+#ifndef TESTS_DIST_PIPELINE_CASES_H
+#define TESTS_DIST_PIPELINE_CASES_H
+
+#include "dist/steps.h"
+#include "model/decode.h"
+
+enum { STAGE_LAYERS = 5, STAGE_MICRO = 5 };
+
+static struct mt_config layered(int layers) {
+  struct mt_config c = config();
+  c.layers = layers;
+  for (int l = 0; l < layers; l++) c.layer[l].renormalize = true;
+  return c;
+}
+
+struct order {
+  bool sequential;
+  struct mt_model_options options;
+};
+
+/* A stage's model among the ranks of the mesh. */
+static void open_stage(struct run *mine, struct mt_ranks *ranks, const struct mt_mesh *mesh,
+                       const struct mt_config *c, const char *recipe, const struct order *o,
+                       int micro_count) {
+  struct mt_shard shard = mt_ranks_shard(mesh);
+  struct mt_model_options options = o->options;
+  options.in_flight = mt_stage_in_flight(o->sequential, mesh->pp_rank, mesh->pp, micro_count);
+  open_run(mine, recipe, options, c, &shard);
+  OK(mt_ranks_open(ranks, &world, mesh));
+  OK(mt_ranks_join(ranks, &mine->m));
+  ranks->pipeline.sequential = o->sequential;
+}
+
+/* Tokens of a micro-batch as they go from stage to stage, over all steps. */
+static int64_t tokens_sent(int reader, int vocab) {
+  int64_t tokens = 0;
+  for (int pass = 0; pass < STEPS * STAGE_MICRO; pass++) {
+    struct small_batch s;
+    batch_of(&s, vocab, reader, pass);
+    tokens += pass % 3 == 0 ? s.b.valid_count : s.b.token_count;
+  }
+  return tokens;
+}
+
+/* docs/parallelism.md. */
+static void messages_are_those_of_the_formulas(const struct run *mine, const struct mt_ranks *r) {
+  const struct mt_config *c = &mine->m.config;
+  const struct mt_mesh *mesh = &r->mesh;
+  int64_t act = (int64_t)mt_dtype_bytes(mine->m.recipe->act), e = c->experts,
+          s = (int64_t)mt_dtype_bytes(mine->m.recipe->stat), p = mesh->pp;
+  int64_t hidden = tokens_sent(mt_mesh_reader(mesh), c->vocab) * c->hidden * act, sent = 0;
+  if (mesh->pp_rank + 1 < p) sent += hidden + (int64_t)STEPS * STAGE_MICRO * ((e + 1) * s + 4 * e);
+  if (mesh->pp_rank > 0) sent += hidden + (int64_t)STEPS * STAGE_MICRO * (e + 1) * s;
+  const struct mt_comm *pipe = r->tensor[MT_GROUP_PIPE], *host = &r->comm[MT_GROUP_PIPE];
+  assert_int_equal(pipe->sent[MT_COMM_SEND].bytes, sent);
+  int64_t gathered = pipe->sent[MT_COMM_ALL_GATHER].bytes;
+  if (host != pipe) gathered += host->sent[MT_COMM_ALL_GATHER].bytes;
+  assert_int_equal(gathered, STEPS * (p - 1) * 8 * (1 + 4 + c->layers * e + p + 1));
+}
+
+static void evaluation_is_the_same(struct run *mine, struct mt_ranks *r, struct run *whole,
+                                   double bound) {
+  struct small_batch b;
+  static struct joined j;
+  struct mt_loss got, want;
+  int readers = mt_mesh_readers(&r->mesh);
+  batch_of(&b, mine->m.config.vocab, mt_mesh_reader(&r->mesh), 77);
+  join(&j, mine->m.config.vocab, readers, 77);
+  OK(mt_pipeline_eval(&r->pipeline, &b.b, &got));
+  OK(mt_model_eval_pass(&whole->m, &j.b, &want));
+  assert_int_equal(got.target_count, b.b.target_count);
+  int64_t counts[] = {got.target_count, got.correct_count};
+  OK(mt_ranks_sum(r, &got.cross_entropy_sum, 1));
+  OK(mt_ranks_sum_counts(r, counts, 2));
+  assert_int_equal(counts[0], want.target_count);
+  assert_int_equal(counts[1], want.correct_count);
+  assert_true(fabs(got.cross_entropy_sum - want.cross_entropy_sum) <=
+              bound * want.cross_entropy_sum);
+  assert_true(fabs(got.aux - want.aux) <= bound * want.aux);
+}
+
+static void decoding_is_the_same(struct run *mine, struct mt_ranks *r, struct run *whole,
+                                 double bound) {
+  static const int32_t prompt[] = {3, 1, 4, 1, 5};
+  enum { PROMPT = 5, MORE = 4, V = 19 };
+  struct mt_kv_cache cache, all;
+  float got[V], want[V];
+  OK(mt_kv_cache_create(&cache, &mine->m, PROMPT + MORE));
+  OK(mt_kv_cache_create(&all, &whole->m, PROMPT + MORE));
+  for (int k = 0; k <= MORE; k++) {
+    int32_t next = (int32_t)(7 * k % V);
+    const int32_t *ids = k ? &next : prompt;
+    int count = k ? 1 : PROMPT;
+    memset(got, 0xff, sizeof got);
+    OK(mt_pipeline_decode(&r->pipeline, &cache, ids, count, got));
+    OK(mt_model_decode(&whole->m, &all, ids, count, want));
+    for (int v = 0; v < V; v++) assert_true(fabs((double)(got[v] - want[v])) <= bound + 1e-6);
+  }
+  const int32_t wrong = V;
+  assert_int_equal(mt_pipeline_decode(&r->pipeline, &cache, &wrong, 1, got), MT_ESHAPE);
+  mt_kv_cache_destroy(&cache);
+  mt_kv_cache_destroy(&all);
+}
+
+/* What a stage takes is its share, and what was planned. */
+static void memory_is_the_share(const struct run *mine, const struct run *whole,
+                                struct mt_ranks *r) {
+  struct mt_memory planned, has = mt_model_memory(&mine->m), all = mt_model_memory(&whole->m);
+  OK(mt_model_plan(&mine->m.config, &mine->m.params, mine->m.recipe, mine->be, &mine->m.options,
+                   &planned));
+  assert_memory_equal(&planned, &has, sizeof has);
+  int64_t elements[2] = {0, 0};
+  for (int i = 0; i < mine->m.params.count; i++)
+    elements[0] += mt_param_count(&mine->m.params.row[i]);
+  for (int i = 0; i < whole->m.params.count; i++)
+    elements[1] += mt_param_count(&whole->m.params.row[i]);
+  assert_true(has.gradients < all.gradients);
+  if (r->mesh.ep > 1) return;
+  OK(mt_ranks_sum_stage_counts(r, elements, 1));
+  assert_int_equal(elements[0], elements[1]);
+}
+
+/* runs: 2 to compare their bits too. */
+static void stages_equal_to_one(const char *recipe, const struct order *order, int ep, int pp,
+                                int runs, struct near near) {
+  struct mt_config c = layered(STAGE_LAYERS);
+  struct mt_mesh mesh;
+  struct numbers want, got, again;
+  struct run whole, before, mine;
+  struct order o = *order;
+  OK(mt_mesh_make(&c, world.size, world.rank, ep, pp, &mesh));
+  o.options.aux_coef = 0.1;
+  o.options.z_coef = 0.02;
+  o.options.training = true;
+  struct mt_model_options wide = o.options;
+  wide.token_capacity = RANKS_MOST * SMALL_TOKENS;
+  wide.sequence_capacity = RANKS_MOST * SMALL_SEQUENCES;
+  open_run(&before, recipe, o.options, &c, NULL);
+  small_weights(&before.m, 3);
+  open_run(&whole, recipe, wide, &c, NULL);
+  take_weights(&whole, &before);
+  run_alone(&whole, mt_mesh_readers(&mesh), STAGE_MICRO, &want);
+  for (int run = 0; run < runs; run++) {
+    struct mt_ranks ranks;
+    open_stage(&mine, &ranks, &mesh, &c, recipe, &o, STAGE_MICRO);
+    take_weights(&mine, &before);
+    struct numbers *n = run == 0 ? &got : &again;
+    run_together(&mine, &ranks, STAGE_MICRO, n);
+    same_numbers(n, &want, near);
+    if (run == 1) assert_memory_equal(&got, &again, sizeof got);
+    messages_are_those_of_the_formulas(&mine, &ranks);
+    double off = parameters_off(&mine, &whole, &before);
+    if (!(off <= near.parameters)) fail_msg("parameters are off by %.2g of what they moved", off);
+    if (run + 1 == runs) {
+      evaluation_is_the_same(&mine, &ranks, &whole, near.loss * 10);
+      decoding_is_the_same(&mine, &ranks, &whole, near.loss * 10);
+      memory_is_the_share(&mine, &before, &ranks);
+    }
+    mt_ranks_close(&ranks);
+    close_run(&mine);
+  }
+  close_run(&whole);
+  close_run(&before);
+}
+
+static const struct order orders[] = {
+    {false, {.experts = MT_EXPERTS_GROUPED, .blocks = MT_BLOCKS_FUSED}},
+    {false,
+     {.experts = MT_EXPERTS_GROUPED, .blocks = MT_BLOCKS_FUSED, .recompute = MT_RECOMPUTE_FULL}},
+    {false, {.experts = MT_EXPERTS_LOOP, .blocks = MT_BLOCKS_FUSED, .recompute = MT_RECOMPUTE_MLP}},
+    {true, {.experts = MT_EXPERTS_LOOP, .blocks = MT_BLOCKS_UNFUSED}},
+    {true,
+     {.experts = MT_EXPERTS_GROUPED, .blocks = MT_BLOCKS_UNFUSED, .recompute = MT_RECOMPUTE_FULL}}};
+
+static void stages_on_every_mesh(const char *recipe, struct near near) {
+  for (int pp = 2; pp <= STAGE_LAYERS; pp++) {
+    for (int ep = 1; ep <= world.size; ep++) {
+      if (world.size % (pp * ep) != 0 || EXPERTS % ep != 0) continue;
+      size_t count = ep == 1 ? sizeof orders / sizeof *orders : 2;
+      for (size_t i = 0; i < count; i++)
+        stages_equal_to_one(recipe, &orders[i], ep, pp, i % 3 == 0 ? 2 : 1, near);
+    }
+  }
+}
+
+#endif
