@@ -132,6 +132,7 @@ static double parameters_off(const struct run *mine, const struct run *whole,
 struct near {
   double loss, norm, parameters; /* relative; the last to what the updates moved */
   bool exact;
+  bool loops; /* over experts too: see gradients_on_every_mesh */
 };
 
 static void same_numbers(const struct numbers *a, const struct numbers *b, struct near n) {
@@ -191,7 +192,7 @@ static void steps_equal_to_one(const char *recipe, struct mt_model_options optio
   open_run(&whole, recipe, wide, &c, NULL);
   take_weights(&whole, &before);
   run_alone(&whole, world.size, &want);
-  for (int run = 0; run < 3; run++) {
+  for (int run = 0; run < (dist_be.memory_used ? 2 : 3); run++) {
     struct mt_ranks ranks;
     open_run(&mine, recipe, options, &c, &shard);
     take_weights(&mine, &before);
@@ -222,7 +223,7 @@ static void steps_on_every_mesh(const char *recipe, struct near near) {
        .training = true}};
   for (int ep = 1; ep <= world.size; ep++) {
     if (world.size % ep != 0 || EXPERTS % ep != 0) continue;
-    for (int i = 0; i < 2; i++) steps_equal_to_one(recipe, ways[i], ep, near);
+    for (int i = 0; i < (near.loops ? 2 : 1); i++) steps_equal_to_one(recipe, ways[i], ep, near);
   }
 }
 
