@@ -272,7 +272,7 @@ static mt_err sync_lines(const struct run *r) {
 }
 
 static mt_err save(struct run *r) {
-  if (r->saved_at == r->optimizer.step) return MT_OK; /* the run ends where it has just saved */
+  if (r->saved_at == r->optimizer.step) return MT_OK;     /* the run ends where it has just saved */
   MT_TRY(mt_world_meet(r->s.world, sync_lines(r), NULL)); /* safe before it is */
   mt_world_doing(r->s.world, "writing a checkpoint");
   mt_world_patience(r->s.world, mt_session_patience_s(&r->s));
