@@ -34,7 +34,7 @@ run() { # PART SECONDS COMMAND...: appends to the part's log
 }
 
 small=(train --model models/tiny --data data/jargon.train.jsonl --device cuda --graphs off
-  --max-seq-length 192 --warmup-steps 0 --lr 5e-4 --eval-every 0 --log-every 1)
+  --max-seq-length 192 --warmup-steps 0 --lr 5e-4 --eval-every 0 --log-every 1 --samples 0)
 
 # 1. All-to-all and sums as moetune's communicators reach them, beside NCCL's own.
 bandwidth() {
@@ -91,13 +91,13 @@ P
 kill_one() {
   rm -rf "$out/killed"
   local command
-  command=$(ranks "$gpus" "$moetune" "${small[@]}" --train-steps 2000 --save-every 20 \
+  command=$(ranks "$gpus" "$moetune" "${small[@]}" --train-steps 3000 --save-every 500 --keep-last 2 \
     --out "$out/killed" --batch-size 2 --ep-size 2 --comm-timeout 20)
-  echo "+ $command, one rank killed after 15 s" | tee -a "$out/kill.log"
+  echo "+ $command, one rank killed after 8 s" | tee -a "$out/kill.log"
   [ -z "${DRY_RUN:-}" ] || return 0
   timeout -k 5 90 $command >>"$out/kill.log" 2>&1 &
   local launcher=$!
-  sleep 15
+  sleep 8
   local victim
   victim=$(pgrep -f -- "--out $out/killed" | grep -vx "$launcher" | tail -n 1)
   [ -z "$victim" ] || kill -9 "$victim"
@@ -105,7 +105,7 @@ kill_one() {
   wait $launcher
   echo "  exit status $?, $((SECONDS - start)) s after the kill; left over: $(pgrep -cf -- "--out $out/killed")" |
     tee -a "$out/kill.log"
-  run kill 60 $(ranks $((gpus / 2)) "$moetune" "${small[@]}" --train-steps 60 --out "$out/killed" \
+  run kill 60 $(ranks $((gpus / 2)) "$moetune" "${small[@]}" --train-steps 3000 --out "$out/killed" \
     --batch-size 4 --resume)
 }
 

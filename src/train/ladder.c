@@ -98,7 +98,8 @@ static mt_err make_place(struct climb *c, const struct work *w, int number) {
 }
 
 /* As --improvement has it: rung 3 is in 8 bits, whichever fit the device. */
-static mt_err open_device(struct climb *c, const struct mt_device_options *o, int number) {
+static mt_err open_device(struct climb *c, const struct work *w, int number) {
+  const struct mt_device_options *o = &w->o->device;
   struct mt_device_options d = *o;
   bool cuda = strcmp(o->device, "cuda") == 0 ||
               (strcmp(o->device, "auto") == 0 && mt_cuda_device_count() > 0);
@@ -107,6 +108,7 @@ static mt_err open_device(struct climb *c, const struct mt_device_options *o, in
   const char *states = d.optim_state ? d.optim_state : "fp32";
   if (number == 3 && !mt_recipe_choose(d.precision, states))
     return mt_fail(MT_EUNSUPPORTED, "no precision %s with --optim-state %s", d.precision, states);
+  MT_TRY(mt_device_of_rank(w->world, &d));
   return mt_device_open(&d, &c->recipe, &c->be);
 }
 
@@ -128,7 +130,7 @@ static mt_err make_climb(struct climb *c, const struct work *w, int k) {
                                           .schedule = MT_SCHEDULE_CONSTANT,
                                           .seed = o->seed};
   MT_TRY(mt_device_skips(&o->device, &mo.skip_8bit));
-  MT_TRY(open_device(c, &o->device, rungs[k].number));
+  MT_TRY(open_device(c, w, rungs[k].number));
   if (w->world) mo.shard = mt_ranks_shard(&c->mesh);
   MT_TRY(make_model(c, w, &mo));
   MT_TRY(mt_optimizer_create(&c->optimizer, &c->model, &oo));

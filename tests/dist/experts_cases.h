@@ -140,17 +140,17 @@ static const struct mt_model_options expert_ways[] = {
      .training = true},
 };
 
-/* loop_bound: of the loop over experts, which on one rank weighs outputs and over ranks hidden
- * activations, so that other numbers are rounded. */
-static void gradients_on_every_mesh(const char *recipe, double bound, double loop_bound,
+/* loops: the loop over experts too. On one rank it weighs outputs, over ranks hidden activations,
+ * so that other numbers are rounded; in bf16 that sends a token elsewhere now and then. */
+static void gradients_on_every_mesh(const char *recipe, bool loops, double bound,
                                     double loss_bound) {
   struct mt_config c = config();
   for (int ep = 1; ep <= world.size; ep++) {
     if (world.size % ep != 0 || EXPERTS % ep != 0) continue;
-    for (size_t i = 0; i < sizeof expert_ways / sizeof *expert_ways; i++)
-      gradients_equal_to_one(recipe, expert_ways[i], ep, USUAL,
-                             expert_ways[i].experts == MT_EXPERTS_LOOP ? loop_bound : bound,
-                             loss_bound);
+    for (size_t i = 0; i < sizeof expert_ways / sizeof *expert_ways; i++) {
+      if (expert_ways[i].experts == MT_EXPERTS_LOOP && !loops) continue;
+      gradients_equal_to_one(recipe, expert_ways[i], ep, USUAL, bound, loss_bound);
+    }
     gradients_equal_to_one(recipe, expert_ways[0], ep, LOPSIDED, bound, loss_bound);
     if (ep >= c.top_k)
       gradients_equal_to_one(recipe, expert_ways[0], ep, ONE_EXPERT_EACH, bound, loss_bound);

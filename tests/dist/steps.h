@@ -68,6 +68,7 @@ static void note(struct numbers *n, int step, const struct mt_step_result *r, in
 struct near {
   double loss, norm, parameters; /* relative; the last to what the updates moved */
   bool exact;
+  bool loops; /* over experts too: see gradients_on_every_mesh */
 };
 
 static void same_numbers(const struct numbers *a, const struct numbers *b, struct near n) {

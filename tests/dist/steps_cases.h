@@ -53,7 +53,7 @@ static void steps_equal_to_one(const char *recipe, struct mt_model_options optio
   open_run(&whole, recipe, wide, &c, NULL);
   take_weights(&whole, &before);
   run_alone(&whole, world.size, MICRO, &want);
-  for (int run = 0; run < 3; run++) {
+  for (int run = 0; run < (dist_be.memory_used ? 2 : 3); run++) {
     struct mt_ranks ranks;
     open_run(&mine, recipe, options, &c, &shard);
     take_weights(&mine, &before);
@@ -84,7 +84,7 @@ static void steps_on_every_mesh(const char *recipe, struct near near) {
        .training = true}};
   for (int ep = 1; ep <= world.size; ep++) {
     if (world.size % ep != 0 || EXPERTS % ep != 0) continue;
-    for (int i = 0; i < 2; i++) steps_equal_to_one(recipe, ways[i], ep, near);
+    for (int i = 0; i < (near.loops ? 2 : 1); i++) steps_equal_to_one(recipe, ways[i], ep, near);
   }
 }
 

@@ -3,12 +3,12 @@
 
 static void gradients_float64(void **state) {
   (void)state;
-  gradients_on_every_mesh("fp64", 1e-12, 1e-12, 1e-12);
+  gradients_on_every_mesh("fp64", true, 1e-12, 1e-12);
 }
 
 static void gradients_float32(void **state) {
   (void)state;
-  gradients_on_every_mesh("fp32", 2e-5, 2e-5, 2e-5);
+  gradients_on_every_mesh("fp32", true, 2e-5, 2e-5);
 }
 
 static void auxiliary_loss_is_of_all_tokens(void **state) {

@@ -5,12 +5,12 @@
 
 static void reference_equals_one_rank(void **state) {
   (void)state;
-  stages_on_every_mesh("fp64", (struct near){1e-10, 1e-10, 1e-10, true});
+  stages_on_every_mesh("fp64", (struct near){1e-10, 1e-10, 1e-10, true, true});
 }
 
 static void float32_equals_one_rank(void **state) {
   (void)state;
-  stages_on_every_mesh("fp32", (struct near){1e-5, 5e-5, 1e-4, true});
+  stages_on_every_mesh("fp32", (struct near){1e-5, 5e-5, 1e-4, true, true});
 }
 
 /* Operations that take as long as is told, whoever else is on the machine. */

@@ -43,7 +43,7 @@ static size_t some_memory(const struct mt_backend *be) {
 
 static void gradients_float32(void **state) {
   (void)state;
-  gradients_on_every_mesh("fp32", 2e-5, 2e-5, 2e-5);
+  gradients_on_every_mesh("fp32", true, 2e-5, 2e-5);
 }
 
 static void auxiliary_loss_float32(void **state) {
@@ -53,13 +53,13 @@ static void auxiliary_loss_float32(void **state) {
 
 static void steps_float32(void **state) {
   (void)state;
-  steps_on_every_mesh("fp32", (struct near){1e-5, 1e-5, 1e-4, true});
+  steps_on_every_mesh("fp32", (struct near){1e-5, 1e-5, 1e-4, true, true});
 }
 
 /* Messages in groups, each waited for at once. */
 static void stages_float32(void **state) {
   (void)state;
-  stages_on_every_mesh("fp32", (struct near){1e-5, 5e-5, 1e-4, true});
+  stages_on_every_mesh("fp32", (struct near){1e-5, 5e-5, 1e-4, true, true});
 }
 
 static void ranks_need_gpus_of_their_own(void **state) {

@@ -3,12 +3,12 @@
 
 static void steps_float64(void **state) {
   (void)state;
-  steps_on_every_mesh("fp64", (struct near){1e-10, 1e-10, 1e-10, true});
+  steps_on_every_mesh("fp64", (struct near){1e-10, 1e-10, 1e-10, true, true});
 }
 
 static void steps_float32(void **state) {
   (void)state;
-  steps_on_every_mesh("fp32", (struct near){1e-5, 1e-5, 1e-4, true});
+  steps_on_every_mesh("fp32", (struct near){1e-5, 1e-5, 1e-4, true, true});
 }
 
 static const struct CMUnitTest tests[] = {cmocka_unit_test(steps_float64),
