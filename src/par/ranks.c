@@ -6,9 +6,6 @@
 #include "par/exchange.h"
 #include "par/nccl.h"
 
-/* Gradients summed at a time. */
-enum { BUCKET_ELEMENTS = 8 << 20 };
-
 struct mt_shard mt_ranks_shard(const struct mt_mesh *mesh) {
   return (struct mt_shard){.expert_begin = (int)mesh->expert_begin,
                            .expert_end = (int)mesh->expert_end,
@@ -18,7 +15,7 @@ struct mt_shard mt_ranks_shard(const struct mt_mesh *mesh) {
 
 mt_err mt_ranks_open(struct mt_ranks *r, struct mt_world *world, const struct mt_mesh *mesh) {
   mt_err err = MT_OK;
-  *r = (struct mt_ranks){.world = world, .mesh = *mesh, .bucket_elements = BUCKET_ELEMENTS};
+  *r = (struct mt_ranks){.world = world, .mesh = *mesh, .bucket_elements = MT_RANKS_BUCKET};
   for (int g = 0; g < MT_GROUP_COUNT; g++) {
     MT_GO(mt_world_group(world, mesh, (enum mt_group)g, &r->comm[g]));
   }

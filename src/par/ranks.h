@@ -13,6 +13,8 @@
 #include "par/sum.h"
 #include "par/world.h"
 
+enum { MT_RANKS_BUCKET = 8 << 20 }; /* elements of gradients summed at a time */
+
 struct mt_ranks {
   struct mt_world *world;
   struct mt_mesh mesh;

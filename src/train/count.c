@@ -4,6 +4,7 @@
 #include <string.h>
 #include <sys/mman.h>
 
+#include "par/ranks.h"
 #include "train/optimizer.h"
 #include "train/plan.h"
 
@@ -14,9 +15,8 @@ struct counter {
   const struct mt_machine *machine;
   double flops_per_s;
   size_t taken_bytes;
-  int64_t rows; /* of the layer that runs, and the experts that have them */
-  int expert_count;
-  size_t home_bytes, away_bytes; /* staging of an exchange */
+  int64_t choices, rows; /* T K of this rank; rows that come to it */
+  int ep, experts, held;
 };
 
 static mt_err reserve(struct mt_backend *be, size_t size_bytes, void **out) {
@@ -47,8 +47,43 @@ static mt_err download(struct mt_backend *be, void *dst, const void *src, size_t
   int32_t *offsets = dst;
   (void)src;
   memset(dst, 0, size_bytes);
-  if (size_bytes != (size_t)(c->expert_count + 1) * sizeof *offsets) return MT_OK;
-  for (int e = 0; e <= c->expert_count; e++) offsets[e] = (int32_t)(c->rows * e / c->expert_count);
+  if (size_bytes != (size_t)(c->held + 1) * sizeof *offsets) return MT_OK;
+  for (int e = 0; e <= c->held; e++) offsets[e] = (int32_t)(c->rows * e / c->held);
+  return MT_OK;
+}
+
+/* And over ranks the offsets of this rank's choices, then of what each rank sends here. */
+static mt_err download_later(struct mt_backend *be, void *dst, const void *src, size_t size_bytes) {
+  const struct counter *c = be->impl;
+  int32_t *offsets = dst;
+  (void)src;
+  size_t count = (size_t)c->experts + 1 + (size_t)c->ep * (size_t)(c->held + 1);
+  if (size_bytes != count * sizeof *offsets) return mt_fail(MT_EUNSUPPORTED, "counts of no plan");
+  for (int e = 0; e <= c->experts; e++) *offsets++ = (int32_t)(c->choices * e / c->experts);
+  for (int i = 0; i < c->ep; i++) {
+    int64_t rows = c->rows * (i + 1) / c->ep - c->rows * i / c->ep;
+    for (int e = 0; e <= c->held; e++) *offsets++ = (int32_t)(rows * e / c->held);
+  }
+  return MT_OK;
+}
+
+static mt_err host_alloc(struct mt_backend *be, size_t size_bytes, void **out) {
+  (void)be;
+  *out = calloc(1, size_bytes);
+  return *out ? MT_OK : mt_fail(MT_ENOMEM, "%zu bytes", size_bytes);
+}
+
+static void host_free(struct mt_backend *be, void *p) {
+  (void)be;
+  free(p);
+}
+
+static mt_err copy(struct mt_backend *be, void *dst, const void *src, size_t size_bytes) {
+  return upload(be, dst, src, size_bytes);
+}
+
+static mt_err stamp(struct mt_backend *be, int slot) {
+  (void)be, (void)slot;
   return MT_OK;
 }
 
@@ -71,7 +106,11 @@ static void make_counter(struct counter *c, const struct mt_count_options *o) {
   *c = (struct counter){.inner = o->backend,
                         .machine = o->machine,
                         .flops_per_s = mt_machine_flops(o->machine, o->recipe->act),
-                        .rows = o->rows};
+                        .choices = o->model.token_capacity * o->config->top_k,
+                        .rows = o->rows,
+                        .ep = o->ep,
+                        .experts = o->config->experts,
+                        .held = o->config->experts / o->ep};
   c->be = (struct mt_backend){.name = o->backend->name,
                               .thread_count = 1,
                               .impl = c,
@@ -80,115 +119,56 @@ static void make_counter(struct counter *c, const struct mt_count_options *o) {
                               .mem_free = give_back,
                               .upload = upload,
                               .download = download,
+                              .download_later = download_later,
+                              .host_alloc = host_alloc,
+                              .host_free = host_free,
+                              .copy = copy,
+                              .stamp = stamp,
+                              .stamp_wait = stamp,
                               .zero = zero,
                               .steps_ahead = 1};
   mt_profile_count(&c->profile, &c->be, o->sequence_length, seconds_of, c);
 }
 
-/* The exchange of par/exchange.c with as many rows for everyone, but for what is sent: the same
- * operations on the same shapes, and the same staging memory. */
-static struct counter *counter_of(const struct mt_exchange *x) {
-  return x->impl;
-}
-
-static mt_err grow(size_t *have, size_t need) {
-  if (*have < need) *have = need + need / 8;
+/* A group whose other members are not there: what is sent is counted (par/comm.c), nothing moves.
+ */
+static mt_err no_exchange(struct mt_comm *c, const void *send, struct mt_parts parts, void *recv,
+                          struct mt_parts places, size_t unit_bytes, struct mt_transfer *t) {
+  (void)c, (void)send, (void)parts, (void)recv, (void)places, (void)unit_bytes, (void)t;
   return MT_OK;
 }
 
-static mt_err stage(struct counter *c, const struct mt_route *route, enum mt_dtype dtype,
-                    int64_t cols, struct mt_tensor *home, struct mt_tensor *away) {
-  static char nobody; /* what is there, as far as shapes go */
-  *home = mt_mat(&nobody, dtype, (int64_t)route->token_count * route->top_k, cols);
-  *away = mt_mat(&nobody, dtype, route->row_count, cols);
-  MT_TRY(grow(&c->home_bytes, mt_bytes(home)));
-  return grow(&c->away_bytes, mt_bytes(away));
+static mt_err no_gathering(struct mt_comm *c, void *buf, struct mt_parts parts, size_t unit_bytes,
+                           struct mt_transfer *t) {
+  (void)c, (void)buf, (void)parts, (void)unit_bytes, (void)t;
+  return MT_OK;
 }
 
-static mt_err reorder(struct mt_backend *be, struct mt_tensor from, struct mt_tensor to) {
-  return be->ops.dispatch_fwd(be, &(struct mt_dispatch_fwd_args){.x = from, .top_k = 1, .xs = to});
+static mt_err no_wait(struct mt_comm *c, struct mt_transfer *t) {
+  (void)c, (void)t;
+  return MT_OK;
 }
 
-static mt_err exchange_plan(struct mt_exchange *x, struct mt_backend *be, struct mt_route *route,
-                            const struct mt_tensor *tokens) {
-  (void)tokens;
-  struct counter *c = counter_of(x);
-  route->row_count = c->rows;
-  c->expert_count = route->expert_count;
-  return be->ops.permute_plan(
-      be, &(struct mt_permute_plan_args){.token_count = route->token_count, .top_k = route->top_k});
+static struct mt_comm group_of(enum mt_group group, int size) {
+  struct mt_comm c = mt_comm_self(mt_group_name(group));
+  c.size = size;
+  c.all_to_all = no_exchange;
+  c.all_gather = no_gathering;
+  c.wait = no_wait;
+  return c;
 }
 
-static mt_err dispatch(struct mt_exchange *x, struct mt_backend *be, const struct mt_route *route,
-                       const struct mt_tensor *tokens, struct mt_tensor *xs) {
-  struct mt_tensor home, away;
-  MT_TRY(stage(counter_of(x), route, tokens->dtype, tokens->dim[1], &home, &away));
-  MT_TRY(be->ops.dispatch_fwd(
-      be, &(struct mt_dispatch_fwd_args){.x = *tokens, .top_k = route->top_k, .xs = home}));
-  return reorder(be, away, *xs);
-}
-
-static mt_err dispatch_bwd(struct mt_exchange *x, struct mt_backend *be,
-                           const struct mt_route *route, const struct mt_tensor *dxs,
-                           struct mt_tensor *dtokens) {
-  struct mt_tensor home, away;
-  MT_TRY(stage(counter_of(x), route, dxs->dtype, dxs->dim[1], &home, &away));
-  MT_TRY(reorder(be, *dxs, away));
-  return be->ops.dispatch_bwd(
-      be, &(struct mt_dispatch_bwd_args){.dxs = home, .top_k = route->top_k, .dx = *dtokens});
-}
-
-static mt_err dispatch_prob(struct mt_exchange *x, struct mt_backend *be,
-                            const struct mt_route *route, const struct mt_tensor *prob,
-                            struct mt_tensor *row_prob) {
-  struct mt_tensor home, away;
-  MT_TRY(stage(counter_of(x), route, prob->dtype, 1, &home, &away));
-  MT_TRY(reorder(be, home, home));
-  return reorder(be, away, *row_prob);
-}
-
-static mt_err dispatch_prob_bwd(struct mt_exchange *x, struct mt_backend *be,
-                                const struct mt_route *route, const struct mt_tensor *drow_prob,
-                                struct mt_tensor *dprob) {
-  struct mt_tensor home, away;
-  MT_TRY(stage(counter_of(x), route, drow_prob->dtype, 1, &home, &away));
-  MT_TRY(reorder(be, *drow_prob, away));
-  return be->ops.dispatch_bwd(
-      be, &(struct mt_dispatch_bwd_args){.dxs = home, .top_k = 1, .dx = *dprob});
-}
-
-static mt_err combine(struct mt_exchange *x, struct mt_backend *be, const struct mt_route *route,
-                      const struct mt_tensor *ys, const struct mt_tensor *prob,
-                      struct mt_tensor *y) {
-  struct mt_tensor home, away;
-  MT_TRY(stage(counter_of(x), route, ys->dtype, ys->dim[1], &home, &away));
-  MT_TRY(reorder(be, *ys, away));
-  (void)prob;
-  return be->ops.combine_fwd(
-      be, &(struct mt_combine_fwd_args){.ys = home, .top_k = route->top_k, .y = *y});
-}
-
-static mt_err combine_bwd(struct mt_exchange *x, struct mt_backend *be,
-                          const struct mt_route *route, const struct mt_tensor *dy,
-                          const struct mt_tensor *prob, struct mt_tensor *ys,
-                          struct mt_tensor *dprob) {
-  struct mt_tensor home, away;
-  (void)prob, (void)dprob;
-  MT_TRY(stage(counter_of(x), route, dy->dtype, dy->dim[1], &home, &away));
-  MT_TRY(be->ops.combine_bwd(
-      be, &(struct mt_combine_bwd_args){.dy = *dy, .top_k = route->top_k, .dys = home}));
-  return reorder(be, away, *ys);
-}
-
-static struct mt_exchange counting_exchange(struct counter *c) {
-  return (struct mt_exchange){.plan = exchange_plan,
-                              .dispatch = dispatch,
-                              .dispatch_bwd = dispatch_bwd,
-                              .dispatch_prob = dispatch_prob,
-                              .dispatch_prob_bwd = dispatch_prob_bwd,
-                              .combine = combine,
-                              .combine_bwd = combine_bwd,
-                              .impl = c};
+/* The first rank of the mesh, whose groups begin with it. */
+static mt_err join(struct mt_ranks *r, struct mt_model *m, const struct mt_count_options *o) {
+  const int sizes[MT_GROUP_COUNT] = {[MT_GROUP_WORLD] = 1,
+                                     [MT_GROUP_EXPERT] = o->ep,
+                                     [MT_GROUP_DATA] = o->dp,
+                                     [MT_GROUP_DENSE] = o->dp * o->ep,
+                                     [MT_GROUP_PIPE] = 1};
+  r->mesh = (struct mt_mesh){.world = o->dp * o->ep, .dp = o->dp, .ep = o->ep, .pp = 1};
+  r->bucket_elements = MT_RANKS_BUCKET;
+  for (int g = 0; g < MT_GROUP_COUNT; g++) r->comm[g] = group_of((enum mt_group)g, sizes[g]);
+  return mt_ranks_join(r, m);
 }
 
 /* What the rows hold since the last time, which is forgotten. */
@@ -223,22 +203,27 @@ static void add_rows(struct mt_profile *to, const struct mt_profile *from) {
 }
 
 static mt_err run(struct counter *c, struct mt_model *m, struct mt_optimizer *opt,
-                  const struct mt_count_options *o, struct mt_count *out,
+                  struct mt_ranks *ranks, const struct mt_count_options *o, struct mt_count *out,
                   struct mt_profile *profile) {
-  int64_t tokens = o->model.token_capacity;
-  struct mt_batch batch = {.token_count = (int)tokens};
-  bool alone = !m->acts.options.over_ranks;
+  struct mt_batch batch = {.token_count = (int)o->model.token_capacity};
+  bool alone = o->dp * o->ep == 1;
   size_t before = c->taken_bytes;
   struct mt_pass pass = {.batch = &batch, .sum_squares = alone};
-  c->expert_count = o->config->experts;
-  if (alone) c->rows = tokens * o->config->top_k;
-  if (!alone) m->exchange = counting_exchange(c);
+  if (!alone) MT_TRY(join(ranks, m, o));
   mt_model_say_summed(m, pass.sum_squares);
   MT_TRY(mt_model_pass_launch(m, &pass));
-  out->rows_bytes = c->taken_bytes - before + c->home_bytes + c->away_bytes;
+  out->rows_bytes = c->taken_bytes - before;
   add_rows(profile, &c->profile);
   take_rows(c, &out->first, &out->first_s, &out->first_calls, out);
-  MT_TRY(mt_optimizer_norm(opt));
+  before = c->taken_bytes;
+  if (alone) {
+    MT_TRY(mt_optimizer_norm(opt));
+  } else {
+    MT_TRY(mt_ranks_gradients(ranks, opt->grad_sumsq));
+    add_rows(profile, &c->profile);
+    take_rows(c, &out->sums, &out->sums_s, &out->sums_calls, NULL);
+  }
+  out->sums_bytes = c->taken_bytes - before;
   MT_TRY(mt_optimizer_update(opt));
   add_rows(profile, &c->profile);
   take_rows(c, &out->update, &out->update_s, &out->update_calls, NULL);
@@ -255,6 +240,7 @@ mt_err mt_count_step(const struct mt_count_options *o, struct mt_count *out,
   struct counter c;
   struct mt_model m = {0};
   struct mt_optimizer opt = {0};
+  struct mt_ranks ranks = {0};
   struct mt_params params = {.count = o->params->count};
   const struct mt_optimizer_options oo = {.clip = 1};
   mt_err err;
@@ -266,8 +252,9 @@ mt_err mt_count_step(const struct mt_count_options *o, struct mt_count *out,
   MT_GO(mt_model_create(&m, o->config, &params, o->recipe, &c.be, &o->model));
   out->arenas = mt_model_memory(&m);
   MT_GO(mt_optimizer_create(&opt, &m, &oo));
-  MT_GO(run(&c, &m, &opt, o, out, profile));
+  MT_GO(run(&c, &m, &opt, &ranks, o, out, profile));
 done:
+  if (ranks.model) mt_ranks_close(&ranks);
   if (opt.model) mt_optimizer_destroy(&opt);
   if (m.be) mt_model_destroy(&m);
   mt_params_free(&params);

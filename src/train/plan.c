@@ -10,9 +10,6 @@
 #include "kernels/registry.h"
 #include "train/session.h"
 
-/* Gradients summed at a time, and what a rank's part of them is a multiple of: par/ranks.c. */
-enum { BUCKET_ELEMENTS = 8 << 20, PART_ELEMENTS = 64 };
-
 /* Forms of a stage's parameters of one sync class, in bytes as they lie in the arenas. */
 struct class_bytes {
   size_t compute, master, grad, states;
@@ -22,12 +19,13 @@ struct class_bytes {
 struct stage {
   struct class_bytes dense, expert;
   size_t activations, rows_bytes; /* of all micro-batches under way */
+  size_t sums_bytes;
   struct mt_count count;
 };
 
 /* What was counted of meshes of one shape; ZeRO and the number of ranks only divide it. */
 struct mt_planner_entry {
-  int ep, pp, recompute, sets; /* sets: micro-batches under way in the first stage */
+  int ep, dp, pp, recompute, sets; /* sets: micro-batches under way in the first stage */
   struct stage first, last;
 };
 
@@ -185,6 +183,8 @@ static mt_err count_stage(struct mt_planner *p, const struct mt_mesh *m, int rec
   co.model.recompute = (enum mt_recompute)recompute;
   co.model.shard =
       (struct mt_shard){.expert_begin = (int)m->expert_begin, .expert_end = (int)m->expert_end};
+  co.ep = m->ep;
+  co.dp = m->dp;
   co.rows = (int64_t)ceil((double)(p->token_capacity * c.top_k) * o->imbalance);
   MT_GO(stage_rows(m, &c, all, 1, true, &here));
   MT_GO(class_of(p, &c, &here, &co.model, MT_SYNC_DENSE, &out->dense));
@@ -201,6 +201,7 @@ static mt_err count_stage(struct mt_planner *p, const struct mt_mesh *m, int rec
   }
   out->activations = kept.arenas.activations;
   out->rows_bytes = kept.rows_bytes;
+  out->sums_bytes = out->count.sums_bytes;
 done:
   mt_params_free(&here);
   mt_params_free(&stage);
@@ -213,12 +214,12 @@ static mt_err count_stages(struct mt_planner *p, struct mt_planner_entry *e) {
   struct mt_params all = {0};
   struct mt_mesh m;
   mt_err err;
-  MT_TRY(mt_mesh_make(&p->config, e->ep * e->pp, 0, e->ep, e->pp, &m));
+  MT_TRY(mt_mesh_make(&p->config, e->ep * e->dp * e->pp, 0, e->ep, e->pp, &m));
   struct mt_shard shard = {.expert_begin = (int)m.expert_begin, .expert_end = (int)m.expert_end};
   MT_GO(mt_params_build(&p->config, &shard, &all));
   MT_GO(mt_hf_freeze(&p->config, &all, o->freeze.item, o->freeze.count));
   MT_GO(count_stage(p, &m, e->recompute, e->sets, &all, &e->first));
-  m = mt_mesh_of(&m, &p->config, e->ep * (e->pp - 1));
+  m = mt_mesh_of(&m, &p->config, e->ep * e->dp * (e->pp - 1));
   e->last = e->first;
   if (e->pp > 1) MT_GO(count_stage(p, &m, e->recompute, 1, &all, &e->last));
 done:
@@ -229,12 +230,14 @@ done:
 static mt_err entry_of(struct mt_planner *p, const struct mt_plan *plan,
                        struct mt_planner_entry *out) {
   struct mt_planner_entry e = {.ep = plan->ep,
+                               .dp = plan->dp,
                                .pp = plan->pp,
                                .recompute = plan->recompute,
                                .sets = plan->micro < plan->pp ? plan->micro : plan->pp};
   for (int i = 0; i < p->seen_count; i++) {
     const struct mt_planner_entry *s = &p->seen[i];
-    if (s->ep == e.ep && s->pp == e.pp && s->recompute == e.recompute && s->sets == e.sets) {
+    if (s->ep == e.ep && s->dp == e.dp && s->pp == e.pp && s->recompute == e.recompute &&
+        s->sets == e.sets) {
       *out = *s;
       return MT_OK;
     }
@@ -250,7 +253,7 @@ static mt_err entry_of(struct mt_planner *p, const struct mt_plan *plan,
 /* What the fullest of `ranks` keeps of bytes that are shared out among them. */
 static size_t share(size_t bytes, enum mt_dtype dtype, int ranks) {
   size_t item = mt_dtype_bytes(dtype), n = bytes / item, r = (size_t)ranks;
-  size_t each = ((n + r - 1) / r + PART_ELEMENTS - 1) / PART_ELEMENTS * PART_ELEMENTS;
+  size_t each = ((n + r - 1) / r + MT_SUM_PART - 1) / MT_SUM_PART * MT_SUM_PART;
   return ranks > 1 && each * item < bytes ? each * item : bytes;
 }
 
@@ -263,22 +266,13 @@ static void add_class(struct mt_plan_memory *m, const struct class_bytes *b,
   m->optimizer += 2 * share(b->states / 2, r->state, zero >= 1 ? ranks : 1);
 }
 
-/* The parts of a bucket that arrive to be added up (par/ranks.c). */
-static size_t sums_bytes(const struct class_bytes *b, const struct mt_recipe *r, int ranks) {
-  size_t item = mt_dtype_bytes(r->grad), n = b->summed / item;
-  if (n > BUCKET_ELEMENTS) n = BUCKET_ELEMENTS;
-  return ranks > 1 ? share(n * item, r->grad, ranks) * (size_t)ranks : 0;
-}
-
 static struct mt_plan_memory memory_of(const struct mt_planner *p, const struct mt_plan *plan,
                                        const struct stage *s) {
   struct mt_plan_memory m = {.activations = s->activations, .exchange = s->rows_bytes};
   int readers = plan->dp * plan->ep;
-  size_t d = sums_bytes(&s->dense, p->recipe, readers),
-         x = sums_bytes(&s->expert, p->recipe, plan->dp);
   add_class(&m, &s->dense, p->recipe, plan->zero, readers);
   add_class(&m, &s->expert, p->recipe, plan->zero, plan->dp);
-  m.sums = d > x ? d : x;
+  m.sums = s->sums_bytes;
   m.total = m.parameters + m.gradients + m.optimizer + m.activations + m.exchange + m.sums;
   return m;
 }
@@ -305,7 +299,7 @@ static struct mt_plan_traffic traffic_of(const struct mt_planner *p, const struc
   double record = ceil((c->experts * (stat + 4) + stat + 4) / 8) * 8;
   double stream = tokens * c->hidden * act * passes;
   struct mt_plan_traffic t = {
-      .counts = 4.0 * c->experts * leaving(plan->ep) * layers * passes,
+      .counts = 4.0 * (c->experts / plan->ep + 1) * (plan->ep - 1) * layers * passes,
       .tokens = 4 * rows * c->hidden * act,
       .probabilities = 2 * rows * stat,
       .auxiliary = (plan->dp * plan->ep - 1) * record * passes,
@@ -332,7 +326,7 @@ static double travel(const struct mt_machine *m, double bytes, int ranks, int st
 }
 
 static double bucket_count(const struct class_bytes *b, const struct mt_recipe *r) {
-  return ceil((double)b->summed / (double)mt_dtype_bytes(r->grad) / BUCKET_ELEMENTS);
+  return ceil((double)b->summed / (double)mt_dtype_bytes(r->grad) / MT_RANKS_BUCKET);
 }
 
 /* What runs once a step beside the passes: sums, their additions, the update. */
@@ -342,11 +336,10 @@ static void step_end(const struct mt_planner *p, const struct mt_planner_entry *
   const struct class_bytes *d = &e->first.dense, *x = &e->first.expert;
   int readers = plan->dp * plan->ep;
   double again = plan->zero == 2 ? plan->micro : 1;
-  double added = (readers > 1 ? (double)d->grad : 0) + (plan->dp > 1 ? (double)x->grad : 0);
   double sums =
       travel(m, plan->sent.dense, readers, 1, 2 * again * bucket_count(d, p->recipe)) +
       travel(m, plan->sent.experts, plan->dp, plan->ep, 2 * again * bucket_count(x, p->recipe)) +
-      again * added / m->copy_bytes;
+      again * e->first.count.sums_s;
   plan->time.sums = sums * (1 - p->options->overlap);
   double part = 1; /* of the update that is this rank's */
   if (plan->zero >= 1) {

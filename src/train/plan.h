@@ -11,11 +11,12 @@
 /* One rank's pass over a micro-batch and its update, counted. */
 struct mt_count {
   struct mt_memory arenas;
-  size_t rows_bytes; /* over ranks: what grows beside the arenas for the rows that come */
-  struct mt_work first, more, update;       /* a step's first pass, each further one */
-  double first_s, more_s, update_s, ends_s; /* ends: embedding and head, within a pass */
-  double ends_flops;
-  int64_t first_calls, more_calls, update_calls; /* operations */
+  size_t rows_bytes; /* over ranks: what is taken beside the arenas for the rows that come */
+  size_t sums_bytes; /* and for sums of gradients */
+  struct mt_work first, more, sums, update; /* a step's first pass, each further one; the sums */
+  double first_s, more_s, sums_s, update_s; /* without what travels */
+  double ends_s, ends_flops;                /* embedding and head, within a pass */
+  int64_t first_calls, more_calls, sums_calls, update_calls; /* operations */
 };
 
 struct mt_count_options {
@@ -26,7 +27,8 @@ struct mt_count_options {
   struct mt_model_options model;
   const struct mt_machine *machine;
   double sequence_length;
-  int64_t rows; /* over ranks: that come to this one in each layer */
+  int ep, dp;   /* ranks that share the experts; that hold the same ones */
+  int64_t rows; /* that come to this rank in each layer */
 };
 
 /* Builds the model, runs two passes and an update with operations that only count, on memory that

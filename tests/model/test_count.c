@@ -19,6 +19,9 @@ static void count(const struct small_model *s, const struct mt_params *params,
                                      .recipe = s->m.recipe,
                                      .backend = &s->be,
                                      .model = s->m.options,
+                                     .ep = 1,
+                                     .dp = 1,
+                                     .rows = (int64_t)SMALL_TOKENS * s->m.config.top_k,
                                      .machine = machine,
                                      .sequence_length = 8};
   OK(mt_count_step(&o, out, profile));
