@@ -534,6 +534,7 @@ struct mt_adamw_segment {
   struct mt_tensor compute; /* act [n] (=) rounded copy, or NULL when master itself is used */
   int decay;                /* weight decay applies */
   uint32_t tensor;          /* its number among the model's parameters, for BF16 */
+  int64_t first;            /* of that, the element that this begins with; a multiple of 128 */
 };
 
 /* What changes of AdamW from step to step, worked out on the host in float64 (mt_adamw_at). */

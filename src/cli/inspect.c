@@ -3,6 +3,7 @@
 #include <sys/stat.h>
 
 #include "cli/commands.h"
+#include "cli/ranks.h"
 #include "train/commands.h"
 
 #define S        struct mt_inspect_options
@@ -63,6 +64,7 @@ static const struct mt_option rows[] = {
      .min = 1,
      .max = 65536,
      .help = "With --mesh: stages that the layers are cut into."},
+    MT_ROW_ZERO(S),
     {.group = "Of a data file",
      .flag = "samples",
      .type = MT_OPT_INT,

@@ -13,6 +13,13 @@
 mt_err mt_run_on_ranks(const struct mt_command *command, const void *options, double timeout_s,
                        mt_err (*run)(const void *options, struct mt_world *world));
 
+#define MT_ROW_ZERO(S)                                                                             \
+  {                                                                                                \
+    .flag = "zero", .type = MT_OPT_INT, .offset = offsetof(S, zero), .unit = "LEVEL",              \
+    .initial = "0", .min = 0, .max = 1,                                                            \
+    .help = "What ranks that share a parameter cut among them instead of each keeping all of it: " \
+            "1: the optimizer's state. The results are the same.",                                 \
+  }
 #define MT_ROWS_RANKS(S, member)                                                                   \
   {.flag = "ep-size",                                                                              \
    .type = MT_OPT_INT,                                                                             \

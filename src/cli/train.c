@@ -190,6 +190,7 @@ static const struct mt_option rows[] = {
      .initial_note = "1f1b; sequential with --improvement 0",
      .help = "Order of the stages' work: one forward and one backward by turns, with up to "
              "--pp-size micro-batches under way; or one micro-batch at a time."},
+    MT_ROW_ZERO(S),
     {.flag = "dry-run",
      .type = MT_OPT_FLAG,
      .offset = AT(dry_run),

@@ -38,6 +38,10 @@ void mt_hf_close(struct mt_hf_checkpoint *h);
 mt_err mt_hf_load(const struct mt_hf_checkpoint *h, const struct mt_params *params,
                   struct mt_backend *be);
 
+/* Fills to [n] with the elements of a row from `first` on: for what is kept of a part of a row. */
+mt_err mt_hf_load_run(const struct mt_hf_checkpoint *h, const struct mt_param *p, int64_t first,
+                      const struct mt_tensor *to, struct mt_backend *be);
+
 /* Frobenius norms of one expert's matrices. */
 struct mt_hf_expert_norms {
   double gate, up, down;

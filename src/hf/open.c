@@ -241,3 +241,31 @@ mt_err mt_hf_load(const struct mt_hf_checkpoint *h, const struct mt_params *para
   mt_params_free(&all);
   return err;
 }
+
+mt_err mt_hf_load_run(const struct mt_hf_checkpoint *h, const struct mt_param *p, int64_t first,
+                      const struct mt_tensor *to, struct mt_backend *be) {
+  struct mt_params all = {0};
+  int64_t n = mt_param_row_elems(p), count = mt_count(to), most = STAGE_BYTES / 8;
+  void *stage = malloc(STAGE_BYTES);
+  if (!stage) return mt_fail(MT_ENOMEM, "staging '%s'", p->name);
+  mt_err err = mt_params_build(&h->config, NULL, &all);
+  if (err) goto done;
+  const struct mt_param *whole = mt_params_find(&all, p->kind, p->layer);
+  int64_t from = p->first * (mt_param_count(p) / p->dim[0]) + first;
+  for (int64_t done = 0, take; !err && done < count; done += take) {
+    int64_t at = from + done, into = at % n;
+    struct mt_hf_rows rows;
+    MT_GO(mt_hf_source_rows(h, whole, at / n, &rows));
+    take = rows.count * n - into;
+    if (take > most) take = most;
+    if (take > count - done) take = count - done;
+    mt_dtype_convert(stage, to->dtype, rows.data + (size_t)into * mt_dtype_bytes(rows.dtype),
+                     rows.dtype, (size_t)take);
+    size_t item = mt_dtype_bytes(to->dtype);
+    err = be->upload(be, (char *)to->data + (size_t)done * item, stage, (size_t)take * item);
+  }
+done:
+  mt_params_free(&all);
+  free(stage);
+  return err;
+}

@@ -22,12 +22,6 @@ static struct mt_tensor shape_of(const struct mt_param *p, enum mt_dtype dtype) 
                             .ld = p->dim[p->rank - 1]};
 }
 
-static mt_err take(struct mt_arena *arena, const struct mt_param *p, enum mt_dtype dtype,
-                   struct mt_tensor *out) {
-  *out = shape_of(p, dtype);
-  return mt_arena_alloc(arena, mt_bytes(out), &out->data);
-}
-
 /* In which format products read it, or MT_Q_NONE. */
 static enum mt_qformat format_of(const struct mt_model *m, const struct mt_param *p) {
   unsigned part = p->kind == MT_PARAM_QKV || p->kind == MT_PARAM_ATTN_OUT   ? MT_8BIT_ATTENTION
@@ -46,33 +40,78 @@ static mt_err take_eight_bits(struct mt_model *m, struct mt_param *p, enum mt_qf
   return MT_OK;
 }
 
-static mt_err place_one(struct mt_model *m, struct mt_param *p) {
+/* Each is rounded up to a bucket's unit, so that a class is one stretch in any format. */
+static mt_err take(struct mt_arena *arena, const struct mt_param *p, enum mt_dtype dtype,
+                   struct mt_tensor *out) {
+  *out = shape_of(p, dtype);
+  size_t bytes = (size_t)mt_bucket_round(mt_param_count(p)) * mt_dtype_bytes(dtype);
+  return mt_arena_alloc(arena, bytes, &out->data);
+}
+
+static mt_err take_share(struct mt_arena *arena, int64_t n, enum mt_dtype dtype,
+                         struct mt_tensor *out) {
+  *out = mt_vec(NULL, dtype, n);
+  return mt_arena_alloc(arena, mt_bytes(out), &out->data);
+}
+
+/* What of a parameter learns, but for what operations read. */
+static mt_err place_state(struct mt_model *m, struct mt_param *p) {
+  const struct mt_recipe *recipe = m->recipe;
+  bool sharded = m->options.zero > 0;
+  if (recipe->act == recipe->state)
+    p->master = p->compute;
+  else if (!sharded)
+    MT_TRY(take(&m->parameters, p, recipe->state, &p->master));
+  MT_TRY(take(&m->gradients, p, recipe->grad, &p->grad));
+  if (sharded) return MT_OK;
+  MT_TRY(take(&m->optimizer, p, recipe->state, &p->m));
+  return take(&m->optimizer, p, recipe->state, &p->v);
+}
+
+static mt_err place_shares(struct mt_model *m, int sync) {
+  const struct mt_recipe *recipe = m->recipe;
+  int64_t n = m->buckets.owned[sync];
+  if (recipe->act != recipe->state)
+    MT_TRY(take_share(&m->parameters, n, recipe->state, &m->share[sync].master));
+  MT_TRY(take_share(&m->optimizer, n, recipe->state, &m->share[sync].m));
+  return take_share(&m->optimizer, n, recipe->state, &m->share[sync].v);
+}
+
+/* What operations read. */
+static mt_err place_read(struct mt_model *m, struct mt_param *p) {
   const struct mt_recipe *recipe = m->recipe;
   enum mt_qformat format = format_of(m, p);
   bool learning = m->options.training && p->learns;
   p->q = (struct mt_qtensor){0};
   if (format != MT_Q_NONE) MT_TRY(take_eight_bits(m, p, format));
   if (format == MT_Q_NONE || !learning || recipe->act == recipe->state)
-    MT_TRY(take(&m->parameters, p, recipe->act, &p->compute));
-  else
-    p->compute = shape_of(p, recipe->act);
-  p->master = p->grad = p->m = p->v = (struct mt_tensor){0};
-  if (!learning) return MT_OK;
-  if (recipe->act == recipe->state)
-    p->master = p->compute;
-  else
-    MT_TRY(take(&m->parameters, p, recipe->state, &p->master));
-  MT_TRY(take(&m->gradients, p, recipe->grad, &p->grad));
-  MT_TRY(take(&m->optimizer, p, recipe->state, &p->m));
-  return take(&m->optimizer, p, recipe->state, &p->v);
+    return take(&m->parameters, p, recipe->act, &p->compute);
+  p->compute = shape_of(p, recipe->act);
+  return MT_OK;
+}
+
+/* The rows of a class that learn, one behind the other, then those that do not. */
+static mt_err place_compute(struct mt_model *m, int sync) {
+  for (int learns = 1; learns >= 0; learns--) {
+    for (int i = 0; i < m->params.count; i++) {
+      struct mt_param *p = &m->params.row[i];
+      if ((int)p->sync == sync && (int)p->learns == learns) MT_TRY(place_read(m, p));
+    }
+  }
+  return MT_OK;
 }
 
 /* Everything that lies in arenas, in an order that keeps each sync class together. */
 static mt_err place(struct mt_model *m) {
-  for (int sync = MT_SYNC_DENSE; sync <= MT_SYNC_EXPERT; sync++) {
+  for (int sync = 0; sync < MT_SYNC_COUNT; sync++) {
+    MT_TRY(place_compute(m, sync));
     for (int i = 0; i < m->params.count; i++) {
-      if ((int)m->params.row[i].sync == sync) MT_TRY(place_one(m, &m->params.row[i]));
+      struct mt_param *p = &m->params.row[i];
+      if ((int)p->sync != sync) continue;
+      p->master = p->grad = p->m = p->v = (struct mt_tensor){0};
+      if (m->options.training && p->learns) MT_TRY(place_state(m, p));
     }
+    if (m->options.training && m->options.zero > 0) MT_TRY(place_shares(m, sync));
   }
   const struct mt_shard *shard = &m->options.shard;
   bool over_ranks = shard->expert_end - shard->expert_begin < m->config.experts;
@@ -120,6 +159,15 @@ static mt_err plan(struct mt_model *m) {
   mt_arena_plan(&m->gradients, "gradients");
   mt_arena_plan(&m->optimizer, "optimizer");
   mt_arena_plan(&m->activations, "activations");
+  if (m->options.zero > 0 && m->recipe->qformat != MT_Q_NONE) {
+    return mt_fail(MT_EUNSUPPORTED,
+                   "--zero %d with precision %s: 8-bit weights are made of whole masters",
+                   m->options.zero, m->recipe->precision);
+  }
+  if (m->options.bucket_elements <= 0) m->options.bucket_elements = MT_BUCKET_ELEMENTS;
+  if (m->options.training)
+    MT_TRY(
+        mt_buckets_build(&m->params, &m->options.sharers, m->options.bucket_elements, &m->buckets));
   mt_err err = place(m);
   mt_acts_free(&m->acts);
   return err;
@@ -142,6 +190,7 @@ mt_err mt_model_plan(const struct mt_config *config, const struct mt_params *par
   for (int i = 0; i < params->count; i++) m.params.row[i] = params->row[i];
   mt_err err = plan(&m);
   *out = mt_model_memory(&m);
+  mt_buckets_free(&m.buckets);
   mt_params_free(&m.params);
   return err;
 }
@@ -230,11 +279,54 @@ void mt_model_destroy(struct mt_model *m) {
   }
   if (m->be) mt_acts_release_rows(&m->acts, m->be);
   mt_acts_free(&m->acts);
+  mt_buckets_free(&m->buckets);
   mt_params_free(&m->params);
   free(m->inv_freq);
   free(m->host_route);
   free(m->host_rows);
   *m = (struct mt_model){0};
+}
+
+static struct mt_tensor run_of(const struct mt_tensor *t, int64_t first, int64_t n) {
+  if (!t->data) return (struct mt_tensor){0};
+  return mt_vec((char *)t->data + (size_t)first * mt_dtype_bytes(t->dtype), t->dtype, n);
+}
+
+static struct mt_piece piece_of(const struct mt_model *m, int row, int64_t first, int64_t n,
+                                int64_t state) {
+  const struct mt_param *p = &m->params.row[row];
+  struct mt_piece x = {.row = row,
+                       .first = first,
+                       .compute = run_of(&p->compute, first, n),
+                       .master = run_of(&p->master, first, n),
+                       .grad = run_of(&p->grad, first, n),
+                       .m = run_of(&p->m, first, n),
+                       .v = run_of(&p->v, first, n)};
+  if (m->options.zero == 0) return x;
+  x.m = run_of(&m->share[p->sync].m, state, n);
+  x.v = run_of(&m->share[p->sync].v, state, n);
+  if (m->recipe->act != m->recipe->state) x.master = run_of(&m->share[p->sync].master, state, n);
+  if (m->options.zero > 1) x.grad = run_of(&m->share[p->sync].grad, state, n);
+  return x;
+}
+
+mt_err mt_model_pieces(const struct mt_model *m, struct mt_piece **out, int *count) {
+  /* A row is cut once at each bucket's end, at most. */
+  size_t most = (size_t)m->params.count + (size_t)m->buckets.count;
+  *out = calloc(most + 1, sizeof **out);
+  *count = 0;
+  if (!*out) return mt_fail(MT_ENOMEM, "pieces of %d parameters", m->params.count);
+  for (int row = 0; row < m->params.count; row++) {
+    int64_t from = 0, first, n, state, all = mt_param_count(&m->params.row[row]);
+    if (!m->params.row[row].learns) continue;
+    if (m->options.zero == 0) (*out)[(*count)++] = piece_of(m, row, 0, all, 0);
+    while (m->options.zero > 0 &&
+           mt_buckets_run(&m->buckets, &m->params, row, from, &first, &n, &state)) {
+      (*out)[(*count)++] = piece_of(m, row, first, n, state);
+      from = first + n;
+    }
+  }
+  return MT_OK;
 }
 
 double mt_model_flops_per_token(const struct mt_config *c, double sequence_length) {

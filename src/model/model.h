@@ -3,7 +3,7 @@
 #define MT_MODEL_MODEL_H
 
 #include "model/acts.h"
-#include "model/params.h"
+#include "model/buckets.h"
 
 /* How the rungs of the ladder differ. */
 enum mt_experts_strategy { MT_EXPERTS_LOOP, MT_EXPERTS_GROUPED, MT_EXPERTS_FUSED };
@@ -47,7 +47,13 @@ struct mt_model_options {
                                 0: one */
   struct mt_shard shard;     /* what of the model is here; all zero: all of it */
   unsigned skip_8bit;        /* parts that an 8-bit recipe leaves in its activations' format */
+  /* 1: the optimizer's state is cut over the ranks that share a parameter (buckets.h), 2: finished
+   * gradients too; 0: everyone has all of it. */
+  int zero;
+  struct mt_sharers sharers;
+  int64_t bucket_elements; /* 0: MT_BUCKET_ELEMENTS */
 };
+enum { MT_BUCKET_ELEMENTS = 8 << 20 };
 
 /* Bytes by lifetime. `planned` from mt_model_plan, the same from a built model's arenas. */
 struct mt_memory {
@@ -63,6 +69,13 @@ struct mt_model {
   struct mt_acts acts;
   struct mt_exchange exchange;
   struct mt_arena parameters, gradients, optimizer, activations;
+  struct mt_buckets buckets; /* training: as options say */
+  /* With options.zero: this rank's share of each class, in the buckets' order. */
+  struct {
+    struct mt_tensor master; /* where the state's format is another one than compute's */
+    struct mt_tensor m, v;
+    struct mt_tensor grad; /* zero 2 */
+  } share[MT_SYNC_COUNT];
   double *inv_freq;    /* host [D/2] */
   int32_t *host_route; /* host [E+1]: counts read back by the loop over experts */
   void *host_rows;     /* host [T] of 8 bytes: read-backs per token */
@@ -93,6 +106,17 @@ struct mt_memory mt_model_memory(const struct mt_model *m);
  * none from compute: after every change of the weights, once a step and not once a pass. Nothing to
  * do in other recipes. */
 mt_err mt_model_quantize_weights(struct mt_model *m);
+
+/* A stretch of a learning parameter that this rank updates: all of it, or with options.zero what
+ * lies in its parts of buckets. */
+struct mt_piece {
+  int row;                                      /* of params */
+  int64_t first;                                /* element of the row that it begins with */
+  struct mt_tensor compute, master, grad, m, v; /* [n]; of this stretch */
+};
+/* All of them, in the order of rows and elements; *out is freed by the caller. Errors: MT_ENOMEM.
+ */
+mt_err mt_model_pieces(const struct mt_model *m, struct mt_piece **out, int *count);
 
 /* What a pass over one micro-batch computes. */
 struct mt_pass {

@@ -12,22 +12,92 @@ struct mt_tensor mt_param_form(const struct mt_param *p, enum mt_form form) {
   }
 }
 
-/* Who holds element `at` of the whole parameter (the first of those that do), and how many follow
- * there. */
-static int holder(const struct mt_ranks *r, const struct mt_param *whole, int64_t at,
-                  int64_t *run) {
-  const struct mt_mesh *m = &r->mesh;
-  int64_t all = mt_param_count(whole);
-  int ep_rank = 0, stage = 0;
-  *run = all - at;
-  if (whole->sync == MT_SYNC_EXPERT) {
-    int64_t held = all / m->ep;
-    ep_rank = (int)(at / held);
-    *run = (ep_rank + 1) * held - at;
+struct mt_tensor mt_model_share(const struct mt_model *m, enum mt_sync sync, enum mt_form form) {
+  switch (form) {
+  case MT_FORM_MASTER:
+    return m->share[sync].master;
+  case MT_FORM_M:
+    return m->share[sync].m;
+  case MT_FORM_V:
+    return m->share[sync].v;
+  default:
+    return (struct mt_tensor){0};
   }
+}
+
+static bool sharded(const struct mt_model *m, enum mt_form form) {
+  if (m->options.zero == 0 || form == MT_FORM_COMPUTE) return false;
+  return form != MT_FORM_MASTER || m->recipe->act != m->recipe->state;
+}
+
+/* A stage's table and buckets. Those of another stage are made for the question. */
+struct stage {
+  struct mt_params params;
+  struct mt_buckets buckets;
+  bool own;
+};
+
+static mt_err open_stage(const struct mt_ranks *r, int stage, struct stage *out) {
+  const struct mt_config *c = &r->model->config;
+  *out = (struct stage){.params = r->model->params, .buckets = r->buckets, .own = true};
+  if (stage == r->mesh.pp_rank) return MT_OK;
+  struct mt_mesh there = mt_mesh_of(&r->mesh, c, stage * r->mesh.dp * r->mesh.ep);
+  struct mt_shard shard = mt_ranks_shard(&there);
+  struct mt_sharers sharers = mt_ranks_sharers(&there);
+  *out = (struct stage){0};
+  MT_TRY(mt_params_build(c, &shard, &out->params));
+  for (int i = 0; i < out->params.count; i++) {
+    struct mt_param *p = &out->params.row[i];
+    p->learns = mt_params_find(r->whole, p->kind, p->layer)->learns;
+  }
+  return mt_buckets_build(&out->params, &sharers, r->model->options.bucket_elements, &out->buckets);
+}
+
+static void close_stage(struct stage *s) {
+  if (s->own) return;
+  mt_params_free(&s->params);
+  mt_buckets_free(&s->buckets);
+}
+
+/* Which of the ranks that share it keeps element `at` of the stage's row, and how many from there.
+ */
+static int sharer(const struct mt_ranks *r, const struct stage *s, const struct mt_param *whole,
+                  int64_t at, int64_t *run) {
+  int row = (int)(mt_params_find(&s->params, whole->kind, whole->layer) - s->params.row);
+  int64_t pos = s->buckets.at[row] + at, n;
+  int ranks = mt_ranks_sharers(&r->mesh).count[whole->sync];
+  for (int i = 0; i < s->buckets.count; i++) {
+    const struct mt_bucket *k = &s->buckets.item[i];
+    if (k->sync != whole->sync || pos < k->begin || pos >= k->begin + k->count) continue;
+    for (int p = 0; p < ranks; p++) {
+      int64_t begin = k->begin + mt_bucket_part(k->count, ranks, p, &n);
+      if (pos < begin || pos >= begin + n) continue;
+      if (begin + n - pos < *run) *run = begin + n - pos;
+      return p;
+    }
+  }
+  return 0;
+}
+
+/* Who holds element `at` of the whole parameter's form (the first of those that do), and how many
+ * follow there. */
+static mt_err holder(const struct mt_ranks *r, const struct mt_param *whole, enum mt_form form,
+                     int64_t at, int *rank, int64_t *run) {
+  const struct mt_mesh *m = &r->mesh;
+  bool expert = whole->sync == MT_SYNC_EXPERT;
+  int64_t all = mt_param_count(whole), held = expert ? all / m->ep : all;
+  int ep_rank = (int)(at / held), stage = 0, index = 0;
+  *run = (ep_rank + 1) * held - at;
   if (whole->layer >= 0) stage = mt_mesh_stage(m, &r->model->config, whole->layer);
   if (whole->layer < 0 && whole->kind != MT_PARAM_EMBED) stage = m->pp - 1;
-  return stage * m->dp * m->ep + ep_rank;
+  *rank = stage * m->dp * m->ep + ep_rank;
+  if (!sharded(r->model, form)) return MT_OK;
+  struct stage s;
+  mt_err err = open_stage(r, stage, &s);
+  if (!err) index = sharer(r, &s, whole, at - ep_rank * held, run);
+  close_stage(&s);
+  *rank += expert ? index * m->ep : index;
+  return err;
 }
 
 /* The row of what is here; not EMBED's for a tied head. */
@@ -38,13 +108,22 @@ static const struct mt_param *here(const struct mt_ranks *r, const struct mt_par
 
 static mt_err take(struct mt_ranks *r, const struct mt_param *whole, enum mt_form form, int64_t at,
                    int64_t count, void *out) {
+  const struct mt_model *m = r->model;
   const struct mt_param *p = here(r, whole);
   if (!p) return mt_fail(MT_EINVAL, "'%s' is not on rank %d", whole->name, r->world->rank);
   struct mt_tensor t = mt_param_form(p, form);
+  int64_t from = at - p->first * (mt_param_count(whole) / whole->dim[0]), begin, n, state;
+  if (sharded(m, form)) {
+    t = mt_model_share(m, p->sync, form);
+    if (!mt_buckets_run(&m->buckets, &m->params, (int)(p - m->params.row), from, &begin, &n,
+                        &state) ||
+        begin != from || n < count)
+      return mt_fail(MT_EINVAL, "the state of '%s' is not on rank %d", p->name, r->world->rank);
+    from = state;
+  }
   size_t item = mt_dtype_bytes(t.dtype);
-  int64_t first = p->first * (mt_param_count(whole) / whole->dim[0]);
-  return r->model->be->download(
-      r->model->be, out, (const char *)t.data + (size_t)(at - first) * item, (size_t)count * item);
+  return m->be->download(m->be, out, (const char *)t.data + (size_t)from * item,
+                         (size_t)count * item);
 }
 
 mt_err mt_ranks_collect(struct mt_ranks *r, const struct mt_param *whole, enum mt_form form,
@@ -53,7 +132,8 @@ mt_err mt_ranks_collect(struct mt_ranks *r, const struct mt_param *whole, enum m
   const struct mt_recipe *recipe = r->model->recipe;
   size_t item = mt_dtype_bytes(form == MT_FORM_COMPUTE ? recipe->act : recipe->state);
   for (int64_t at = begin, n; at < begin + count; at += n) {
-    int from = holder(r, whole, at, &n);
+    int from;
+    MT_TRY(holder(r, whole, form, at, &from, &n));
     if (n > begin + count - at) n = begin + count - at;
     char *piece = (char *)out + (size_t)(at - begin) * item;
     if (c->rank == from) MT_TRY(take(r, whole, form, at, n, piece));

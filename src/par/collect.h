@@ -13,13 +13,16 @@ enum mt_form {
       MT_FORM_COUNT
 };
 
-/* The form's row of a parameter. */
+/* The form of a parameter; no data where it is not kept whole here. */
 struct mt_tensor mt_param_form(const struct mt_param *p, enum mt_form form);
+/* With sharded state, what is kept of a form instead: elements of the rank's share of the class
+ * (mt_buckets_run). */
+struct mt_tensor mt_model_share(const struct mt_model *m, enum mt_sync sync, enum mt_form form);
 
 /* Elements [begin, begin + count) of the whole parameter's form, whoever holds them: on rank 0
  * out (=) has them; on others it is scratch of that size. `whole` is a row of the whole model's
  * table. Every rank calls it, with the same arguments; who holds nothing of it returns at once.
- * Errors: MT_ECOMM. */
+ * r->whole is set. Errors: MT_ECOMM, MT_ENOMEM. */
 mt_err mt_ranks_collect(struct mt_ranks *r, const struct mt_param *whole, enum mt_form form,
                         int64_t begin, int64_t count, void *out);
 

@@ -92,6 +92,11 @@ mt_err mt_comm_set_out(struct mt_comm *c) {
   return c->set_out ? c->set_out(c) : MT_OK;
 }
 
+mt_err mt_comm_test(struct mt_comm *c, struct mt_transfer *t, bool *done) {
+  *done = !t->impl;
+  return t->impl && c->test ? c->test(c, t, done) : MT_OK;
+}
+
 mt_err mt_comm_barrier(struct mt_comm *c) {
   struct mt_transfer mine = {.what = "barrier"};
   if (c->size == 1) return MT_OK;

@@ -67,6 +67,7 @@ struct mt_comm {
   mt_err (*recv)(struct mt_comm *c, void *buf, size_t size_bytes, int from, struct mt_transfer *t);
   mt_err (*barrier)(struct mt_comm *c, struct mt_transfer *t);
   mt_err (*wait)(struct mt_comm *c, struct mt_transfer *t);
+  mt_err (*test)(struct mt_comm *c, struct mt_transfer *t, bool *done); /* or NULL */
   mt_err (*set_out)(struct mt_comm *c); /* or NULL: messages set out when they are started */
   mt_err (*failed)(struct mt_comm *c);  /* or NULL: wait has told */
   void (*destroy)(struct mt_comm *c);
@@ -94,6 +95,9 @@ mt_err mt_comm_recv(struct mt_comm *c, void *buf, size_t size_bytes, int from,
 mt_err mt_comm_wait(struct mt_comm *c, struct mt_transfer *t);
 /* Messages that have been started and may still be gathered set out now. */
 mt_err mt_comm_set_out(struct mt_comm *c);
+/* Whether a wait would return at once, and what is under way goes on meanwhile. *done (=): false
+ * also where a communicator cannot tell. */
+mt_err mt_comm_test(struct mt_comm *c, struct mt_transfer *t, bool *done);
 /* Returns when everyone has come. */
 mt_err mt_comm_barrier(struct mt_comm *c);
 

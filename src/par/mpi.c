@@ -253,6 +253,14 @@ static mt_err too_late(struct mt_comm *c, const char *what, double waited) {
                  *w->doing ? ": " : "", c->name, c->rank, c->size, what, waited, who);
 }
 
+static mt_err mpi_test(struct mt_comm *c, struct mt_transfer *t, bool *done) {
+  struct slot *s = t->impl;
+  int over = 0;
+  MT_TRY(mpi_check(c, MPI_Test(&s->request, &over, MPI_STATUS_IGNORE), t->what));
+  *done = over != 0; /* what is over stays so: a wait finds it */
+  return MT_OK;
+}
+
 static mt_err mpi_wait(struct mt_comm *c, struct mt_transfer *t) {
   struct slot *s = t->impl;
   struct mt_watch *w = group_of(c)->watch;
@@ -302,6 +310,7 @@ mt_err mt_world_group(const struct mt_world *w, const struct mt_mesh *mesh, enum
                       .recv = mpi_recv,
                       .barrier = mpi_barrier,
                       .wait = mpi_wait,
+                      .test = mpi_test,
                       .destroy = mpi_destroy,
                       .impl = g};
   mt_err err = MT_ENOMEM;

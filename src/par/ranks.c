@@ -13,12 +13,22 @@ struct mt_shard mt_ranks_shard(const struct mt_mesh *mesh) {
                            .layer_end = (int)mesh->layer_end};
 }
 
+struct mt_sharers mt_ranks_sharers(const struct mt_mesh *mesh) {
+  struct mt_group_span dense = mt_mesh_group(mesh, MT_GROUP_DENSE);
+  struct mt_group_span data = mt_mesh_group(mesh, MT_GROUP_DATA);
+  return (struct mt_sharers){
+      .count = {[MT_SYNC_DENSE] = dense.count, [MT_SYNC_EXPERT] = data.count},
+      .index = {[MT_SYNC_DENSE] = dense.index, [MT_SYNC_EXPERT] = data.index}};
+}
+
 mt_err mt_ranks_open(struct mt_ranks *r, struct mt_world *world, const struct mt_mesh *mesh) {
   mt_err err = MT_OK;
-  *r = (struct mt_ranks){.world = world, .mesh = *mesh, .bucket_elements = MT_RANKS_BUCKET};
+  *r = (struct mt_ranks){.world = world, .mesh = *mesh};
   for (int g = 0; g < MT_GROUP_COUNT; g++) {
     MT_GO(mt_world_group(world, mesh, (enum mt_group)g, &r->comm[g]));
   }
+  MT_GO(mt_world_group(world, mesh, MT_GROUP_DENSE, &r->late[MT_SYNC_DENSE]));
+  MT_GO(mt_world_group(world, mesh, MT_GROUP_DATA, &r->late[MT_SYNC_EXPERT]));
 done:
   if (err) mt_ranks_close(r);
   return err;
@@ -35,6 +45,9 @@ void mt_ranks_close(struct mt_ranks *r) {
   mt_pipeline_close(&r->pipeline);
   if (r->squares) r->model->be->mem_free(r->model->be, r->squares, squares_bytes(r));
   mt_sum_free(&r->sum);
+  mt_ranks_end_overlap(r);
+  mt_buckets_free(&r->buckets);
+  for (int sync = 0; sync < MT_SYNC_COUNT; sync++) mt_comm_destroy(&r->late[sync]);
   for (int g = 0; g < MT_GROUP_COUNT; g++) {
     mt_comm_destroy(&r->gpu[g]);
     mt_comm_destroy(&r->comm[g]);
@@ -55,8 +68,20 @@ static mt_err open_tensor_comms(struct mt_ranks *r, struct mt_backend *be) {
   return MT_OK;
 }
 
+/* Buckets of this rank's place; those of a model with sharded state must be the same. */
+static mt_err open_buckets(struct mt_ranks *r, const struct mt_model *m) {
+  struct mt_sharers s = mt_ranks_sharers(&r->mesh);
+  if (!m->options.training) return MT_OK;
+  if (m->options.zero > 0 && memcmp(&s, &m->options.sharers, sizeof s) != 0) {
+    return mt_fail(MT_EINVAL, "the model's state is not cut for rank %d of %d", r->mesh.rank,
+                   r->mesh.world);
+  }
+  return mt_buckets_build(&m->params, &s, m->options.bucket_elements, &r->buckets);
+}
+
 mt_err mt_ranks_join(struct mt_ranks *r, struct mt_model *m) {
   void *squares = NULL;
+  MT_TRY(open_buckets(r, m));
   MT_TRY(open_tensor_comms(r, m->be));
   r->views = calloc((size_t)m->params.count, sizeof *r->views);
   if (!r->views) return mt_fail(MT_ENOMEM, "%d gradients", m->params.count);
@@ -160,21 +185,31 @@ mt_err mt_ranks_token(struct mt_ranks *r, int32_t *id) {
   return r ? mt_comm_broadcast(&r->comm[MT_GROUP_WORLD], id, sizeof *id, 0) : MT_OK;
 }
 
-/* r->squares[0] += the squares of elements [begin, end) of the memory from base on, of parameters
- * that lie there. */
-static mt_err add_squares(struct mt_ranks *r, enum mt_sync sync, const char *base,
-                          enum mt_dtype dtype, int64_t begin, int64_t end) {
+static struct mt_comm *sharers_of(struct mt_ranks *r, enum mt_sync sync) {
+  return r->tensor[sync == MT_SYNC_DENSE ? MT_GROUP_DENSE : MT_GROUP_DATA];
+}
+
+/* Where a bucket lies in a form that has the class in one stretch: gradients, or what operations
+ * read. */
+char *mt_ranks_bucket(const struct mt_ranks *r, const struct mt_bucket *k, bool compute) {
+  const struct mt_param *p = &r->model->params.row[k->first];
+  const struct mt_tensor *t = compute ? &p->compute : &p->grad;
+  int64_t into = k->begin - r->buckets.at[k->first];
+  return (char *)t->data + into * (int64_t)mt_dtype_bytes(t->dtype);
+}
+
+/* r->squares[0] += the squares of this rank's part of a bucket, of parameters that lie there. */
+static mt_err add_squares(struct mt_ranks *r, const struct mt_bucket *k) {
   struct mt_model *m = r->model;
+  int64_t begin = k->begin + k->own, end = begin + k->owned;
   int count = 0;
-  for (int i = 0; i < m->params.count; i++) {
+  for (int i = k->first; i <= k->last; i++) {
     const struct mt_param *p = &m->params.row[i];
-    if (p->sync != sync || !p->grad.data) continue;
-    int64_t at = ((const char *)p->grad.data - base) / (int64_t)mt_dtype_bytes(dtype);
-    int64_t from = begin > at ? begin : at, to = at + mt_param_count(p);
+    int64_t at = r->buckets.at[i], from = begin > at ? begin : at, to = at + mt_param_count(p);
     if (to > end) to = end;
-    if (from >= to) continue;
-    char *data = (char *)p->grad.data + (size_t)(from - at) * mt_dtype_bytes(dtype);
-    r->views[count++] = mt_vec(data, dtype, to - from);
+    if (p->sync != k->sync || !p->learns || from >= to) continue;
+    char *data = (char *)p->grad.data + (from - at) * (int64_t)mt_dtype_bytes(p->grad.dtype);
+    r->views[count++] = mt_vec(data, p->grad.dtype, to - from);
   }
   if (count == 0) return MT_OK;
   /* The sum so far is one of the parts of the next; it may not lie where that is written. */
@@ -186,24 +221,14 @@ static mt_err add_squares(struct mt_ranks *r, enum mt_sync sync, const char *bas
                                                          .out = r->squares});
 }
 
-/* A sync class lies in one stretch of the gradients' arena. */
-static mt_err sum_class(struct mt_ranks *r, enum mt_sync sync, struct mt_comm *c) {
-  const struct mt_model *m = r->model;
-  enum mt_dtype dtype = m->recipe->grad;
-  char *base = NULL, *end = NULL;
-  for (int i = 0; i < m->params.count; i++) {
-    const struct mt_param *p = &m->params.row[i];
-    if (p->sync != sync || !p->grad.data) continue;
-    if (!base) base = p->grad.data;
-    end = (char *)p->grad.data + mt_bytes(&p->grad);
-  }
-  int64_t item = (int64_t)mt_dtype_bytes(dtype), all = base ? (end - base) / item : 0;
-  for (int64_t at = 0; at < all; at += r->bucket_elements) {
-    int64_t n = all - at < r->bucket_elements ? all - at : r->bucket_elements, own, owned;
-    MT_TRY(mt_sum_bucket(&r->sum, c, base + at * item, dtype, n, &own, &owned));
-    MT_TRY(add_squares(r, sync, base, dtype, at + own, at + own + owned));
-  }
-  return MT_OK;
+static mt_err sum_bucket(struct mt_ranks *r, const struct mt_bucket *k) {
+  struct mt_comm *c = sharers_of(r, k->sync);
+  enum mt_dtype dtype = r->model->recipe->grad;
+  int64_t own, owned;
+  char *grad = mt_ranks_bucket(r, k, false);
+  if (r->model->options.zero > 0)
+    return mt_sum_scatter(&r->sum, c, grad, dtype, k->count, &own, &owned);
+  return mt_sum_bucket(&r->sum, c, grad, dtype, k->count, &own, &owned);
 }
 
 /* *sumsq (=) squares[0] of every member of a group, added up in their order. */
@@ -225,11 +250,26 @@ static mt_err sum_squares(struct mt_ranks *r, enum mt_group group, double *sumsq
 
 mt_err mt_ranks_gradients(struct mt_ranks *r, double *sumsq) {
   MT_TRY(r->model->be->zero(r->model->be, r->squares, squares_bytes(r)));
-  MT_TRY(sum_class(r, MT_SYNC_DENSE, r->tensor[MT_GROUP_DENSE]));
-  MT_TRY(sum_class(r, MT_SYNC_EXPERT, r->tensor[MT_GROUP_DATA]));
+  bool begun = r->begun;
+  if (begun) MT_TRY(mt_ranks_finish(r));
+  for (int i = 0; i < r->buckets.count; i++) {
+    const struct mt_bucket *k = &r->buckets.item[i];
+    if (!begun) MT_TRY(sum_bucket(r, k));
+    MT_TRY(add_squares(r, k));
+  }
   if (r->mesh.pp == 1) return sum_squares(r, MT_GROUP_DENSE, sumsq);
   MT_TRY(sum_squares(r, MT_GROUP_DENSE, r->squares));
   MT_TRY(mt_phase_enter(r->model, MT_PHASE_PIPELINE)); /* the last stage waits for the first */
   MT_TRY(sum_squares(r, MT_GROUP_PIPE, sumsq));
   return mt_phase_enter(r->model, MT_PHASE_OPTIMIZER);
+}
+
+mt_err mt_ranks_parameters(struct mt_ranks *r) {
+  enum mt_dtype dtype = r->model->recipe->act;
+  for (int i = 0; r->model->options.zero > 0 && i < r->buckets.count; i++) {
+    const struct mt_bucket *k = &r->buckets.item[i];
+    MT_TRY(mt_sum_gather(&r->sum, sharers_of(r, k->sync), mt_ranks_bucket(r, k, true), dtype,
+                         k->count));
+  }
+  return MT_OK;
 }

@@ -13,8 +13,6 @@
 #include "par/sum.h"
 #include "par/world.h"
 
-enum { MT_RANKS_BUCKET = 8 << 20 }; /* elements of gradients summed at a time */
-
 struct mt_ranks {
   struct mt_world *world;
   struct mt_mesh mesh;
@@ -22,11 +20,15 @@ struct mt_ranks {
   struct mt_comm gpu[MT_GROUP_COUNT];     /* over a GPU's, where the model is on one */
   struct mt_comm *tensor[MT_GROUP_COUNT]; /* over the backend's: those of one or the other */
   struct mt_model *model;
-  struct mt_pipeline pipeline; /* of several stages; mesh.pp says whether */
-  struct mt_tensor *views;     /* room for the gradients that a norm reads */
+  struct mt_pipeline pipeline;   /* of several stages; mesh.pp says whether */
+  const struct mt_params *whole; /* the table of all ranks' model; set by who collects */
+  struct mt_tensor *views;       /* room for the gradients that a norm reads */
   struct mt_sum sum;
-  double *squares;         /* backend [1 + DP EP or PP]: of this rank's parts, and of all ranks */
-  int64_t bucket_elements; /* summed at a time, at most */
+  double *squares;           /* backend [1 + DP EP or PP]: of this rank's parts, and of all ranks */
+  struct mt_buckets buckets; /* that gradients are summed by */
+  struct mt_comm late[MT_SYNC_COUNT]; /* over the host's memory, for gatherings behind sums */
+  struct mt_overlap *overlap;         /* of sums with backward (overlap.c) */
+  bool begun;                         /* it is under way */
 };
 
 /* Communicators of every group of the mesh. Collective. Errors: MT_ECOMM, MT_ENOMEM. */
@@ -42,6 +44,9 @@ void mt_ranks_close(struct mt_ranks *r); /* before the model's end */
 
 /* What of the model this rank holds. */
 struct mt_shard mt_ranks_shard(const struct mt_mesh *mesh);
+
+/* How many ranks share each class of parameters. */
+struct mt_sharers mt_ranks_sharers(const struct mt_mesh *mesh);
 
 /* n numbers summed over the ranks that read data, in place; the same on each. */
 mt_err mt_ranks_sum_counts(struct mt_ranks *r, int64_t *numbers, int n);
@@ -64,9 +69,33 @@ mt_err mt_ranks_logits(struct mt_ranks *r, struct mt_model *m, int64_t begin, in
 /* Rank 0's token for everyone: who generates together must go on alike. *id (=); r may be NULL. */
 mt_err mt_ranks_token(struct mt_ranks *r, int32_t *id);
 
+/* Buckets that are on their way beside backward at most; room is taken for so many of the largest,
+ * or for all where there are fewer. */
+enum { MT_OVERLAP_BUCKETS = 8 };
+
+int mt_ranks_overlap_places(const struct mt_ranks *r);
+
+/* Memory that sums take beside the arenas. */
+size_t mt_ranks_sum_bytes(const struct mt_ranks *r);
+
+/* Before the backward of a step's last pass: from here on each bucket's sum begins when its last
+ * gradient is finished, through the model's grad_ready, which is the caller's again afterwards.
+ * Where memory is not the host's nothing happens. Errors: MT_ENOMEM. */
+mt_err mt_ranks_begin(struct mt_ranks *r);
+
 /* After the backward of a step's last pass: every gradient (=) its sum over the ranks that hold the
- * parameter, and *sumsq (=, backend's memory) the sum of squares of all gradients of the whole
- * model. The host does not wait for the backend. */
+ * parameter (with sharded state, of this rank's parts alone), and *sumsq (=, backend's memory) the
+ * sum of squares of all gradients of the whole model. The host does not wait for the backend. */
 mt_err mt_ranks_gradients(struct mt_ranks *r, double *sumsq);
+
+/* After an update with sharded state: what operations read of every parameter (=), each rank's
+ * parts from it. Nothing to do without. */
+mt_err mt_ranks_parameters(struct mt_ranks *r);
+
+/* Internal to par/: overlap.c's end of a step and of itself; where a bucket lies among gradients or
+ * in what operations read. */
+mt_err mt_ranks_finish(struct mt_ranks *r);
+void mt_ranks_end_overlap(struct mt_ranks *r);
+char *mt_ranks_bucket(const struct mt_ranks *r, const struct mt_bucket *k, bool compute);
 
 #endif

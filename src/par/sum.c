@@ -3,12 +3,7 @@
 #include <stdlib.h>
 
 void mt_sum_cut(int64_t n, int ranks, int64_t *count, int64_t *start) {
-  int64_t each = (n + ranks - 1) / ranks;
-  each = (each + MT_SUM_PART - 1) / MT_SUM_PART * MT_SUM_PART;
-  for (int i = 0; i < ranks; i++) {
-    start[i] = each * i < n ? each * i : n;
-    count[i] = n - start[i] < each ? n - start[i] : each;
-  }
+  for (int i = 0; i < ranks; i++) start[i] = mt_bucket_part(n, ranks, i, &count[i]);
 }
 
 /* Where the parts of n elements lie, and where the others' shares of this rank's arrive. */

@@ -4,6 +4,7 @@
 #ifndef MT_PAR_SUM_H
 #define MT_PAR_SUM_H
 
+#include "model/buckets.h"
 #include "backend/device.h"
 #include "par/comm.h"
 
@@ -17,7 +18,7 @@ struct mt_sum {
 };
 
 /* What a rank's part of a bucket is a multiple of. */
-enum { MT_SUM_PART = 64 };
+enum { MT_SUM_PART = MT_BUCKET_UNIT };
 
 /* n elements cut for the members of a group: parts of equal size, but that the last ones may be
  * smaller or empty. Member i's are [start[i], start[i] + count[i]). */

@@ -166,7 +166,6 @@ static mt_err join(struct mt_ranks *r, struct mt_model *m, const struct mt_count
                                      [MT_GROUP_DENSE] = o->dp * o->ep,
                                      [MT_GROUP_PIPE] = 1};
   r->mesh = (struct mt_mesh){.world = o->dp * o->ep, .dp = o->dp, .ep = o->ep, .pp = 1};
-  r->bucket_elements = MT_RANKS_BUCKET;
   for (int g = 0; g < MT_GROUP_COUNT; g++) r->comm[g] = group_of((enum mt_group)g, sizes[g]);
   return mt_ranks_join(r, m);
 }
@@ -224,6 +223,7 @@ static mt_err run(struct counter *c, struct mt_model *m, struct mt_optimizer *op
     take_rows(c, &out->sums, &out->sums_s, &out->sums_calls, NULL);
   }
   out->sums_bytes = c->taken_bytes - before;
+  out->sums_places = alone ? 1 : mt_ranks_overlap_places(ranks);
   MT_TRY(mt_optimizer_update(opt));
   add_rows(profile, &c->profile);
   take_rows(c, &out->update, &out->update_s, &out->update_calls, NULL);

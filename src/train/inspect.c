@@ -202,7 +202,12 @@ static mt_err plan_on(struct mt_backend *be, const struct mt_recipe *recipe, str
   if (m.token_capacity < 0) return mt_fail(MT_EINVAL, "batch-size x max-seq-length is too large");
   struct mt_params params;
   MT_TRY(mt_device_skips(&o->device, &m.skip_8bit));
-  m.shard = o->mesh ? mt_ranks_shard(&s->mesh) : mt_shard_whole(&s->h.config);
+  m.shard = mt_shard_whole(&s->h.config);
+  if (o->mesh) {
+    m.shard = mt_ranks_shard(&s->mesh);
+    m.sharers = mt_ranks_sharers(&s->mesh);
+    m.zero = o->zero;
+  }
   MT_TRY(mt_params_build(&s->h.config, &m.shard, &params));
   mt_err err = mt_hf_freeze(&s->h.config, &params, o->freeze.item, o->freeze.count);
   if (!err) err = mt_model_plan(&s->h.config, &params, recipe, be, &m, &memory);

@@ -12,11 +12,6 @@ double mt_schedule_lr(const struct mt_optimizer_options *o, int64_t step) {
   return o->lr * (o->schedule == MT_SCHEDULE_LINEAR ? 1 - x : 0.5 * (1 + cos(M_PI * x)));
 }
 
-/* A parameter as one row of elements: the update does not care for its shape. */
-static struct mt_tensor flat(struct mt_tensor t) {
-  return t.data ? mt_vec(t.data, t.dtype, mt_count(&t)) : (struct mt_tensor){0};
-}
-
 /* The experts' weights: nearly all there is, and grouped products make their gradients, which add
  * up the squares on the way. */
 static bool leaves_sumsq(const struct mt_param *p) {
@@ -30,29 +25,34 @@ static size_t sumsq_bytes(const struct mt_optimizer *o) {
 mt_err mt_optimizer_create(struct mt_optimizer *o, struct mt_model *m,
                            const struct mt_optimizer_options *options) {
   *o = (struct mt_optimizer){.options = *options, .model = m};
-  mt_err err = MT_ENOMEM;
+  mt_err err;
   void *sumsq = NULL;
-  o->segments = calloc((size_t)m->params.count, sizeof *o->segments);
-  o->grads = calloc((size_t)m->params.count, sizeof *o->grads);
+  struct mt_piece *piece = NULL;
+  int pieces, learning = 0;
+  MT_GO(mt_model_pieces(m, &piece, &pieces));
+  o->segments = calloc((size_t)pieces + 1, sizeof *o->segments);
+  o->grads = calloc((size_t)pieces + 1, sizeof *o->grads);
   if (!o->segments || !o->grads) {
-    mt_fail(MT_ENOMEM, "optimizer table");
+    err = mt_fail(MT_ENOMEM, "optimizer table");
     goto done;
   }
-  for (int i = 0; i < m->params.count; i++) {
-    const struct mt_param *p = &m->params.row[i];
-    if (!p->learns) continue;
-    struct mt_adamw_segment *s = &o->segments[o->segment_count];
-    *s = (struct mt_adamw_segment){.master = flat(p->master),
-                                   .grad = flat(p->grad),
-                                   .m = flat(p->m),
-                                   .v = flat(p->v),
-                                   .decay = p->decay,
-                                   .tensor = (uint32_t)i};
-    if (p->compute.data && p->compute.data != p->master.data) s->compute = flat(p->compute);
-    o->segment_count++;
-    o->part_count += leaves_sumsq(p);
+  for (int i = 0; i < pieces; i++) {
+    struct mt_adamw_segment *s = &o->segments[o->segment_count++];
+    *s = (struct mt_adamw_segment){.master = piece[i].master,
+                                   .grad = piece[i].grad,
+                                   .m = piece[i].m,
+                                   .v = piece[i].v,
+                                   .decay = m->params.row[piece[i].row].decay,
+                                   .tensor = (uint32_t)piece[i].row,
+                                   .first = piece[i].first};
+    if (piece[i].compute.data && piece[i].compute.data != piece[i].master.data)
+      s->compute = piece[i].compute;
   }
-  if (o->segment_count == 0 && !mt_acts_staged(&m->acts)) { /* others' stages may learn */
+  for (int i = 0; i < m->params.count; i++) {
+    learning += m->params.row[i].learns;
+    o->part_count += leaves_sumsq(&m->params.row[i]);
+  }
+  if (learning == 0 && !mt_acts_staged(&m->acts)) { /* others' stages may learn */
     err = mt_fail(MT_EINVAL, "every parameter is frozen: there is nothing to learn");
     goto done;
   }
@@ -62,6 +62,7 @@ mt_err mt_optimizer_create(struct mt_optimizer *o, struct mt_model *m,
     if (leaves_sumsq(&m->params.row[i])) m->params.row[i].grad_sumsq = o->grad_sumsq + part++;
   }
 done:
+  free(piece);
   if (err) mt_optimizer_destroy(o);
   return err;
 }

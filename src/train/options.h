@@ -54,6 +54,7 @@ struct mt_train_options {
   int pp_size;            /* stages that the layers are cut into */
   int pp_schedule;        /* enum mt_pp_schedule */
   double comm_timeout_s;  /* how long they wait for each other */
+  int zero;               /* what they cut among them: 1 the optimizer's state, 2 gradients too */
   int batch_size;         /* samples a rank and micro-batch */
   int max_seq_length;     /* tokens; longer samples are truncated */
   int64_t warmup_steps;   /* before train_steps */
@@ -139,7 +140,7 @@ struct mt_inspect_options {
   bool tensors; /* list every tensor */
   bool norms;   /* read all experts' weights, however many there are */
   int mesh;     /* show what each of so many ranks would hold; 0: not */
-  int ep_size, pp_size;
+  int ep_size, pp_size, zero;
   int samples; /* of data, to show */
   int color;   /* enum mt_color */
   bool train_on_prompt, skip_bad_lines;

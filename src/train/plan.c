@@ -13,7 +13,7 @@
 /* Forms of a stage's parameters of one sync class, in bytes as they lie in the arenas. */
 struct class_bytes {
   size_t compute, master, grad, states;
-  size_t summed; /* of grad: to the end of the last one, without what its place is rounded up by */
+  size_t summed; /* of grad */
 };
 
 struct stage {
@@ -154,11 +154,7 @@ static mt_err class_of(struct mt_planner *p, const struct mt_config *c,
   *out = (struct class_bytes){.grad = all.gradients, .states = all.optimizer};
   out->master = p->recipe->act == p->recipe->state ? 0 : all.optimizer / 2;
   out->compute = all.parameters - out->master;
-  for (int i = 0; i < some.count; i++) {
-    if (!some.row[i].learns) continue;
-    size_t last = (size_t)mt_param_count(&some.row[i]) * mt_dtype_bytes(p->recipe->grad);
-    out->summed = all.gradients - (MT_ARENA_ALIGN - last % MT_ARENA_ALIGN) % MT_ARENA_ALIGN;
-  }
+  out->summed = all.gradients;
 done:
   mt_params_free(&some);
   return err;
@@ -202,6 +198,8 @@ static mt_err count_stage(struct mt_planner *p, const struct mt_mesh *m, int rec
   out->activations = kept.arenas.activations;
   out->rows_bytes = kept.rows_bytes;
   out->sums_bytes = out->count.sums_bytes;
+  /* Beside backward, in the host's memory and without stages, several buckets are on their way. */
+  if (!wants_cuda(p->options) && m->pp == 1) out->sums_bytes *= (size_t)out->count.sums_places;
 done:
   mt_params_free(&here);
   mt_params_free(&stage);
@@ -326,7 +324,7 @@ static double travel(const struct mt_machine *m, double bytes, int ranks, int st
 }
 
 static double bucket_count(const struct class_bytes *b, const struct mt_recipe *r) {
-  return ceil((double)b->summed / (double)mt_dtype_bytes(r->grad) / MT_RANKS_BUCKET);
+  return ceil((double)b->summed / (double)mt_dtype_bytes(r->grad) / MT_BUCKET_ELEMENTS);
 }
 
 /* What runs once a step beside the passes: sums, their additions, the update. */

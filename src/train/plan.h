@@ -13,6 +13,7 @@ struct mt_count {
   struct mt_memory arenas;
   size_t rows_bytes; /* over ranks: what is taken beside the arenas for the rows that come */
   size_t sums_bytes; /* and for sums of gradients */
+  int sums_places;   /* as many of that there are where sums run beside backward */
   struct mt_work first, more, sums, update; /* a step's first pass, each further one; the sums */
   double first_s, more_s, sums_s, update_s; /* without what travels */
   double ends_s, ends_flops;                /* embedding and head, within a pass */

@@ -1,5 +1,6 @@
 #include "train/session.h"
 
+#include <stdlib.h>
 #include <time.h>
 
 #include "base/log.h"
@@ -122,7 +123,12 @@ int mt_session_reader(const struct mt_session *s) {
 static mt_err make_tables(struct mt_session *s, const struct mt_string_list *freeze,
                           struct mt_model_options *o, struct mt_params *params) {
   const struct mt_config *c = &s->checkpoint.config;
-  if (s->ranks) o->shard = mt_ranks_shard(&s->ranks->mesh);
+  if (s->ranks) {
+    o->shard = mt_ranks_shard(&s->ranks->mesh);
+    o->sharers = mt_ranks_sharers(&s->ranks->mesh);
+  } else {
+    o->zero = 0;
+  }
   mt_params_free(&s->whole);
   MT_TRY(mt_params_build(c, NULL, &s->whole));
   MT_TRY(mt_params_build(c, s->ranks ? &o->shard : NULL, params));
@@ -135,6 +141,23 @@ static mt_err make_tables(struct mt_session *s, const struct mt_string_list *fre
   return MT_OK;
 }
 
+/* Masters of which each rank keeps its parts. */
+static mt_err load_masters(struct mt_session *s) {
+  struct mt_model *m = &s->model;
+  struct mt_piece *piece;
+  int count;
+  if (!m->options.training || m->options.zero == 0 || s->recipe->act == s->recipe->state)
+    return MT_OK;
+  MT_TRY(mt_model_pieces(m, &piece, &count));
+  mt_err err = MT_OK;
+  for (int i = 0; !err && i < count; i++) {
+    const struct mt_param *p = &m->params.row[piece[i].row];
+    err = mt_hf_load_run(&s->checkpoint, p, piece[i].first, &piece[i].master, &s->be);
+  }
+  free(piece);
+  return err;
+}
+
 static mt_err load(struct mt_session *s, const struct mt_model_options *options,
                    const struct mt_string_list *freeze) {
   struct mt_model_options o = *options;
@@ -144,7 +167,8 @@ static mt_err load(struct mt_session *s, const struct mt_model_options *options,
   MT_GO(make_tables(s, freeze, &o, &params));
   MT_GO(mt_model_create(&s->model, &s->checkpoint.config, &params, s->recipe, &s->be, &o));
   MT_GO(mt_hf_load(&s->checkpoint, &s->model.params, &s->be));
-  MT_GO(mt_model_quantize_weights(&s->model));
+  MT_GO(load_masters(s));
+  err = mt_model_quantize_weights(&s->model);
 done:
   mt_params_free(&params);
   return err;
@@ -176,7 +200,9 @@ mt_err mt_session_load(struct mt_session *s, const struct mt_model_options *opti
   mt_world_patience(s->world, mt_session_patience_s(s));
   err = mt_world_meet(s->world, err, NULL);
   mt_world_patience(s->world, 0);
-  if (!err && s->ranks) err = mt_ranks_join(s->ranks, &s->model);
+  if (err || !s->ranks) return err;
+  s->ranks->whole = &s->whole;
+  err = mt_ranks_join(s->ranks, &s->model);
   return err;
 }
 

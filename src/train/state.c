@@ -297,9 +297,27 @@ mt_err mt_state_verify(const char *path) {
   return MT_OK;
 }
 
+/* A form of a row from a file's elements, or what is kept of it here. */
+static mt_err put_form(struct mt_session *s, int row, enum mt_form form, const uint8_t *data) {
+  const struct mt_model *m = &s->model;
+  const struct mt_param *p = &m->params.row[row];
+  struct mt_tensor t = mt_param_form(p, form);
+  size_t item = mt_dtype_bytes(s->recipe->state);
+  if (t.data) return s->be.upload(&s->be, t.data, data, mt_bytes(&t));
+  t = mt_model_share(m, p->sync, form);
+  int64_t begin, n, state;
+  for (int64_t from = 0; mt_buckets_run(&m->buckets, &m->params, row, from, &begin, &n, &state);
+       from = begin + n) {
+    MT_TRY(s->be.upload(&s->be, (char *)t.data + (size_t)state * item, data + (size_t)begin * item,
+                        (size_t)n * item));
+  }
+  return MT_OK;
+}
+
 /* What of the file's tensor of a form is here. */
 static mt_err load_form(const char *path, const struct mt_st_file *file, struct mt_session *s,
-                        const struct mt_param *p, int k) {
+                        int row, int k) {
+  const struct mt_param *p = &s->model.params.row[row];
   const struct mt_param *whole = mt_params_find(&s->whole, p->kind, p->layer);
   enum mt_dtype dtype = s->recipe->state;
   size_t item = mt_dtype_bytes(dtype), n = (size_t)mt_param_count(p);
@@ -311,9 +329,8 @@ static mt_err load_form(const char *path, const struct mt_st_file *file, struct 
     return mt_fail(MT_EFORMAT, "%s: '%s' is missing or of another size: was something else frozen?",
                    path, name);
   }
-  struct mt_tensor form = mt_param_form(p, kept[k].form);
-  MT_TRY(s->be.upload(&s->be, form.data, t->data + first * item, n * item));
-  if (kept[k].form != MT_FORM_MASTER || !p->compute.data || p->compute.data == p->master.data)
+  MT_TRY(put_form(s, row, kept[k].form, t->data + first * item));
+  if (kept[k].form != MT_FORM_MASTER || !p->compute.data || s->recipe->act == s->recipe->state)
     return MT_OK;
   /* What operations read is the master, rounded. */
   void *rounded = malloc(mt_bytes(&p->compute));
@@ -329,8 +346,8 @@ static mt_err load_tensors(const char *path, struct mt_session *s) {
   mt_err err = MT_OK;
   MT_TRY(mt_st_open(path, &file));
   for (int i = 0; !err && i < s->model.params.count; i++) {
-    const struct mt_param *p = &s->model.params.row[i];
-    for (int k = 0; !err && p->learns && k < KEPT; k++) err = load_form(path, &file, s, p, k);
+    bool learns = s->model.params.row[i].learns;
+    for (int k = 0; !err && learns && k < KEPT; k++) err = load_form(path, &file, s, i, k);
   }
   if (!err) err = mt_model_quantize_weights(&s->model);
   mt_st_close(&file);

@@ -127,7 +127,8 @@ static mt_err launch_update(void *context) {
     MT_TRY(mt_ranks_gradients(q->ranks, q->optimizer->grad_sumsq));
   else
     MT_TRY(mt_optimizer_norm(q->optimizer));
-  return mt_optimizer_update(q->optimizer);
+  MT_TRY(mt_optimizer_update(q->optimizer));
+  return q->ranks ? mt_ranks_parameters(q->ranks) : MT_OK;
 }
 
 /* What the host will read, on its way there. */
@@ -178,6 +179,7 @@ static mt_err launch_all(struct mt_step_queue *q, struct mt_batch *const *micro,
     part.pass.sum_squares &= !q->ranks; /* a sum over ranks comes behind */
     const struct mt_graph_key pass = {micro[i]->token_count, part.pass.accumulate, several};
     MT_TRY(mt_model_pass_load(q->model, &part.pass));
+    if (q->ranks && i + 1 == micro_count) MT_TRY(mt_ranks_begin(q->ranks));
     MT_TRY(run_part(q, pass, launch_pass, &part, &replayed));
     r->replayed &= replayed;
   }

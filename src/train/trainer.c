@@ -131,6 +131,7 @@ static mt_err model_options(const struct run *r, struct mt_model_options *out) {
       .aux_coef = mt_train_aux_coef(r->o->router_aux_coef, &r->s.checkpoint.config),
       .z_coef = r->o->router_z_loss,
       .training = true,
+      .zero = r->o->zero,
       .token_capacity = capacity,
       .sequence_capacity = r->o->batch_size};
   if (mt_ranks_staged(r->s.ranks)) {

@@ -19,7 +19,8 @@ static int64_t class_bytes(const struct mt_model *m, enum mt_sync sync) {
     if (!begin) begin = p->grad.data;
     end = (char *)p->grad.data + mt_bytes(&p->grad);
   }
-  return end - begin;
+  int64_t unit = MT_BUCKET_UNIT * (int64_t)mt_dtype_bytes(m->recipe->grad);
+  return (end - begin + unit - 1) / unit * unit;
 }
 
 /* What docs/parallelism.md says leaves the ranks for the gradients of n of them: (n-1)/n of the
@@ -28,18 +29,26 @@ static int64_t class_bytes(const struct mt_model *m, enum mt_sync sync) {
 static void bytes_are_those_of_the_formulas(struct run *mine, struct mt_ranks *r) {
   const struct mt_comm *dense = r->tensor[MT_GROUP_DENSE], *data = r->tensor[MT_GROUP_DATA];
   int64_t sent[] = {dense->sent[MT_COMM_ALL_TO_ALL].bytes, data->sent[MT_COMM_ALL_TO_ALL].bytes,
-                    data->sent[MT_COMM_ALL_GATHER].bytes};
+                    data->sent[MT_COMM_ALL_GATHER].bytes +
+                        r->late[MT_SYNC_EXPERT].sent[MT_COMM_ALL_GATHER].bytes};
   int64_t d = class_bytes(&mine->m, MT_SYNC_DENSE), x = class_bytes(&mine->m, MT_SYNC_EXPERT);
   OK(mt_ranks_sum_counts(r, sent, 3));
   assert_int_equal(sent[0], STEPS * d * (dense->size - 1));
   for (int i = 1; i < 3; i++) assert_int_equal(sent[i], STEPS * x * (data->size - 1) * r->mesh.ep);
 }
 
+/* How gradients and state are cut, and which earlier run must have had the same bits. */
+static const struct {
+  int zero;
+  int64_t bucket_elements; /* 1000: several a class, cut through parameters */
+  int same_as;
+} cuts[] = {{0, 0, -1}, {0, 0, 0}, {0, 1000, -1}, {1, 0, 0}, {1, 1000, 2}};
+
 static void steps_equal_to_one(const char *recipe, struct mt_model_options options, int ep,
                                struct near near) {
   struct mt_config c = config();
   struct mt_mesh mesh;
-  struct numbers want, got, again;
+  struct numbers want, got[sizeof cuts / sizeof *cuts];
   OK(mt_mesh_make(&c, world.size, world.rank, ep, 1, &mesh));
   struct mt_shard shard = mt_ranks_shard(&mesh);
   struct run whole, before, mine;
@@ -53,17 +62,19 @@ static void steps_equal_to_one(const char *recipe, struct mt_model_options optio
   open_run(&whole, recipe, wide, &c, NULL);
   take_weights(&whole, &before);
   run_alone(&whole, world.size, MICRO, &want);
-  for (int run = 0; run < (dist_be.memory_used ? 2 : 3); run++) {
+  options.sharers = mt_ranks_sharers(&mesh);
+  for (int run = 0; run < (dist_be.memory_used ? 2 : (int)(sizeof cuts / sizeof *cuts)); run++) {
     struct mt_ranks ranks;
+    options.zero = cuts[run].zero;
+    options.bucket_elements = cuts[run].bucket_elements;
     open_run(&mine, recipe, options, &c, &shard);
     take_weights(&mine, &before);
     OK(mt_ranks_open(&ranks, &world, &mesh));
     OK(mt_ranks_join(&ranks, &mine.m));
-    if (run == 2) ranks.bucket_elements = 1000; /* several a class, cut through parameters */
-    struct numbers *n = run == 0 ? &got : &again;
-    run_together(&mine, &ranks, MICRO, n);
-    same_numbers(n, &want, near);
-    if (run == 1) assert_memory_equal(got.loss, again.loss, sizeof got.loss);
+    run_together(&mine, &ranks, MICRO, &got[run]);
+    same_numbers(&got[run], &want, near);
+    if (cuts[run].same_as >= 0)
+      assert_memory_equal(got[run].loss, got[cuts[run].same_as].loss, sizeof got[run].loss);
     bytes_are_those_of_the_formulas(&mine, &ranks);
     double off = parameters_off(&mine, &whole, &before);
     if (off > worst_step) worst_step = off;

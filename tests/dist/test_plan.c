@@ -76,7 +76,7 @@ static void same_traffic(const struct mt_plan *plan, struct mt_ranks *r) {
                        *data = &r->comm[MT_GROUP_DATA];
   const struct mt_plan_traffic *t = &plan->sent;
   int64_t sent[] = {dense->sent[MT_COMM_ALL_TO_ALL].bytes, data->sent[MT_COMM_ALL_TO_ALL].bytes,
-                    data->sent[MT_COMM_ALL_GATHER].bytes};
+                    r->late[MT_SYNC_EXPERT].sent[MT_COMM_ALL_GATHER].bytes};
   same_bytes("exchange", t->counts + t->tokens + t->probabilities,
              (double)expert->sent[MT_COMM_ALL_TO_ALL].bytes);
   /* Parts differ by what they are multiples of: all ranks' together are exact. */
@@ -88,7 +88,7 @@ static void same_traffic(const struct mt_plan *plan, struct mt_ranks *r) {
 
 /* The plan is of the rank that has most. */
 static void most_sums(const struct mt_plan *plan, struct mt_ranks *r) {
-  size_t bytes = r->sum.parts_bytes;
+  size_t bytes = mt_ranks_sum_bytes(r);
   int64_t as_many = bytes == plan->memory.sums;
   if (bytes > plan->memory.sums) same_bytes("sums", (double)plan->memory.sums, (double)bytes);
   OK(mt_ranks_sum_counts(r, &as_many, 1));
@@ -131,7 +131,7 @@ static void on_mesh(const char *path, const char *precision, int ep, int recompu
   watch(mine.be);
   OK(mt_ranks_join(&ranks, &mine.m));
   steps(&mine, &ranks);
-  given.bytes -= ranks.sum.parts_bytes;
+  given.bytes -= mt_ranks_sum_bytes(&ranks);
   if (world.size == 1) given.bytes = 0; /* a rank alone does not join */
   struct mt_memory real = mt_model_memory(&mine.m);
   same_bytes("parameters", (double)plan.memory.parameters, (double)real.parameters);

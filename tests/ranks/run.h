@@ -99,6 +99,7 @@ static inline void start(struct start *s) {
   bool sent = s->signal == 0;
   command(s, argv);
   snprintf(log, sizeof log, "%s/log", home);
+  unlink(log); /* what an earlier start has said is not this one's */
   pid_t pid = fork();
   if (pid == 0) {
     int fd = open(log, O_WRONLY | O_CREAT | O_TRUNC | O_APPEND, 0600),

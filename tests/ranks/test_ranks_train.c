@@ -124,6 +124,73 @@ static void goes_on_elsewhere(void **state) {
   }
 }
 
+/* Cut over the ranks or not: the same bits, in checkpoints too, and from one to the other. */
+static void sharded_state_is_the_same(void **state) {
+  (void)state;
+  static const char *const recipes[] = {"fp32", "bf16", "bf16 --optim-state bf16"};
+  char args[512];
+  for (size_t i = 0; i < sizeof recipes / sizeof *recipes; i++) {
+    for (int zero = 0; zero < 2; zero++) {
+      snprintf(args, sizeof args,
+               "--batch-size 3 --ep-size 2 --save-every 3 --keep-best --zero %d --precision %s",
+               zero, recipes[i]);
+      train(4, zero ? "cut" : "whole", args);
+    }
+    static const char *const files[] = {"checkpoint-3/moetune-state.safetensors",
+                                        "checkpoint-6/moetune-state.safetensors",
+                                        "checkpoint-6/model.safetensors", "best/model.safetensors"};
+    for (size_t f = 0; f < sizeof files / sizeof *files; f++)
+      same_tensors(file("cut", files[f]), file("whole", files[f]));
+    same_metrics(file("cut", "metrics.jsonl"), file("whole", "metrics.jsonl"), 0);
+    /* Saved cut, taken up whole, and the other way round. */
+    for (int zero = 0; zero < 2; zero++) {
+      snprintf(args, sizeof args,
+               "--batch-size 3 --ep-size 2 --save-every 3 --zero %d --precision %s --resume "
+               "@/%s/checkpoint-3",
+               zero, recipes[i], zero ? "whole" : "cut");
+      train(4, "here", args);
+      same_tensors(file("here", files[1]), file("whole", files[1]));
+      OK(mt_dir_remove(at_home("here")));
+    }
+  }
+}
+
+static size_t planned(const char *out, const char *what) {
+  const char *at = strstr(out, what);
+  return at ? strtoull(at + strlen(what), NULL, 10) : 0;
+}
+
+/* What --dry-run and inspect say of memory is what a run takes, and a cut state is so much less. */
+static void memory_is_as_planned(void **state) {
+  (void)state;
+  char args[1024], *text;
+  size_t size, state_bytes[2];
+  for (int zero = 0; zero < 2; zero++) {
+    snprintf(args, sizeof args, "--batch-size 3 --ep-size 2 --zero %d", zero);
+    train(4, "run", args);
+    OK(mt_file_read(file("run", "run.json"), 1 << 20, &text, &size));
+    size_t got = planned(strstr(text, "\"memory_bytes\""), "\"optimizer\": ");
+    snprintf(args, sizeof args, "%s --batch-size 3 --ep-size 2 --zero %d --out @/none --dry-run",
+             RUN, zero);
+    struct start s = {.ranks = 4, .args = args}, t;
+    start_well(&s);
+    assert_int_equal(planned(s.out, "\noptimizer "), got);
+    assert_int_equal(planned(s.out, "\nparameters "),
+                     planned(strstr(text, "\"memory_bytes\""), "\"parameters\": "));
+    snprintf(args, sizeof args,
+             "inspect --model @/model --train --mesh 4 --ep-size 2 --zero %d --batch-size 3 "
+             "--max-seq-length 32 --router-aux-coef 0.1 --threads 1",
+             zero);
+    t = (struct start){.args = args};
+    start_well(&t);
+    assert_int_equal(planned(t.out, "\noptimizer "), got);
+    state_bytes[zero] = got;
+    free(text);
+  }
+  /* Dense parts are a fourth each, experts' a half. */
+  assert_true(state_bytes[1] * 2 < state_bytes[0] + 4096 && state_bytes[1] * 4 > state_bytes[0]);
+}
+
 static void refused(struct start *s, const char *why) {
   start(s);
   if (s->status <= 0 || !strstr(s->out, why))
@@ -202,8 +269,9 @@ static void answers_are_the_same(void **state) {
 }
 
 static const struct CMUnitTest tests[] = {
-    cmocka_unit_test(equals_one_rank), cmocka_unit_test(same_bits_twice),
-    cmocka_unit_test(goes_on_elsewhere), cmocka_unit_test(differences_are_refused),
+    cmocka_unit_test(equals_one_rank),      cmocka_unit_test(same_bits_twice),
+    cmocka_unit_test(goes_on_elsewhere),    cmocka_unit_test(sharded_state_is_the_same),
+    cmocka_unit_test(memory_is_as_planned), cmocka_unit_test(differences_are_refused),
     cmocka_unit_test(answers_are_the_same)};
 int main(void) {
   return cmocka_run_group_tests(tests, set_up, tear_down);

@@ -159,9 +159,9 @@ static void update_block_bf16(const struct mt_adamw_segment *s, int64_t begin, i
     load_run(&s->v, i, count, v);
     load_run(&s->grad, i, count, g);
     update_run((struct state){w, m, v, g}, 0, RUN, u);
-    random_run(u, s->tensor, MT_ROUND_WEIGHT, i, bits);
+    random_run(u, s->tensor, MT_ROUND_WEIGHT, s->first + i, bits);
     store_run(w, bits, count, MT_ROUND_WEIGHT, (uint16_t *)s->master.data + i);
-    random_run(u, s->tensor, MT_ROUND_M, i, bits); /* V's too */
+    random_run(u, s->tensor, MT_ROUND_M, s->first + i, bits); /* V's too */
     store_run(m, bits, count, MT_ROUND_M, (uint16_t *)s->m.data + i);
     store_run(v, bits, count, MT_ROUND_V, (uint16_t *)s->v.data + i);
   }

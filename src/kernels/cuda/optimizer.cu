@@ -453,6 +453,10 @@ static mt_err adamw_formats(const struct mt_adamw_segment *s) {
   if (s->compute.data && s->compute.dtype != MT_BF16) {
     return mt_fail(MT_EUNSUPPORTED, "adamw: a rounded copy in %s", mt_dtype_name(s->compute.dtype));
   }
+  /* The random bits count from the parameter's beginning, which these kernels take for the
+   * segment's. */
+  if (s->first && s->master.dtype == MT_BF16)
+    return mt_fail(MT_EUNSUPPORTED, "adamw: a part of a parameter whose state is BF16");
   return mt_cuda_format("adamw", &s->master);
 }
 

@@ -82,7 +82,7 @@ static void put_state(const struct mt_adamw_args *a, const struct mt_adamw_segme
     return;
   }
   mt_rounding_bits(a->values->seed, s->tensor, purpose, (uint32_t)a->values->step,
-                   (uint64_t)n / MT_ROUND_BLOCK, &r[0], &r[1], &r[2], &r[3]);
+                   (uint64_t)(n + s->first) / MT_ROUND_BLOCK, &r[0], &r[1], &r[2], &r[3]);
   ((uint16_t *)t->data)[n] =
       mt_round_at_random((float)x, mt_rounding_pick(r, (int)(n % MT_ROUND_BLOCK), purpose));
 }

@@ -1,0 +1,225 @@
+/* Sums of gradients while backward goes on: a bucket whose gradients are finished leaves at once,
+ * and is added up and gathered as its parts arrive.
+ *
+ * Every rank must start the calls of a group in the same order. Buckets become ready in the order
+ * of backward, which is the same everywhere; gatherings are started in that order too, whenever
+ * their parts have come, and have communicators of their own, so that neither order depends on the
+ * other. */
+#include <stdlib.h>
+
+#include "par/ranks.h"
+
+enum state { WAITS, LEFT, ADDED };
+
+struct flight {
+  enum state state;
+  int missing; /* gradients that are not finished */
+  int stage;
+  struct mt_transfer t;
+};
+
+struct mt_overlap {
+  struct flight *flight; /* of each bucket */
+  int *order;            /* buckets as they left */
+  int left, added;
+  /* Places for the parts of buckets that are on their way or wait to be added up. */
+  void *memory;
+  size_t stage_bytes;
+  int stages;
+  bool used[MT_OVERLAP_BUCKETS];
+  int64_t *numbers; /* counts and starts for one call */
+  mt_err err;       /* the first that a hook could not return */
+};
+
+static struct mt_comm *group_of(struct mt_ranks *r, const struct mt_bucket *k) {
+  return &r->comm[k->sync == MT_SYNC_DENSE ? MT_GROUP_DENSE : MT_GROUP_DATA];
+}
+
+static enum mt_dtype format(const struct mt_ranks *r) {
+  return r->model->recipe->grad;
+}
+
+/* The cut of a bucket and, from `ranks` * 2 on, where the others' shares of this rank's arrive. */
+static void cut(struct mt_overlap *o, const struct mt_comm *c, const struct mt_bucket *k,
+                struct mt_parts *parts, struct mt_parts *places) {
+  int64_t *n = o->numbers;
+  int size = c->size;
+  mt_sum_cut(k->count, size, n, n + size);
+  for (int p = 0; p < size; p++) {
+    n[2 * size + p] = n[c->rank];
+    n[3 * size + p] = p * n[c->rank];
+  }
+  *parts = (struct mt_parts){n, n + size};
+  *places = (struct mt_parts){n + 2 * size, n + 3 * size};
+}
+
+static char *stage_of(const struct mt_overlap *o, int stage) {
+  return (char *)o->memory + (size_t)stage * o->stage_bytes;
+}
+
+/* The oldest bucket's parts have come: adds them up and sends the sums around. */
+static mt_err add_up(struct mt_ranks *r) {
+  struct mt_overlap *o = r->overlap;
+  struct mt_backend *be = r->model->be;
+  int i = o->order[o->added];
+  const struct mt_bucket *k = &r->buckets.item[i];
+  struct flight *f = &o->flight[i];
+  struct mt_comm *c = group_of(r, k);
+  size_t item = mt_dtype_bytes(format(r));
+  char *grad = mt_ranks_bucket(r, k, false);
+  if (c->size > 1) {
+    MT_TRY(mt_comm_wait(c, &f->t));
+    struct mt_parts_sum_args a = {.parts =
+                                      mt_mat(stage_of(o, f->stage), format(r), c->size, k->owned),
+                                  .out = mt_vec(grad + (size_t)k->own * item, format(r), k->owned)};
+    if (k->owned > 0) MT_TRY(be->ops.parts_sum(be, &a));
+    o->used[f->stage] = false;
+  }
+  f->state = ADDED;
+  o->added++;
+  if (c->size == 1 || r->model->options.zero > 0) return MT_OK;
+  struct mt_parts parts, places;
+  cut(o, c, k, &parts, &places);
+  return mt_comm_all_gather(&r->late[k->sync], grad, parts, item, &f->t);
+}
+
+/* Goes on with what has come. */
+static mt_err go_on(struct mt_ranks *r) {
+  struct mt_overlap *o = r->overlap;
+  while (o->added < o->left) {
+    int i = o->order[o->added];
+    bool done = true;
+    struct mt_comm *c = group_of(r, &r->buckets.item[i]);
+    MT_TRY(mt_comm_test(c, &o->flight[i].t, &done));
+    if (!done) return MT_OK;
+    MT_TRY(add_up(r));
+  }
+  return MT_OK;
+}
+
+static int free_stage(const struct mt_overlap *o) {
+  for (int s = 0; s < o->stages; s++) {
+    if (!o->used[s]) return s;
+  }
+  return -1;
+}
+
+static mt_err leave(struct mt_ranks *r, int i) {
+  struct mt_overlap *o = r->overlap;
+  const struct mt_bucket *k = &r->buckets.item[i];
+  struct flight *f = &o->flight[i];
+  struct mt_comm *c = group_of(r, k);
+  size_t item = mt_dtype_bytes(format(r));
+  struct mt_parts parts, places;
+  f->state = LEFT;
+  if (c->size > 1) {
+    while (free_stage(o) < 0) MT_TRY(add_up(r));
+    f->stage = free_stage(o);
+    o->used[f->stage] = true;
+    cut(o, c, k, &parts, &places);
+    MT_TRY(mt_comm_all_to_all(c, mt_ranks_bucket(r, k, false), parts, stage_of(o, f->stage), places,
+                              item, &f->t));
+  }
+  o->order[o->left++] = i;
+  return MT_OK;
+}
+
+static mt_err ready(struct mt_ranks *r, const struct mt_param *p) {
+  struct mt_overlap *o = r->overlap;
+  int row = (int)(p - r->model->params.row);
+  for (int i = r->buckets.count - 1; i >= 0; i--) {
+    const struct mt_bucket *k = &r->buckets.item[i];
+    bool inside = k->sync == p->sync && row >= k->first && row <= k->last;
+    if (!inside || o->flight[i].state != WAITS || o->flight[i].missing == 0) continue;
+    if (--o->flight[i].missing == 0) MT_TRY(leave(r, i));
+  }
+  return go_on(r);
+}
+
+static void on_ready(void *context, struct mt_param *p) {
+  struct mt_ranks *r = context;
+  if (!r->overlap->err) r->overlap->err = ready(r, p);
+}
+
+int mt_ranks_overlap_places(const struct mt_ranks *r) {
+  int n = 0;
+  for (int i = 0; i < r->buckets.count; i++) {
+    bool dense = r->buckets.item[i].sync == MT_SYNC_DENSE;
+    n += r->comm[dense ? MT_GROUP_DENSE : MT_GROUP_DATA].size > 1;
+  }
+  return n < MT_OVERLAP_BUCKETS ? n : MT_OVERLAP_BUCKETS;
+}
+
+static mt_err open_overlap(struct mt_ranks *r) {
+  size_t n = (size_t)r->buckets.count + 1, ranks = (size_t)r->comm[MT_GROUP_DENSE].size;
+  struct mt_overlap *o = calloc(1, sizeof *o);
+  r->overlap = o;
+  if (o) o->flight = calloc(n, sizeof *o->flight);
+  if (o) o->order = calloc(n, sizeof *o->order);
+  if (o) o->numbers = calloc(4 * ranks, sizeof *o->numbers);
+  if (!o || !o->flight || !o->order || !o->numbers)
+    return mt_fail(MT_ENOMEM, "%d buckets", r->buckets.count);
+  for (int i = 0; i < r->buckets.count; i++) {
+    const struct mt_bucket *k = &r->buckets.item[i];
+    size_t size = (size_t)group_of(r, k)->size, bytes = (size_t)k->owned * size;
+    if (size == 1) continue;
+    bytes *= mt_dtype_bytes(format(r));
+    if (bytes > o->stage_bytes) o->stage_bytes = bytes;
+  }
+  o->stages = mt_ranks_overlap_places(r);
+  size_t all = (size_t)o->stages * o->stage_bytes;
+  return all ? r->model->be->mem_alloc(r->model->be, all, &o->memory) : MT_OK;
+}
+
+size_t mt_ranks_sum_bytes(const struct mt_ranks *r) {
+  const struct mt_overlap *o = r->overlap;
+  return r->sum.parts_bytes + (o ? (size_t)o->stages * o->stage_bytes : 0);
+}
+
+mt_err mt_ranks_begin(struct mt_ranks *r) {
+  struct mt_model *m = r->model;
+  if (m->be->memory_used) return MT_OK;
+  if (!r->overlap) MT_TRY(open_overlap(r));
+  struct mt_overlap *o = r->overlap;
+  o->left = o->added = 0;
+  o->err = MT_OK;
+  for (int i = 0; i < r->buckets.count; i++) {
+    const struct mt_bucket *k = &r->buckets.item[i];
+    o->flight[i] = (struct flight){0};
+    for (int row = k->first; row <= k->last; row++) {
+      const struct mt_param *p = &m->params.row[row];
+      o->flight[i].missing += p->sync == k->sync && p->learns;
+    }
+  }
+  m->grad_ready = on_ready;
+  m->grad_ready_context = r;
+  r->begun = true;
+  return MT_OK;
+}
+
+mt_err mt_ranks_finish(struct mt_ranks *r) {
+  struct mt_overlap *o = r->overlap;
+  r->begun = false;
+  r->model->grad_ready = NULL;
+  if (o->err) return o->err;
+  for (int i = r->buckets.count - 1; i >= 0; i--) {
+    if (o->flight[i].state == WAITS) MT_TRY(leave(r, i));
+  }
+  while (o->added < o->left) MT_TRY(add_up(r));
+  for (int i = 0; i < o->left; i++) {
+    const struct mt_bucket *k = &r->buckets.item[o->order[i]];
+    MT_TRY(mt_comm_wait(&r->late[k->sync], &o->flight[o->order[i]].t));
+  }
+  return MT_OK;
+}
+
+void mt_ranks_end_overlap(struct mt_ranks *r) {
+  struct mt_overlap *o = r->overlap;
+  if (!o) return;
+  r->model->be->mem_free(r->model->be, o->memory, (size_t)o->stages * o->stage_bytes);
+  free(o->flight);
+  free(o->order);
+  free(o->numbers);
+  free(o);
+  r->overlap = NULL;
+}

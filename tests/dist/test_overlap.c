@@ -1,0 +1,190 @@
+/* Sums of gradients beside backward: the same bits as behind it, and most of the time of transfers
+ * is hidden, with communicators that let each take 20 ms and a backward that takes its time. */
+#include "dist/sharded.h"
+
+#include <time.h>
+
+#include "par/ranks.h"
+
+enum { PENDING = 64, DELAY_MS = 20, WORK_MS = 12 };
+
+static double now_ms(void) {
+  struct timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return 1e3 * (double)t.tv_sec + 1e-6 * (double)t.tv_nsec;
+}
+
+static void sleep_ms(double ms) {
+  if (ms > 0) nanosleep(&(struct timespec){.tv_nsec = (long)(ms * 1e6)}, NULL);
+}
+
+/* What a communicator was before it was slowed, and what is under way there. */
+static struct slow {
+  struct mt_comm *c, real;
+  struct {
+    void *impl;
+    double due_ms;
+  } pending[PENDING];
+} slow[4];
+static int transfers;
+
+static struct slow *slow_of(const struct mt_comm *c) {
+  for (int i = 0; i < 4; i++) {
+    if (slow[i].c == c) return &slow[i];
+  }
+  return NULL;
+}
+
+static mt_err begun(struct mt_comm *c, const struct mt_transfer *t) {
+  struct slow *s = slow_of(c);
+  int i = 0;
+  while (i < PENDING && s->pending[i].impl) i++;
+  if (i == PENDING) return mt_fail(MT_ECOMM, "too many transfers");
+  s->pending[i].impl = t->impl;
+  s->pending[i].due_ms = now_ms() + DELAY_MS;
+  transfers++;
+  return MT_OK;
+}
+
+static double left_ms(struct mt_comm *c, const struct mt_transfer *t, bool forget) {
+  struct slow *s = slow_of(c);
+  for (int i = 0; i < PENDING; i++) {
+    if (s->pending[i].impl != t->impl) continue;
+    if (forget) s->pending[i].impl = NULL;
+    return s->pending[i].due_ms - now_ms();
+  }
+  return 0;
+}
+
+static mt_err slow_all_to_all(struct mt_comm *c, const void *send, struct mt_parts parts,
+                              void *recv, struct mt_parts places, size_t unit_bytes,
+                              struct mt_transfer *t) {
+  MT_TRY(slow_of(c)->real.all_to_all(c, send, parts, recv, places, unit_bytes, t));
+  return begun(c, t);
+}
+
+static mt_err slow_all_gather(struct mt_comm *c, void *buf, struct mt_parts parts,
+                              size_t unit_bytes, struct mt_transfer *t) {
+  MT_TRY(slow_of(c)->real.all_gather(c, buf, parts, unit_bytes, t));
+  return begun(c, t);
+}
+
+static mt_err slow_wait(struct mt_comm *c, struct mt_transfer *t) {
+  sleep_ms(left_ms(c, t, true));
+  return slow_of(c)->real.wait(c, t);
+}
+
+static mt_err slow_test(struct mt_comm *c, struct mt_transfer *t, bool *done) {
+  *done = false;
+  return left_ms(c, t, false) > 0 ? MT_OK : slow_of(c)->real.test(c, t, done);
+}
+
+static void slow_down(struct mt_comm *c, int i) {
+  if (c->size == 1) return;
+  slow[i] = (struct slow){.c = c, .real = *c};
+  c->all_to_all = slow_all_to_all;
+  c->all_gather = slow_all_gather;
+  c->wait = slow_wait;
+  c->test = slow_test;
+}
+
+/* A backward in which each gradient takes its time; then what listens to finished ones. */
+static void (*listener)(void *context, struct mt_param *p);
+static void *listener_context;
+
+static void take_time(void *context, struct mt_param *p) {
+  (void)context;
+  sleep_ms(WORK_MS);
+  if (listener) listener(listener_context, p);
+}
+
+enum way { BEHIND, BESIDE, NONE };
+
+/* One backward and its sums; gradients (=) as they are then. Returns how long it took. */
+static double sum_once(struct run *mine, struct mt_ranks *r, enum way way, char *gradients) {
+  struct small_batch b;
+  double sumsq, begin = now_ms();
+  struct mt_pass pass = {.batch = &b.b, .loss_scale = 0.01, .aux_weight = 1};
+  batch_of(&b, mine->m.config.vocab, mt_mesh_reader(&r->mesh), 0);
+  OK(mt_model_pass_load(&mine->m, &pass));
+  listener = NULL;
+  if (way == BESIDE) {
+    OK(mt_ranks_begin(r));
+    listener = mine->m.grad_ready;
+    listener_context = mine->m.grad_ready_context;
+  }
+  mine->m.grad_ready = take_time;
+  OK(mt_model_pass_launch(&mine->m, &pass));
+  mine->m.grad_ready = NULL;
+  if (way != NONE) OK(mt_ranks_gradients(r, &sumsq));
+  double took = now_ms() - begin;
+  for (int i = 0; way != NONE && i < mine->m.params.count; i++) {
+    const struct mt_tensor *g = &mine->m.params.row[i].grad;
+    memcpy(gradients, g->data, mt_bytes(g));
+    gradients += mt_bytes(g);
+  }
+  return took;
+}
+
+static void on_mesh(int ep, int zero) {
+  struct mt_model_options options = {.experts = MT_EXPERTS_GROUPED,
+                                     .blocks = MT_BLOCKS_FUSED,
+                                     .training = true,
+                                     .aux_coef = 0.1,
+                                     .bucket_elements = 4096,
+                                     .zero = zero};
+  struct mt_config c = config();
+  struct mt_mesh mesh;
+  struct mt_ranks r;
+  struct run mine, whole;
+  OK(mt_mesh_make(&c, world.size, world.rank, ep, 1, &mesh));
+  struct mt_shard shard = mt_ranks_shard(&mesh);
+  open_run(&whole, "fp32", options, &c, NULL);
+  small_weights(&whole.m, 3);
+  options.sharers = mt_ranks_sharers(&mesh);
+  open_run(&mine, "fp32", options, &c, &shard);
+  take_weights(&mine, &whole);
+  OK(mt_ranks_open(&r, &world, &mesh));
+  OK(mt_ranks_join(&r, &mine.m));
+  size_t bytes = mine.m.gradients.capacity_bytes;
+  char *behind = calloc(1, bytes), *beside = calloc(1, bytes);
+  assert_true(behind && beside);
+  double alone = sum_once(&mine, &r, NONE, behind);
+  slow_down(&r.comm[MT_GROUP_DENSE], 0);
+  slow_down(&r.comm[MT_GROUP_DATA], 1);
+  slow_down(&r.late[MT_SYNC_DENSE], 2);
+  slow_down(&r.late[MT_SYNC_EXPERT], 3);
+  transfers = 0;
+  double after = sum_once(&mine, &r, BEHIND, behind);
+  int of_sums = transfers;
+  double during = sum_once(&mine, &r, BESIDE, beside);
+  if (zero == 0) assert_memory_equal(behind, beside, bytes);
+  double again = sum_once(&mine, &r, BESIDE, beside); /* the machine may be busy with others */
+  if (again < during) during = again;
+  /* The sums over ranks of the auxiliary loss and of the norm are no gradients. */
+  if (world.size > 1 && world.size <= 4) {
+    double all = (of_sums - 2) * DELAY_MS, hidden = (after - during) / all;
+    if (world.rank == 0) {
+      printf(
+          "ep %d, zero %d: %d transfers of gradients; backward %.0f ms, %.0f ms with sums behind "
+          "it, %.0f ms beside it: %.0f%% hidden\n",
+          ep, zero, of_sums - 2, alone, after, during, 100 * hidden);
+    }
+    if (!(hidden >= 0.6)) fail_msg("ep %d: only %.0f%% hidden", ep, 100 * hidden);
+  }
+  free(behind), free(beside);
+  mt_ranks_close(&r);
+  close_run(&mine);
+  close_run(&whole);
+}
+
+static void most_is_hidden(void **state) {
+  (void)state;
+  for (int ep = 1; ep <= world.size && ep <= 4; ep++) {
+    if (world.size % ep == 0 && EXPERTS % ep == 0) on_mesh(ep, 0);
+  }
+  on_mesh(1, 1);
+}
+
+static const struct CMUnitTest tests[] = {cmocka_unit_test(most_is_hidden)};
+DIST_MAIN(tests)
