@@ -24,10 +24,11 @@ struct mt_stage_action mt_stage_action(bool sequential, int stage, int stages, i
 }
 
 mt_err mt_pipeline_open(struct mt_pipeline *p, struct mt_model *m, struct mt_comm *comm,
-                        struct mt_comm *host) {
+                        struct mt_comm *back, struct mt_comm *host) {
   const struct mt_shard *s = &m->options.shard;
   *p = (struct mt_pipeline){.model = m,
                             .comm = comm,
+                            .back = back,
                             .host = host,
                             .early = comm == host,
                             .slots = m->options.in_flight + 1};
@@ -57,11 +58,19 @@ static bool is_last(const struct mt_pipeline *p) {
 }
 
 /* What a stage waits for its neighbours is a phase of its own. */
-static mt_err await(struct mt_pipeline *p, struct mt_stage_message *m) {
+static mt_err await_by(struct mt_pipeline *p, struct mt_comm *c, struct mt_stage_message *m) {
   if (!m->stream.impl && !m->aux.impl) return MT_OK;
   MT_TRY(mt_phase_enter(p->model, MT_PHASE_PIPELINE));
-  MT_TRY(mt_comm_wait(p->comm, &m->stream));
-  return mt_comm_wait(p->comm, &m->aux);
+  MT_TRY(mt_comm_wait(c, &m->stream));
+  return mt_comm_wait(c, &m->aux);
+}
+
+static mt_err await(struct mt_pipeline *p, struct mt_stage_message *m) {
+  return await_by(p, p->comm, m);
+}
+
+static mt_err await_back(struct mt_pipeline *p, struct mt_stage_message *m) {
+  return await_by(p, p->back, m);
 }
 
 static size_t stream_bytes(const struct mt_pipeline *p, int tokens) {
@@ -84,10 +93,10 @@ static mt_err expect_back(struct mt_pipeline *p, int i, int tokens) {
   struct mt_stage_turn *t = &p->model->acts.turn[i % 2];
   struct mt_stage_message *m = &p->back_come[i % 2];
   int from = p->comm->rank + 1;
-  MT_TRY(await(p, &p->back_go[i % 2]));
+  MT_TRY(await_back(p, &p->back_go[i % 2]));
   if (is_last(p)) return MT_OK;
-  MT_TRY(mt_comm_recv(p->comm, t->ds.data, stream_bytes(p, tokens), from, &m->stream));
-  return mt_comm_recv(p->comm, t->aux_grads.data, mt_bytes(&t->aux_grads), from, &m->aux);
+  MT_TRY(mt_comm_recv(p->back, t->ds.data, stream_bytes(p, tokens), from, &m->stream));
+  return mt_comm_recv(p->back, t->aux_grads.data, mt_bytes(&t->aux_grads), from, &m->aux);
 }
 
 static mt_err pass_on(struct mt_pipeline *p, int i, int tokens) {
@@ -96,7 +105,8 @@ static mt_err pass_on(struct mt_pipeline *p, int i, int tokens) {
   int to = p->comm->rank + 1;
   if (is_last(p)) return MT_OK;
   MT_TRY(mt_comm_send(p->comm, a->out.data, stream_bytes(p, tokens), to, &m->stream));
-  return mt_comm_send(p->comm, a->aux_sums.data, a->aux_bytes, to, &m->aux);
+  MT_TRY(mt_comm_send(p->comm, a->aux_sums.data, a->aux_bytes, to, &m->aux));
+  return mt_comm_set_out(p->comm);
 }
 
 static mt_err pass_back(struct mt_pipeline *p, int i, int tokens) {
@@ -104,22 +114,21 @@ static mt_err pass_back(struct mt_pipeline *p, int i, int tokens) {
   struct mt_stage_message *m = &p->back_go[i % 2];
   int to = p->comm->rank - 1;
   if (is_first(p)) return MT_OK;
-  MT_TRY(mt_comm_send(p->comm, a->ds.data, stream_bytes(p, tokens), to, &m->stream));
-  return mt_comm_send(p->comm, a->aux_grads.data, mt_bytes(&a->aux_grads), to, &m->aux);
+  MT_TRY(mt_comm_send(p->back, a->ds.data, stream_bytes(p, tokens), to, &m->stream));
+  MT_TRY(mt_comm_send(p->back, a->aux_grads.data, mt_bytes(&a->aux_grads), to, &m->aux));
+  return mt_comm_set_out(p->back);
 }
 
 /* Micro-batch i's entry is in use from here on, and its turn's `out`. The next one's is free: what
- * had it has come back. What is not expected early is so together with the sends of the action
- * before, which otherwise set out now. */
+ * had it has come back. */
 static mt_err forward(struct mt_pipeline *p, const struct mt_pass *passes, int micro_count, int i) {
   int next = i + 1;
   if (!p->early) MT_TRY(expect(p, i, passes[i].batch->token_count));
-  if (is_first(p)) MT_TRY(mt_comm_set_out(p->comm));
   MT_TRY(await(p, &p->come[i % p->slots]));
   if (p->early && next < micro_count) MT_TRY(expect(p, next, passes[next].batch->token_count));
   MT_TRY(await(p, &p->go[i % p->slots]));
   if (i >= 2) MT_TRY(await(p, &p->go[(i - 2) % p->slots]));
-  if (is_last(p)) MT_TRY(await(p, &p->back_go[i % 2])); /* aux_grads' */
+  if (is_last(p)) MT_TRY(await_back(p, &p->back_go[i % 2])); /* aux_grads' */
   MT_TRY(mt_model_stage_forward(p->model, i, &passes[i]));
   return pass_on(p, i, passes[i].batch->token_count);
 }
@@ -128,8 +137,7 @@ static mt_err backward(struct mt_pipeline *p, const struct mt_pass *passes, int 
                        int i) {
   int next = i + 1;
   if (!p->early) MT_TRY(expect_back(p, i, passes[i].batch->token_count));
-  if (is_last(p)) MT_TRY(mt_comm_set_out(p->comm));
-  MT_TRY(await(p, &p->back_come[i % 2]));
+  MT_TRY(await_back(p, &p->back_come[i % 2]));
   if (p->early && next < micro_count) MT_TRY(expect_back(p, next, passes[next].batch->token_count));
   MT_TRY(mt_model_stage_backward(p->model, i, &passes[i]));
   return pass_back(p, i, passes[i].batch->token_count);
@@ -137,7 +145,7 @@ static mt_err backward(struct mt_pipeline *p, const struct mt_pass *passes, int 
 
 static mt_err sent(struct mt_pipeline *p) {
   for (int i = 0; i < p->slots; i++) MT_TRY(await(p, &p->go[i]));
-  for (int i = 0; i < 2; i++) MT_TRY(await(p, &p->back_go[i]));
+  for (int i = 0; i < 2; i++) MT_TRY(await_back(p, &p->back_go[i]));
   return MT_OK;
 }
 

@@ -14,10 +14,11 @@
  * gradient of the hidden states; the auxiliary losses' gradients [E+1], which the last stage
  * makes). Nothing is sent that is not received in the same order, and every stage's list is cut
  * from one order in which each action follows those it needs. On the host sends do not wait for
- * their receivers, and what comes is expected one action early. Between GPUs, whose messages run in
- * the order of their start, what an action needs is received in one group with what the action
- * before sends: of two neighbours' groups that cross neither waits for the other. So there is no
- * deadlock (unit/test_stages plays both through). */
+ * their receivers, and what comes is expected one action early. Between GPUs messages run in the
+ * order of their start, and a send may wait for its receiver: what goes forward and what goes back
+ * have communicators of their own, so that messages that cross do not wait for each other, and what
+ * an action needs is received when its turn comes. So there is no deadlock (unit/test_stages plays
+ * both through). */
 #ifndef MT_PAR_PIPELINE_H
 #define MT_PAR_PIPELINE_H
 
@@ -45,20 +46,21 @@ struct mt_stage_message {
 
 struct mt_pipeline {
   struct mt_model *model;
-  struct mt_comm *comm; /* of the stages, in their order, over the backend's memory */
-  struct mt_comm *host; /* the same over the host's: may be comm */
-  bool early;           /* what comes is expected while a stage computes */
-  bool sequential;      /* set by the owner, once it is open */
-  int slots;            /* in_flight + 1 */
+  /* Of the stages, in their order, over the backend's memory: what goes forward and what goes back;
+   * and what is on the host. One and the same on a host. */
+  struct mt_comm *comm, *back, *host;
+  bool early;      /* what comes is expected while a stage computes */
+  bool sequential; /* set by the owner, once it is open */
+  int slots;       /* in_flight + 1 */
   /* Under way: what comes and goes forward, by micro-batch modulo slots; and back, modulo 2. */
   struct mt_stage_message *come, *go;
   struct mt_stage_message back_come[2], back_go[2];
 };
 
-/* The model has been created with its stage as its shard. Both outlive the pipeline. Errors:
- * MT_ENOMEM; MT_EINVAL where stages and layers do not fit each other. */
+/* The model has been created with its stage as its shard. It and the communicators outlive the
+ * pipeline. Errors: MT_ENOMEM; MT_EINVAL where stages and layers do not fit each other. */
 mt_err mt_pipeline_open(struct mt_pipeline *p, struct mt_model *m, struct mt_comm *comm,
-                        struct mt_comm *host);
+                        struct mt_comm *back, struct mt_comm *host);
 void mt_pipeline_close(struct mt_pipeline *p); /* safe on a zeroed one */
 
 /* A step's micro-batches forward and back, gradients and numbers as mt_model_pass_launch leaves

@@ -48,6 +48,7 @@ void mt_ranks_close(struct mt_ranks *r) {
   mt_ranks_end_overlap(r);
   mt_buckets_free(&r->buckets);
   for (int sync = 0; sync < MT_SYNC_COUNT; sync++) mt_comm_destroy(&r->late[sync]);
+  mt_comm_destroy(&r->gpu_back);
   for (int g = 0; g < MT_GROUP_COUNT; g++) {
     mt_comm_destroy(&r->gpu[g]);
     mt_comm_destroy(&r->comm[g]);
@@ -91,12 +92,17 @@ mt_err mt_ranks_join(struct mt_ranks *r, struct mt_model *m) {
   r->squares = squares;
   MT_TRY(mt_exchange_over(m, r->tensor[MT_GROUP_EXPERT], r->tensor[MT_GROUP_DENSE]));
   if (r->mesh.pp == 1) return MT_OK;
-  return mt_pipeline_open(&r->pipeline, m, r->tensor[MT_GROUP_PIPE], &r->comm[MT_GROUP_PIPE]);
+  struct mt_comm *host = &r->comm[MT_GROUP_PIPE], *forth = r->tensor[MT_GROUP_PIPE], *back = forth;
+  if (forth != host) {
+    back = &r->gpu_back;
+    MT_TRY(mt_comm_device(host, m->be, back));
+  }
+  return mt_pipeline_open(&r->pipeline, m, forth, back, host);
 }
 
 mt_err mt_ranks_failed(struct mt_ranks *r) {
   for (int g = 0; g < MT_GROUP_COUNT; g++) MT_TRY(mt_comm_failed(&r->gpu[g]));
-  return MT_OK;
+  return mt_comm_failed(&r->gpu_back);
 }
 
 /* Everyone's numbers in the order of the group's ranks. */

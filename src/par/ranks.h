@@ -18,6 +18,7 @@ struct mt_ranks {
   struct mt_mesh mesh;
   struct mt_comm comm[MT_GROUP_COUNT];    /* over the host's memory */
   struct mt_comm gpu[MT_GROUP_COUNT];     /* over a GPU's, where the model is on one */
+  struct mt_comm gpu_back;                /* of the pipeline, for what goes back */
   struct mt_comm *tensor[MT_GROUP_COUNT]; /* over the backend's: those of one or the other */
   struct mt_model *model;
   struct mt_pipeline pipeline;   /* of several stages; mesh.pp says whether */

@@ -53,56 +53,65 @@ static int makespan(bool sequential, int p, int m) {
   return end;
 }
 
-/* Messages in groups, as between GPUs: before an action what it needs comes, in one group with what
- * the action before sends, and the group is over when all its counterparts have set out. Fails
- * where nobody can go on. */
-struct group {
-  int send, recv; /* actions, -1: none */
+/* Messages as between GPUs: those of a direction one after the other, in the order in which a stage
+ * starts them, and each waits for its counterpart. An action starts what it receives, waits for it
+ * and then sends; it does not wait for that. Fails where nobody can go on. */
+struct queue {
+  int started, over;
 };
 
-static struct group group_before(bool sequential, int s, int p, int m, int k) {
-  struct group g = {-1, -1};
-  if (k > 0) {
-    struct mt_stage_action a = mt_stage_action(sequential, s, p, m, k - 1);
-    if (a.backward ? s > 0 : s + 1 < p) g.send = k - 1;
-  }
-  if (k < 2 * m) {
-    struct mt_stage_action a = mt_stage_action(sequential, s, p, m, k);
-    if (a.backward ? s + 1 < p : s > 0) g.recv = k;
-  }
-  return g;
+/* Number of micro-batch i's message among those of its direction on a stage that receives, sends,
+ * or both. */
+static int place(int i, bool receives, bool sends, bool sent) {
+  return i * (receives + sends) + (sent && receives);
 }
 
-/* The number of an action in a stage's list. */
-static int number_of(bool sequential, int s, int p, int m, struct mt_stage_action a) {
-  for (int k = 0;; k++) {
-    struct mt_stage_action b = mt_stage_action(sequential, s, p, m, k);
-    if (a.backward == b.backward && a.micro == b.micro) return k;
-  }
+static bool has(int stage, int p) {
+  return stage >= 0 && stage < p;
 }
 
-static void groups_come_through(bool sequential, int p, int m) {
-  int set_out[STAGES] = {0}, over[STAGES] = {0}; /* groups of each stage */
-  for (int left = p; left > 0;) {
-    bool moved = false;
+/* What can be over is. */
+static bool deliver(struct queue q[2][STAGES], int p, int m) {
+  bool any = false;
+  for (int back = 0; back < 2; back++) {
+    int step = back ? -1 : 1;
     for (int s = 0; s < p; s++) {
-      if (over[s] > 2 * m) continue;
-      if (set_out[s] == over[s]) set_out[s]++, moved = true;
-      struct group g = group_before(sequential, s, p, m, over[s]);
-      if (g.send >= 0) {
-        struct mt_stage_action a = mt_stage_action(sequential, s, p, m, g.send);
-        int peer = a.backward ? s - 1 : s + 1;
-        if (set_out[peer] <= number_of(sequential, peer, p, m, a)) continue;
+      int to = s + step;
+      for (int i = 0; has(to, p) && i < m; i++) {
+        int here = place(i, has(s - step, p), true, true);
+        int there = place(i, true, has(to + step, p), false);
+        struct queue *a = &q[back][s], *b = &q[back][to];
+        if (a->over != here || b->over != there || a->started <= here || b->started <= there)
+          continue;
+        a->over++;
+        b->over++;
+        any = true;
       }
-      if (g.recv >= 0) {
-        struct mt_stage_action a = mt_stage_action(sequential, s, p, m, g.recv);
-        int peer = a.backward ? s + 1 : s - 1;
-        if (set_out[peer] <= number_of(sequential, peer, p, m, a) + 1) continue;
-      }
-      left -= ++over[s] > 2 * m;
+    }
+  }
+  return any;
+}
+
+static void messages_come_through(bool sequential, int p, int m) {
+  struct queue q[2][STAGES] = {0};
+  int next[STAGES] = {0};
+  bool waits[STAGES] = {0};
+  for (int left = p; left > 0;) {
+    bool moved = deliver(q, p, m);
+    for (int s = 0; s < p; s++) {
+      if (next[s] == 2 * m) continue;
+      struct mt_stage_action a = mt_stage_action(sequential, s, p, m, next[s]);
+      int step = a.backward ? -1 : 1;
+      bool receives = has(s - step, p), sends = has(s + step, p);
+      struct queue *mine = &q[a.backward][s];
+      if (receives && !waits[s]) mine->started++, waits[s] = moved = true;
+      if (receives && mine->over <= place(a.micro, receives, sends, false)) continue;
+      waits[s] = false;
+      mine->started += sends;
+      left -= ++next[s] == 2 * m;
       moved = true;
     }
-    if (!moved) fail_msg("%d stages, %d micro-batches: groups wait for each other", p, m);
+    if (!moved) fail_msg("%d stages, %d micro-batches: messages wait for each other", p, m);
   }
 }
 
@@ -116,8 +125,8 @@ static void lists_and_times(void **state) {
       }
       assert_int_equal(makespan(false, p, m), (m + p - 1) * (FORWARD + BACKWARD));
       assert_int_equal(makespan(true, p, m), m * p * (FORWARD + BACKWARD));
-      groups_come_through(false, p, m);
-      groups_come_through(true, p, m);
+      messages_come_through(false, p, m);
+      messages_come_through(true, p, m);
     }
   }
 }
