@@ -141,6 +141,7 @@ int main(int argc, char **argv) {
     packed(&be, 2, 8192, 0);
     packed(&be, 8, 2048, 0);
     packed(&be, 32, 512, 0);
+    packed(&be, 4, 512, 0);
     packed(&be, 2, 8192, 4096);
     decode(&be, 1024);
     decode(&be, 32768);

@@ -241,6 +241,7 @@ extern "C" mt_err mt_cuda_attention_bwd(struct mt_backend *be,
   c.dv = (char *)a->dqkv.data + (size_t)((c.r + 1) * c.d) * bytes;
   MT_TRY(plan(cuda, &c, f, tile, &s, (char *)memory, &a->dqkv, NULL));
   if (c.item_grid == 0) return MT_OK;
+  if (mma && mt_cuda_attention_sm90_takes(cuda, &c)) return mt_cuda_attention_sm90_bwd(cuda, &c);
   int64_t per_block = ROW_THREADS / 32,
           blocks = ((int64_t)c.rows * heads + per_block - 1) / per_block;
   MT_CUDA_BY_FORMAT(f->qkv.dtype, {
@@ -248,7 +249,6 @@ extern "C" mt_err mt_cuda_attention_bwd(struct mt_backend *be,
         <<<(unsigned)blocks, ROW_THREADS, 0, cuda->stream>>>(c, f->cu_seqlens + f->sequence_count);
   });
   MT_TRY(mt_cuda_launched("attention_bwd: delta"));
-  if (mma && mt_cuda_attention_sm90_takes(cuda, &c)) return mt_cuda_attention_sm90_bwd(cuda, &c);
   if (mma) return mt_cuda_attention_mma_bwd(cuda, &c);
   return mt_cuda_attention_simple_bwd(cuda, &c, f->qkv.dtype);
 }

@@ -67,7 +67,8 @@ __device__ __forceinline__ bool attention_sees(int query, int key, int window) {
 }
 
 /* Each takes a call whose items have tiles of its size. Backward: dK and dV per tile of keys, dQ
- * per tile of queries, so that no sum has two owners; delta must be there. */
+ * per tile of queries, so that no sum has two owners; delta must be there, but on Hopper, whose dQ
+ * writes it. */
 
 enum { ATTENTION_SIMPLE_FWD_TILE = 64, ATTENTION_SIMPLE_BWD_TILE = 32, ATTENTION_MMA_TILE = 128 };
 

@@ -1,6 +1,7 @@
-/* Attention backward on Hopper, as attention_bwd.cu on other chips: dK and dV per tile of keys, dQ
- * per tile of queries, no sum with two owners. What becomes a left operand (P, dS, and for dQ the
- * queries themselves) stays in registers; a warpgroup copies, two multiply. */
+/* Attention backward on Hopper, as attention_bwd.cu on other chips: dQ per tile of queries, dK and
+ * dV per tile of keys, no sum with two owners. dQ's kernel works out delta, which both need. What
+ * becomes a left operand (P, dS, and for dQ the queries themselves) stays in registers; a warpgroup
+ * copies, two multiply. */
 #include "kernels/cuda/sm90/attention_wgmma.cuh"
 
 namespace {
@@ -10,8 +11,16 @@ namespace {
 enum { MULTIPLIER_REGISTERS = 240, COPIER_REGISTERS = 24 };
 
 /* dK, dV: a block has 128 keys of a group, a warpgroup 64, against tiles of 64 queries; scores are
- * worked out keys by queries. */
-enum { KEYS = ATTENTION_MMA_TILE, QUERIES = 64, DKV_STAGES = 3 };
+ * worked out keys by queries.
+ *
+ * A 64 x 64 product with both operands in shared memory takes as long to read as to compute, so
+ * part of V becomes fragments once and for all. Registers of a thread: dK and dV 128, V 20, scores
+ * or dP 32, P and dS 16 each, 28 for the rest; with more of V, or P in float32 beside dP, ptxas
+ * (13.0) finds too few and waits after every product (its remark C7512). So dS is worked out from
+ * the bf16 P that dV's product has. The next tile's scores start together with this tile's dK,
+ * which covers the exponentials. */
+enum { V_LEFT = 5 }; /* of the DIM / 16 steps in depth */
+enum { KEYS = ATTENTION_MMA_TILE, QUERIES = 64, DKV_STAGES = 4 };
 
 struct dkv_shared {
   tile<KEYS> k, v;
@@ -63,12 +72,11 @@ __device__ __forceinline__ void dkv_probabilities(float (&p)[32], const float *l
   float scale = c.scale * LOG2_E;
 #pragma unroll
   for (int n = 0; n < QUERIES / 8; n++) {
-    float2 x = *reinterpret_cast<const float2 *>(&lse[8 * n + lane % 4 * 2]);
+    float2 x = load_two_here(&lse[8 * n + lane % 4 * 2]);
     x.x *= LOG2_E;
     x.y *= LOG2_E;
 #pragma unroll
-    for (int i = 0; i < 4; i++)
-      p[4 * n + i] = exp2_fast(p[4 * n + i] * scale - (i % 2 ? x.y : x.x));
+    for (int i = 4 * n; i < 4 * n + 4; i++) p[i] = exp2_fast(p[i] * scale - (i % 2 ? x.y : x.x));
   }
   if (first < key + 15 || (c.window > 0 && first + QUERIES - 1 - key >= c.window)) {
     int query = first + lane % 4 * 2;
@@ -80,57 +88,96 @@ __device__ __forceinline__ void dkv_probabilities(float (&p)[32], const float *l
   }
 }
 
+/* dP becomes dS = P (dP - delta); P as left operands. */
+__device__ __forceinline__ void dkv_ds(float (&dp)[32], const uint32_t (&p)[QUERIES / 16][4],
+                                       const float *delta) {
+  int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int n = 0; n < QUERIES / 8; n++) {
+    float2 x = load_two_here(&delta[8 * n + lane % 4 * 2]);
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      float2 weight = unpack_two(p[n / 2][n % 2 * 2 + half]);
+      float *to = &dp[4 * n + 2 * half];
+      to[0] = weight.x * (to[0] - x.x);
+      to[1] = weight.y * (to[1] - x.y);
+    }
+  }
+}
+
+/* Where a warpgroup is in its block's tiles of queries: all of one head, then of the next. */
+struct dkv_at {
+  ring_at<DKV_STAGES> ring;
+  int head, first; /* of the group; the tile's first query */
+};
+
+/* Goes on from `at` to a tile that sees keys of this warpgroup (from `mine` on) and waits for it;
+ * lets go of those before it. False: there is none. */
+__device__ __forceinline__ bool dkv_find(struct dkv_shared &sh, const struct attention_call &c,
+                                         const struct key_place &p, int mine, struct dkv_at &at) {
+  for (;; at.ring.next(), at.first += QUERIES) {
+    if (at.first >= p.end) {
+      at.first = p.key0;
+      if (++at.head == c.r) return false;
+    }
+    barrier_wait_for_products(&sh.bars.full[at.ring.stage], at.ring.parity);
+    if (at.first + QUERIES > mine && (c.window == 0 || at.first - (mine + 63) < c.window))
+      return true;
+    ring_release(sh.bars, at.ring.stage);
+  }
+}
+
 __device__ __forceinline__ void
 dkv_multiplier(struct dkv_shared &sh, const struct attention_call &c, const struct key_place &p) {
-  int row0 = uniform(threadIdx.x / WARPGROUP) * 64, warp_row = threadIdx.x / 32 * 16,
-      lane = threadIdx.x % 32;
-  int mine = p.key0 + row0; /* this warpgroup's first key */
+  int row0 = uniform(threadIdx.x / WARPGROUP) * 64, warp_row = threadIdx.x / 32 * 16;
+  int before = -1; /* stage of the tile whose dS waits for its product */
   float dk[64], dv[64];
+  uint32_t v[V_LEFT][4], w[QUERIES / 16][4]; /* w: P, then dS */
+  struct dkv_at at = {{}, 0, p.key0};
 #pragma unroll
   for (int i = 0; i < 64; i++) dk[i] = dv[i] = 0;
+#pragma unroll
+  for (int i = 0; i < QUERIES / 4; i++) w[i / 4][i % 4] = 0;
   barrier_wait_for_products(&sh.kv_full, 0);
-  ring_at<DKV_STAGES> at;
-  for (int q = 0; q < c.r; q++) {
-    for (int first = p.key0; first < p.end; first += QUERIES, at.next()) {
-      float s[32], dp[32];
-      uint32_t w[QUERIES / 16][4], ws[QUERIES / 16][4];
-      barrier_wait_for_products(&sh.bars.full[at.stage], at.parity);
-      if (first + QUERIES <= mine || (c.window > 0 && first - (mine + 63) >= c.window)) {
-        ring_release(sh.bars, at.stage);
-        continue;
-      }
-      wgmma_fence();
-      score(s, sh.k, row0, sh.q[at.stage]);
-      wgmma_commit();
-      score(dp, sh.v, row0, sh.dout[at.stage]);
-      wgmma_commit();
-      wgmma_wait<1>();
-      sums_ready(s);
-      dkv_probabilities(s, sh.lse[at.stage], first, p.key0 + warp_row, c);
-      as_left(w, s);
-      wgmma_fence();
-      mix<QUERIES>(dv, w, sh.dout[at.stage]);
-      wgmma_commit();
-      wgmma_wait<1>();
-      sums_ready(dp);
-#pragma unroll
-      for (int n = 0; n < QUERIES / 8; n++) {
-        float2 delta = *reinterpret_cast<const float2 *>(&sh.delta[at.stage][8 * n + lane % 4 * 2]);
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-          dp[4 * n + i] = s[4 * n + i] * (dp[4 * n + i] - (i % 2 ? delta.y : delta.x));
-      }
-      as_left(ws, dp);
-      wgmma_fence();
-      mix<QUERIES>(dk, ws, sh.q[at.stage]);
-      wgmma_commit();
-      wgmma_wait<0>();
-      sums_ready(dv);
-      sums_ready(dk);
-      left_ready(w);
-      left_ready(ws);
-      ring_release(sh.bars, at.stage);
-    }
+  load_left(v, sh.v, warp_row);
+  for (; dkv_find(sh, c, p, p.key0 + row0, at); at.ring.next(), at.first += QUERIES) {
+    int stage = uniform(at.ring.stage);
+    float s[32], dp[32];
+    wgmma_fence();
+    score(s, sh.k, row0, sh.q[stage]);
+    wgmma_commit();
+    mix<QUERIES>(dk, w, sh.q[before < 0 ? stage : before]); /* the first time of zeros */
+    wgmma_commit();
+    wgmma_wait<1>();
+    sums_ready(s);
+    dkv_probabilities(s, sh.lse[stage], at.first, p.key0 + warp_row, c);
+    wgmma_wait<0>();
+    sums_ready(dk);
+    left_ready(w);
+    if (before >= 0) ring_release(sh.bars, before);
+    before = stage;
+    as_left(w, s);
+    wgmma_fence();
+    score(dp, v, sh.v, row0, sh.dout[stage]);
+    wgmma_commit();
+    mix<QUERIES>(dv, w, sh.dout[stage]);
+    wgmma_commit();
+    wgmma_wait<1>();
+    sums_ready(dp);
+    dkv_ds(dp, w, sh.delta[stage]);
+    wgmma_wait<0>();
+    sums_ready(dv);
+    left_ready(w);
+    as_left(w, dp);
+  }
+  if (before >= 0) {
+    wgmma_fence();
+    mix<QUERIES>(dk, w, sh.q[before]);
+    wgmma_commit();
+    wgmma_wait<0>();
+    sums_ready(dk);
+    left_ready(w);
+    ring_release(sh.bars, before);
   }
   int64_t to = (p.begin + p.key0 + warp_row) * c.dqkv_ld + p.g * c.kv_group;
   float scale[2] = {c.scale, c.scale}, one[2] = {1, 1};
@@ -173,12 +220,12 @@ struct query_place {
 };
 
 struct dq_shared {
-  tile<DQ_QUERIES> q, dout;
+  tile<DQ_QUERIES> q, dout, out;
   tile<DQ_KEYS> k[DQ_STAGES], v[DQ_STAGES];
-  float lse[DQ_QUERIES], delta[DQ_QUERIES];
+  float lse[DQ_QUERIES];
   ring_bars<1> q_bars;
   ring_bars<DQ_STAGES> bars;
-  struct query_place place; /* of q and dout */
+  struct query_place place; /* of q, dout and out */
 };
 
 __device__ __forceinline__ void find(const struct attention_call &c, int unit,
@@ -218,13 +265,13 @@ __device__ __forceinline__ void dq_copier(struct dq_shared &sh, const struct att
       break;
     }
     int64_t row = p.begin + p.row0;
-    int heads = c.kv_heads * c.r;
     const bf16 *q = (const bf16 *)c.q + row * c.q_ld + p.g * c.q_group + p.head % c.r * c.d;
     const bf16 *dout = (const bf16 *)c.dout + row * c.dout_ld + p.head * c.d;
+    const bf16 *out = (const bf16 *)c.out + row * c.out_ld + p.head * c.d;
     copy_rows<DQ_QUERIES>(sh.q, lane, copy_from(q, c.q_ld), c.q_ld, p.rows);
     copy_rows<DQ_QUERIES>(sh.dout, lane, copy_from(dout, c.dout_ld), c.dout_ld, p.rows);
+    copy_rows<DQ_QUERIES>(sh.out, lane, copy_from(out, c.out_ld), c.out_ld, p.rows);
     copy_column<DQ_QUERIES>(sh.lse, c.lse + row * c.lse_ld + p.head, c.lse_ld, p.rows);
-    copy_column<DQ_QUERIES>(sh.delta, c.delta + row * heads + p.head, heads, p.rows);
     barrier_arrive_after_copies(&sh.q_bars.full[0]);
     qa.next();
     int key0 = (p.hi - 1) / DQ_KEYS * DQ_KEYS, lo = p.lo, hi = p.hi;
@@ -240,19 +287,6 @@ __device__ __forceinline__ void dq_copier(struct dq_shared &sh, const struct att
   asm volatile("cp.async.wait_all;" ::: "memory");
 }
 
-/* This warp's 16 rows of a tile as left operands. */
-template <int ROWS>
-__device__ __forceinline__ void load_left(uint32_t (&a)[DIM / 16][4], const tile<ROWS> &t,
-                                          int row0) {
-  int lane = threadIdx.x % 32, row = row0 + lane % 16;
-  uint32_t at = shared_address(&t) + (uint32_t)(row * 128);
-#pragma unroll
-  for (int k = 0; k < DIM / 16; k++) {
-    int piece = k % 4 * 2 + lane / 16;
-    fragment(a[k], at + k / 4 * half_bytes<ROWS> + (uint32_t)((piece ^ (row & 7)) << 4));
-  }
-}
-
 /* s: from scores of queries (from `first`, this warp's) against keys from key0 to probabilities. */
 __device__ __forceinline__ void dq_probabilities(float (&s)[32], const float (&lse)[2], int first,
                                                  int key0, const struct attention_call &c) {
@@ -266,6 +300,27 @@ __device__ __forceinline__ void dq_probabilities(float (&s)[32], const float (&l
     for (int i = 0; i < 32; i++) {
       if (!attention_sees(query + i / 2 % 2 * 8, key + i / 4 * 8 + i % 2, c.window)) s[i] = 0;
     }
+  }
+}
+
+/* delta = dout . out of this thread's two rows, of which each of four lanes has a quarter. */
+__device__ __forceinline__ void dq_delta(float (&delta)[2], const uint32_t (&dout)[DIM / 16][4],
+                                         const tile<DQ_QUERIES> &out, int row0) {
+  uint32_t o[DIM / 16][4];
+  load_left(o, out, row0);
+  delta[0] = delta[1] = 0;
+#pragma unroll
+  for (int k = 0; k < DIM / 16; k++) {
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+      float2 x = unpack_two(dout[k][j]), y = unpack_two(o[k][j]);
+      delta[j % 2] += x.x * y.x + x.y * y.y;
+    }
+  }
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    delta[half] += __shfl_xor_sync(0xffffffffu, delta[half], 1);
+    delta[half] += __shfl_xor_sync(0xffffffffu, delta[half], 2);
   }
 }
 
@@ -287,10 +342,13 @@ __device__ __forceinline__ void dq_multiplier(struct dq_shared &sh,
     for (int i = 0; i < 64; i++) dq[i] = 0;
     load_left(q, sh.q, warp_row);
     load_left(dout, sh.dout, warp_row);
+    dq_delta(delta, dout, sh.out, warp_row);
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      lse[half] = sh.lse[warp_row + lane / 4 + 8 * half] * LOG2_E;
-      delta[half] = sh.delta[warp_row + lane / 4 + 8 * half];
+      int row = warp_row + lane / 4 + 8 * half;
+      lse[half] = sh.lse[row] * LOG2_E;
+      if (lane % 4 == 0 && row < p.rows)
+        c.delta[(int64_t)(p.begin + p.row0 + row) * (c.kv_heads * c.r) + p.head] = delta[half];
     }
     ring_release(sh.q_bars, 0);
     qa.next();
@@ -364,7 +422,9 @@ mt_err launch(struct mt_cuda *cuda, K *kernel, int64_t grid, size_t bytes,
 
 mt_err mt_cuda_attention_sm90_bwd(struct mt_cuda *cuda, const struct attention_call *c) {
   int64_t grid = (int64_t)c->item_grid * c->kv_heads, units = grid * c->r;
-  MT_TRY(launch(cuda, sm90_dkv, grid, sizeof(struct dkv_shared), c));
-  return launch(cuda, sm90_dq, units < cuda->sm_count ? units : cuda->sm_count,
-                sizeof(struct dq_shared), c);
+  static_assert(sizeof(struct dq_shared) + 1024 <= SM90_SHARED_BYTES, "a block's");
+  static_assert(sizeof(struct dkv_shared) + 1024 <= SM90_SHARED_BYTES, "a block's");
+  MT_TRY(launch(cuda, sm90_dq, units < cuda->sm_count ? units : cuda->sm_count,
+                sizeof(struct dq_shared), c));
+  return launch(cuda, sm90_dkv, grid, sizeof(struct dkv_shared), c);
 }

@@ -1,7 +1,7 @@
 /* Attention forward on Hopper (FlashAttention-3: Shah et al. 2024, arXiv:2407.08608, section 3).
  * Blocks stay and take tiles of 128 queries of one head; a warpgroup copies, two multiply 64
- * queries each. The next tile's scores are under way while this one's probabilities meet the
- * values, and the exponentials run beside both. */
+ * queries each, which stay in registers. The next tile's scores are under way while this one's
+ * probabilities meet the values, and the exponentials run beside both. */
 #include "kernels/cuda/sm90/attention_wgmma.cuh"
 
 namespace {
@@ -156,20 +156,23 @@ __device__ __forceinline__ void multiplier(struct fwd_shared &sh, const struct a
   ring_at<STAGES> at;
   if (group == 1) turn_give(1);
   for (;;) {
-    barrier_wait_for_products(&sh.q_bars.full[0], qa.parity);
+    barrier_wait(&sh.q_bars.full[0], qa.parity);
     struct place p = sh.place;
     p = {uniform(p.head), uniform(p.g),  uniform(p.rows), uniform(p.first),
          uniform(p.lo),   uniform(p.hi), uniform(p.row),  uniform(p.begin)};
     if (p.rows == 0) break;
     float s[64], o[64], shrink[2];
-    uint32_t w[BN / 16][4];
+    uint32_t q[DIM / 16][4], w[BN / 16][4];
     struct rows_state st = {{-INFINITY, -INFINITY}, {0, 0}};
     int key0 = (p.hi - 1) / BN * BN, mine = p.first + row0;
 #pragma unroll
     for (int i = 0; i < 64; i++) o[i] = 0;
+    load_left(q, sh.q, threadIdx.x / 32 * 16);
+    ring_release(sh.q_bars, 0);
+    qa.next();
     barrier_wait_for_products(&sh.k_bars.full[at.stage], at.parity);
     wgmma_fence();
-    score(s, sh.q, row0, sh.k[uniform(at.stage)]);
+    score(s, q, sh.k[uniform(at.stage)]);
     wgmma_commit();
     wgmma_wait<0>();
     sums_ready(s);
@@ -182,7 +185,7 @@ __device__ __forceinline__ void multiplier(struct fwd_shared &sh, const struct a
       barrier_wait_for_products(&sh.k_bars.full[at.stage], at.parity);
       turn_wait(group);
       wgmma_fence();
-      score(s, sh.q, row0, sh.k[uniform(at.stage)]);
+      score(s, q, sh.k[uniform(at.stage)]);
       wgmma_commit();
       barrier_wait_for_products(&sh.v_bars.full[before.stage], before.parity);
       wgmma_fence();
@@ -201,8 +204,6 @@ __device__ __forceinline__ void multiplier(struct fwd_shared &sh, const struct a
       for (int i = 0; i < 64; i++) o[i] *= shrink[i / 2 % 2];
       as_left(w, s);
     }
-    ring_release(sh.q_bars, 0);
-    qa.next();
     barrier_wait_for_products(&sh.v_bars.full[at.stage], at.parity);
     wgmma_fence();
     mix<BN>(o, w, sh.v[uniform(at.stage)]);

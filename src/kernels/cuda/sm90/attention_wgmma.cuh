@@ -13,7 +13,8 @@
 #include "kernels/cuda/sm90/wgmma.cuh"
 
 /* A block: two warpgroups multiply, one copies. */
-enum { DIM = 128, WARPGROUP = 128, SM90_THREADS = 3 * WARPGROUP, MULTIPLIER_WARPS = 8 };
+enum { DIM = 128, WARPGROUP = 128, SM90_THREADS = 3 * WARPGROUP, MULTIPLIERS = 2 * WARPGROUP };
+enum { SM90_SHARED_BYTES = 227 * 1024 }; /* the most of a block */
 
 template <int ROWS> struct tile { bf16 x[2][ROWS][64]; };
 template <int ROWS> constexpr uint32_t half_bytes = ROWS * 128;
@@ -60,7 +61,7 @@ template <int STAGES> struct ring_bars { uint64_t full[STAGES], empty[STAGES]; }
 template <int STAGES> __device__ __forceinline__ void ring_init(ring_bars<STAGES> &r) {
   for (int i = 0; i < STAGES; i++) {
     barrier_init(&r.full[i], WARPGROUP);
-    barrier_init(&r.empty[i], MULTIPLIER_WARPS);
+    barrier_init(&r.empty[i], MULTIPLIERS);
   }
 }
 /* A position in it. The first round of filling must not wait: the copier's parity is the other. */
@@ -76,12 +77,14 @@ template <int STAGES> struct ring_at {
 /* A place whose contents the copiers' first thread describes, with an arrival of its own. */
 __device__ __forceinline__ void ring_init_described(ring_bars<1> &r) {
   barrier_init(&r.full[0], WARPGROUP + 1);
-  barrier_init(&r.empty[0], MULTIPLIER_WARPS);
+  barrier_init(&r.empty[0], MULTIPLIERS);
 }
+/* Every lane arrives. One behind __syncwarp would do, and takes as long; but racecheck of
+ * compute-sanitizer counts the arriving lane alone, and reports the other lanes' reads. */
 template <int STAGES>
 __device__ __forceinline__ void ring_release(ring_bars<STAGES> &r, int stage) {
-  __syncwarp(); /* the arrival speaks for all lanes' reads */
-  if (threadIdx.x % 32 == 0) barrier_arrive(&r.empty[stage]);
+  __syncwarp(); /* together again, for products */
+  barrier_arrive(&r.empty[stage]);
 }
 
 /* Copying rows of a head into a tile, zeros past the last and past d: a thread of the copying
@@ -117,6 +120,20 @@ __device__ __forceinline__ void copy_column(float *to, const float *src, int64_t
   if (row < ROWS) copy4(shared_address(to + row), src + (row < rows ? row * ld : 0), row < rows);
 }
 
+/* Two numbers of shared memory, read where this stands: read earlier, all of a tile's would be in
+ * registers at once. */
+__device__ __forceinline__ float2 load_two_here(const float *from) {
+  float2 x;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
+               : "=f"(x.x), "=f"(x.y)
+               : "r"(shared_address(from))
+               : "memory");
+  return x;
+}
+__device__ __forceinline__ float2 unpack_two(uint32_t two) {
+  return {__uint_as_float(two << 16), __uint_as_float(two & 0xffff0000u)};
+}
+
 /* Products. Sums of a warpgroup: 64 rows, thread's rows lane/4 and lane/4 + 8 of its warp's 16;
  * d[4 n + i] is column 8 n + lane%4*2 + i%2 of row i/2. */
 template <int N> __device__ __forceinline__ void left_ready(uint32_t (&a)[N][4]) {
@@ -132,6 +149,14 @@ template <int N> __device__ __forceinline__ void left_ready(uint32_t (&a)[N][4])
 __device__ __forceinline__ uint64_t tile_descriptor(uint32_t start, uint32_t apart) {
   return (uint64_t)((start & 0x3ffff) >> 4) | (uint64_t)(apart >> 4) << 16 |
          (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
+}
+
+/* The same, not worked out before this point: outside of the loop there would be one for every
+ * step, more than registers can hold. */
+__device__ __forceinline__ uint64_t descriptor_here(uint32_t start, uint32_t apart) {
+  uint64_t x = tile_descriptor(start, apart);
+  asm volatile("" : "+l"(x));
+  return x;
 }
 
 #define MT_SUMS_4(d, i) "+f"(d[(i)]), "+f"(d[(i) + 1]), "+f"(d[(i) + 2]), "+f"(d[(i) + 3])
@@ -168,6 +193,14 @@ __device__ __forceinline__ void wgmma_rs(float (&d)[32], const uint32_t (&a)[4],
                : MT_SUMS_16(d, 0), MT_SUMS_16(d, 16)
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
 }
+__device__ __forceinline__ void wgmma_rs(float (&d)[64], const uint32_t (&a)[4], uint64_t b,
+                                         int add) {
+  asm volatile("{\n .reg .pred p;\n setp.ne.b32 p, %69, 0;\n"
+               "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" MT_NAMES_64
+               "}, {%64, %65, %66, %67}, %68, p, 1, 1, 0;\n}\n"
+               : MT_SUMS_16(d, 0), MT_SUMS_16(d, 16), MT_SUMS_16(d, 32), MT_SUMS_16(d, 48)
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
+}
 /* d += a b, b a tile whose columns the depth runs along. */
 __device__ __forceinline__ void wgmma_rs_turned(float (&d)[64], const uint32_t (&a)[4],
                                                 uint64_t b) {
@@ -177,35 +210,60 @@ __device__ __forceinline__ void wgmma_rs_turned(float (&d)[64], const uint32_t (
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
-/* d = rows [row0, row0 + 64) of a . all rows of b (2 N of them). */
+/* d = rows [row0, row0 + 64) of a . all rows of b (2 N of them), a's first STEPS * 16 columns from
+ * registers. */
+template <int STEPS, int N, int A_ROWS, int B_ROWS>
+__device__ __forceinline__ void score(float (&d)[N], const uint32_t (&left)[STEPS][4],
+                                      const tile<A_ROWS> &a, int row0, const tile<B_ROWS> &b) {
+  static_assert(N * 2 == B_ROWS, "a column each");
+  uint64_t da = descriptor_here(shared_address(&a) + (uint32_t)(row0 * 128), 0),
+           db = descriptor_here(shared_address(&b), 0);
+#pragma unroll
+  for (int k = 0; k < DIM / 16; k++) {
+    uint64_t bk = db + (k / 4 * half_bytes<B_ROWS> + k % 4 * 32) / 16;
+    if (k < STEPS)
+      wgmma_rs(d, left[k < STEPS ? k : 0], bk, k > 0);
+    else
+      wgmma_ss(d, da + (k / 4 * half_bytes<A_ROWS> + k % 4 * 32) / 16, bk, k > 0);
+  }
+}
+/* The same with none, or all, of a in registers. */
 template <int N, int A_ROWS, int B_ROWS>
 __device__ __forceinline__ void score(float (&d)[N], const tile<A_ROWS> &a, int row0,
                                       const tile<B_ROWS> &b) {
   static_assert(N * 2 == B_ROWS, "a column each");
-  uint32_t sa = shared_address(&a) + (uint32_t)(row0 * 128), sb = shared_address(&b);
+  uint64_t da = descriptor_here(shared_address(&a) + (uint32_t)(row0 * 128), 0),
+           db = descriptor_here(shared_address(&b), 0);
 #pragma unroll
   for (int k = 0; k < DIM / 16; k++) {
-    wgmma_ss(d, tile_descriptor(sa + k / 4 * half_bytes<A_ROWS> + k % 4 * 32, 0),
-             tile_descriptor(sb + k / 4 * half_bytes<B_ROWS> + k % 4 * 32, 0), k > 0);
+    wgmma_ss(d, da + (k / 4 * half_bytes<A_ROWS> + k % 4 * 32) / 16,
+             db + (k / 4 * half_bytes<B_ROWS> + k % 4 * 32) / 16, k > 0);
   }
 }
 template <int N, int B_ROWS>
 __device__ __forceinline__ void score(float (&d)[N], const uint32_t (&a)[DIM / 16][4],
                                       const tile<B_ROWS> &b) {
-  static_assert(N * 2 == B_ROWS, "a column each");
-  uint32_t sb = shared_address(&b);
-#pragma unroll
-  for (int k = 0; k < DIM / 16; k++)
-    wgmma_rs(d, a[k], tile_descriptor(sb + k / 4 * half_bytes<B_ROWS> + k % 4 * 32, 0), k > 0);
+  score(d, a, b, 0, b);
 }
 /* d += w . rows of b. */
 template <int ROWS>
 __device__ __forceinline__ void mix(float (&d)[64], const uint32_t (&w)[ROWS / 16][4],
                                     const tile<ROWS> &b) {
-  uint32_t sb = shared_address(&b);
+  uint64_t db = descriptor_here(shared_address(&b), half_bytes<ROWS>);
 #pragma unroll
-  for (int k = 0; k < ROWS / 16; k++)
-    wgmma_rs_turned(d, w[k], tile_descriptor(sb + k * 2048, half_bytes<ROWS>));
+  for (int k = 0; k < ROWS / 16; k++) wgmma_rs_turned(d, w[k], db + k * 2048 / 16);
+}
+
+/* This warp's 16 rows of a tile, its first STEPS * 16 columns, as left operands. */
+template <int STEPS, int ROWS>
+__device__ __forceinline__ void load_left(uint32_t (&a)[STEPS][4], const tile<ROWS> &t, int row0) {
+  int lane = threadIdx.x % 32, row = row0 + lane % 16;
+  uint32_t at = shared_address(&t) + (uint32_t)(row * 128);
+#pragma unroll
+  for (int k = 0; k < STEPS; k++) {
+    int piece = k % 4 * 2 + lane / 16;
+    fragment(a[k], at + k / 4 * half_bytes<ROWS> + (uint32_t)((piece ^ (row & 7)) << 4));
+  }
 }
 
 /* Sums, or what became of them, as left operands. */
