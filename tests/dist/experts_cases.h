@@ -86,6 +86,7 @@ static void gradients_equal_to_one(const char *recipe, struct mt_model_options o
                                    enum lot lot, double bound, double loss_bound) {
   struct mt_config c = config();
   if (lot == ONE_EXPERT_EACH) c.experts = ep;
+  if (mt_recipe_find(recipe)->qformat != MT_Q_NONE) c.hidden = 96, c.ffn = 160, c.head_dim = 32;
   struct mt_mesh mesh;
   struct mt_comm host_expert, expert, data, dense, tensor_dense;
   OK(mt_mesh_make(&c, world.size, world.rank, ep, 1, &mesh));
@@ -99,6 +100,7 @@ static void gradients_equal_to_one(const char *recipe, struct mt_model_options o
   if (lot == LOPSIDED) route_to_the_first(&whole);
   open_run(&mine, recipe, options, &c, &shard);
   take_weights(&mine, &whole);
+  OK(mt_model_quantize_weights(&mine.m));
   OK(mt_exchange_over(&mine.m, &expert, &tensor_dense));
   double want = alone(&whole, mesh.dp * mesh.ep), got = 0;
   for (int pass = 0; pass < PASSES; pass++) {
@@ -154,6 +156,18 @@ static void gradients_on_every_mesh(const char *recipe, bool loops, double bound
     gradients_equal_to_one(recipe, expert_ways[0], ep, LOPSIDED, bound, loss_bound);
     if (ep >= c.top_k)
       gradients_equal_to_one(recipe, expert_ways[0], ep, ONE_EXPERT_EACH, bound, loss_bound);
+  }
+}
+
+/* In 8 bits a block along the tokens has those of other ranks too: another scale, another rounding.
+ */
+static inline void gradients_in_eight_bits(const char *recipe, double bound, double loss_bound) {
+  struct mt_model_options fused = {
+      .experts = MT_EXPERTS_FUSED, .blocks = MT_BLOCKS_FUSED, .training = true};
+  for (int ep = 1; ep <= world.size; ep++) {
+    if (world.size % ep != 0 || EXPERTS % ep != 0) continue;
+    gradients_equal_to_one(recipe, fused, ep, USUAL, bound, loss_bound);
+    gradients_equal_to_one(recipe, expert_ways[0], ep, LOPSIDED, bound, loss_bound);
   }
 }
 

@@ -11,6 +11,12 @@ static void gradients_float32(void **state) {
   gradients_on_every_mesh("fp32", true, 2e-5, 2e-5);
 }
 
+static void gradients_eight_bits(void **state) {
+  (void)state;
+  gradients_in_eight_bits("mxfp8", 0.02, 1e-4);
+  gradients_in_eight_bits("fp8", 0.02, 1e-4);
+}
+
 static void auxiliary_loss_is_of_all_tokens(void **state) {
   (void)state;
   auxiliary_loss_is_of_all("fp64", 1e-12);
@@ -31,6 +37,7 @@ static void a_shard_that_does_not_fit_is_refused(void **state) {
 static const struct CMUnitTest tests[] = {
     cmocka_unit_test(gradients_float64),
     cmocka_unit_test(gradients_float32),
+    cmocka_unit_test(gradients_eight_bits),
     cmocka_unit_test(auxiliary_loss_is_of_all_tokens),
     cmocka_unit_test(a_shard_that_does_not_fit_is_refused),
 };

@@ -12,7 +12,9 @@
 #include "base/fp8.h"
 #include "base/rng.h"
 #include "io/safetensors.h"
+#include "kernels/registry.h"
 #include "quant/blocks.h"
+#include "quant/linear.h"
 
 #define OK(call)                                                                                   \
   do {                                                                                             \
@@ -110,10 +112,40 @@ static const struct mt_st_tensor *tensor(const struct mt_st_file *f, const char 
   return t;
 }
 
+/* The row copy of x that the operation makes on a backend. */
+static void quantize_on(const char *backend, const struct mt_st_tensor *x, uint8_t *row,
+                        uint8_t *scale) {
+  struct mt_backend be;
+  struct mt_limits l = {
+      .tokens = 64, .rows = 64, .hidden = 64, .ffn = 64, .experts = 1, .vocab = 64};
+  int64_t rows = x->dim[0], cols = x->dim[1];
+  struct mt_operand o = {.format = MT_Q_MXFP8};
+  size_t bytes = mt_operand_bytes(MT_Q_MXFP8, rows, cols, 1, MT_SIDE_ROW);
+  void *source;
+  char *host = malloc(bytes);
+  OK(mt_backend_create(&be, backend, 2));
+  be.workspace_size_bytes = be.workspace_bytes(&be, &l);
+  OK(be.mem_alloc(&be, be.workspace_size_bytes, &be.workspace));
+  OK(be.mem_alloc(&be, x->size_bytes, &source));
+  OK(be.mem_alloc(&be, bytes, &o.memory));
+  OK(be.upload(&be, source, x->data, x->size_bytes));
+  OK(mt_operand_make(&be, &o, mt_mat(source, MT_F32, rows, cols), rows, MT_SIDE_ROW, NULL));
+  OK(be.download(&be, host, o.memory, bytes));
+  memcpy(row, host + (o.q.row - (uint8_t *)o.memory), (size_t)(rows * cols));
+  memcpy(scale, host + ((uint8_t *)o.q.row_scale - (uint8_t *)o.memory),
+         (size_t)(rows * cols / 32));
+  be.mem_free(&be, o.memory, bytes);
+  be.mem_free(&be, source, x->size_bytes);
+  be.mem_free(&be, be.workspace, be.workspace_size_bytes);
+  mt_backend_destroy(&be);
+  free(host);
+}
+
 static void blocks_are_those_of_the_fixture(void **state) {
   (void)state;
   static const char *const cases[] = {"bf16", "edges", "normal", "small",
                                       "ties", "wide",  "special"};
+  static const char *const backends[] = {"ref", "cpu", "cuda", "cuda-portable"};
   struct mt_st_file f;
   OK(mt_st_open(MT_SOURCE_DIR "/tests/golden/mxfp8.safetensors", &f));
   for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
@@ -127,6 +159,13 @@ static void blocks_are_those_of_the_fixture(void **state) {
     assert_memory_equal(s, scale->data, scale->size_bytes);
     if (strcmp(cases[i], "special") != 0)
       assert_memory_equal(row, tensor(&f, cases[i], "e4m3")->data, (size_t)(rows * cols));
+    for (size_t b = 0; b < sizeof backends / sizeof *backends; b++) {
+      if (strncmp(backends[b], "cuda", 4) == 0 && mt_cuda_device_count() == 0) continue;
+      quantize_on(backends[b], x, row, s);
+      assert_memory_equal(s, scale->data, scale->size_bytes);
+      if (strcmp(cases[i], "special") != 0)
+        assert_memory_equal(row, tensor(&f, cases[i], "e4m3")->data, (size_t)(rows * cols));
+    }
     free(v), free(row), free(s);
   }
   mt_st_close(&f);

@@ -21,8 +21,9 @@ static void portable(void **state) {
 
 static void a_run_resumes_bit_for_bit(void **state) {
   (void)state;
-  run_repeats_and_resumes("cuda", "fp32");
-  run_repeats_and_resumes("cuda", "bf16");
+  run_repeats_and_resumes("cuda", "bf16", "fp32");
+  run_repeats_and_resumes("cuda", "bf16", "bf16");
+  run_repeats_and_resumes("cuda", "fp8", "fp32");
 }
 
 /* Graphs, the driver's context and libraries: what no arena counts. Other processes on the device

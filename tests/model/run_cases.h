@@ -15,7 +15,7 @@ static inline void make_run(const char *dir, char model[MT_PATH_MAX], char data[
   OK(mt_dir_create(base));
   temp_copy(MT_SOURCE_DIR "/tests/golden/tokenizer-mixtral", "tokenizer.json", base);
   temp_text(base, "config.json",
-            "{\"model_type\":\"mixtral\",\"hidden_size\":16,\"intermediate_size\":24,"
+            "{\"model_type\":\"mixtral\",\"hidden_size\":32,\"intermediate_size\":32,"
             "\"num_hidden_layers\":2,\"num_attention_heads\":2,\"num_key_value_heads\":1,"
             "\"num_local_experts\":4,\"num_experts_per_tok\":2,\"vocab_size\":32000,"
             "\"bos_token_id\":1,\"eos_token_id\":2,\"tie_word_embeddings\":true,"
@@ -87,7 +87,8 @@ static inline int count_lines(const char *dir, const char *name, const char *tex
 }
 
 /* Where the device has graphs, the second run is without them. */
-static inline void run_repeats_and_resumes(const char *device, const char *states) {
+static inline void run_repeats_and_resumes(const char *device, const char *precision,
+                                           const char *states) {
   char dir[MT_PATH_MAX], model[MT_PATH_MAX], data[MT_PATH_MAX], a[MT_PATH_MAX], b[MT_PATH_MAX],
       x[MT_PATH_MAX], y[MT_PATH_MAX];
   temp_dir(dir);
@@ -97,6 +98,8 @@ static inline void run_repeats_and_resumes(const char *device, const char *state
   struct mt_train_options o = train_options(device, model, data, a);
   o.save_every = 5;
   o.device.optim_state = states;
+  o.device.precision = precision;
+  if (strcmp(precision, "bf16") != 0) o.experts = MT_EXPERTS_FUSED;
   OK(mt_train_run(&o));
   OK(mt_path_join(x, a, "checkpoint-10"));
   assert_int_equal(count_lines(a, "metrics.jsonl", "{"), 10);
@@ -126,8 +129,10 @@ static inline void run_repeats_and_resumes(const char *device, const char *state
   o.seed = 8;
   FAILS(mt_train_run(&o), MT_EINVAL, "--seed");
   o.seed = 7;
+  o.device.precision = "bf16";
   o.device.optim_state = strcmp(states, "fp32") == 0 ? "bf16" : "fp32";
-  FAILS(mt_train_run(&o), MT_EINVAL, "--optim-state");
+  FAILS(mt_train_run(&o), MT_EINVAL,
+        strcmp(precision, "bf16") == 0 ? "--optim-state" : "--precision");
   o.resume = "";
   o.out = model;
   FAILS(mt_train_run(&o), MT_ENOENT, "no checkpoint to resume");

@@ -319,8 +319,9 @@ static void progress_line(void **state) {
 
 static void a_run_repeats_and_resumes_bit_for_bit(void **state) {
   (void)state;
-  run_repeats_and_resumes("cpu", "fp32");
-  run_repeats_and_resumes("cpu", "bf16");
+  run_repeats_and_resumes("cpu", "bf16", "fp32");
+  run_repeats_and_resumes("cpu", "bf16", "bf16");
+  run_repeats_and_resumes("cpu", "fp8", "fp32");
 }
 
 static char *read_text(const char *dir, const char *name) {
