@@ -2,11 +2,15 @@
 # Trains for a while on the CPU with evaluations, samples, checkpoints and reports on, watches what
 # the process holds, and fails when any of it grows.
 #   tools/soak.sh SECONDS DIR [MOETUNE] [-- more options of `moetune train`]
-# DIR: made anew; DIR/samples.tsv keeps what was seen every EVERY (10) seconds.
+# MOETUNE: a path, from the source's root where it is relative (build/release/moetune). DIR: made anew; DIR/samples.tsv keeps what was seen every EVERY (10) seconds.
 # SOAK_LIMIT: KiB/hour that anonymous memory may grow by (1024).
 set -eu
 seconds=$1 dir=$2
 shift 2
+case $dir in
+/*) ;;
+*) dir=$PWD/$dir ;;
+esac
 cd "$(dirname "$0")/.."
 moetune=build/release/moetune
 if [ $# -gt 0 ] && [ "$1" != -- ]; then

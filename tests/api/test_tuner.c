@@ -77,6 +77,7 @@ static void refuses_options(void **state) {
   REFUSED((o.batch_size = 65536, o.max_seq_length = 1048576), MT_EINVAL, "too large");
   REFUSED(o.lr = NAN, MT_EINVAL, "lr");
   REFUSED(o.adam_beta2 = 1, MT_EINVAL, "adam_beta2");
+  REFUSED(o.router_z_loss = -1, MT_EINVAL, "router_z_loss");
   REFUSED(o.lr_schedule = "cosine", MT_EINVAL, "total_steps");
   REFUSED(o.freeze_count = 1, MT_EINVAL, "freeze_count");
   const char *all[] = {"*"};
@@ -84,6 +85,30 @@ static void refuses_options(void **state) {
 #undef REFUSED
   o = (struct mt_tuner_options){.model = MODEL}; /* without mt_tuner_defaults */
   fails(mt_tuner_open(&o, &t), MT_EINVAL, "device");
+}
+
+/* What is trained is the sum that the result's parts make. */
+static void losses_add_up(void **state) {
+  (void)state;
+  char path[64];
+  struct mt_tuner_step_result step;
+  mt_tuner *t;
+  mt_corpus *c;
+  some_lines(path, 6);
+  for (int z = 0; z < 2; z++) {
+    struct mt_tuner_options o = small();
+    o.router_aux_coef = 0.5;
+    o.router_z_loss = z ? 0.25 : 0;
+    ok(mt_tuner_open(&o, &t));
+    ok(mt_corpus_open(t, path, 0, &c));
+    ok(mt_tuner_step(t, c, &step));
+    assert_true(z ? step.z_loss > 0.1 : step.z_loss == 0);
+    double sum = step.cross_entropy + 0.5 * step.aux + 0.25 * step.z_loss;
+    if (!(fabs(step.loss - sum) < 1e-9 * sum)) fail_msg("%.12g, not %.12g", step.loss, sum);
+    mt_corpus_close(c);
+    mt_tuner_close(t);
+  }
+  unlink(path);
 }
 
 static void refuses_misuse(void **state) {
@@ -332,9 +357,10 @@ static void tuners_in_threads(void **state) {
 
 int main(void) {
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test(refuses_options),         cmocka_unit_test(refuses_misuse),
-      cmocka_unit_test(answers_between_steps),   cmocka_unit_test(trains_as_asked),
-      cmocka_unit_test(agrees_with_the_program), cmocka_unit_test(tuners_in_threads),
+      cmocka_unit_test(refuses_options),   cmocka_unit_test(losses_add_up),
+      cmocka_unit_test(refuses_misuse),    cmocka_unit_test(answers_between_steps),
+      cmocka_unit_test(trains_as_asked),   cmocka_unit_test(agrees_with_the_program),
+      cmocka_unit_test(tuners_in_threads),
   };
   mt_set_log_level(1);
   return cmocka_run_group_tests(tests, NULL, NULL);

@@ -1,9 +1,6 @@
 /* Any bytes as a data file: refused with a line, or every sample can be packed. */
-#include <stdio.h>
-#include <stdlib.h>
-#include <unistd.h>
-
 #include "data/dataset.h"
+#include "fuzz/files.h"
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
@@ -25,20 +22,20 @@ static struct mt_tokenizer *small_tokenizer(void) {
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
-  char path[] = "/tmp/moetune-fuzz-XXXXXX";
   const struct mt_template *chat;
   struct mt_dataset *d = NULL;
   struct mt_batch b;
-  int fd = mkstemp(path);
-  if (fd < 0 || write(fd, data, size) != (ssize_t)size) abort();
-  close(fd);
+  const char *path = fuzz_path("data.jsonl");
+  fuzz_file("data.jsonl", data, size);
   static const char *const names[] = {"mistral", "mixtral-8x22b", "qwen3", "tulu", "deepseek"};
   if (mt_template_find(names[size % 5], &chat)) abort();
   struct mt_dataset_options o = {.path = path,
                                  .chat = chat,
                                  .max_seq_length = 32,
                                  .eos_id = 0,
-                                 .skip_bad_lines = size % 3 == 0};
+                                 .skip_bad_lines = size % 3 == 0,
+                                 .threads =
+                                     1 + size % 7 / 6}; /* one a core costs more than it finds */
   if (mt_dataset_open(small_tokenizer(), &o, &d) == MT_OK && mt_dataset_wait(d) == MT_OK) {
     if (mt_batch_create(&b, 32, 1)) abort();
     for (int64_t i = 0; i < mt_dataset_stats(d).samples; i++) {
@@ -50,6 +47,5 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     mt_batch_destroy(&b);
   }
   mt_dataset_close(d);
-  unlink(path);
   return 0;
 }

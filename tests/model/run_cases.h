@@ -55,6 +55,7 @@ static inline struct mt_train_options train_options(const char *device, const ch
       .experts = MT_EXPERTS_GROUPED,
       .blocks = MT_BLOCKS_FUSED,
       .router_aux_coef = -1,
+      .router_z_loss = 1e-2,
       .log_every = 100};
 }
 
