@@ -2,9 +2,10 @@
  * everything above the table runs as it does with NCCL.
  *
  * What goes from one rank to another passes through a mailbox, piece by piece: the sender copies a
- * piece into one of its two halves and raises `sent`, the receiver copies it out and raises
- * `taken`. Both are copies on the callers' streams, and it is the streams that wait for the
- * counters (stream memory operations), not the host. The counters lie in memory that the ranks'
+ * piece into one of its slots and raises `sent`, the receiver copies it out and raises `taken`. It
+ * is streams that copy and wait for the counters (stream memory operations), not the host: what
+ * comes on the caller's, what leaves on another one that the caller's waits for at a group's end,
+ * since a group's messages do not wait for each other. The counters lie in memory that the ranks'
  * processes share; the mailboxes in the senders' device memory, which the receivers map (CUDA
  * IPC), or in shared host memory where that cannot be had. */
 #include "par/nccl_api.h"
@@ -22,7 +23,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { RANKS_MOST = 16, OPS_MOST = 256, PIECE_BYTES = 256 << 10, START_S = 60 };
+enum { RANKS_MOST = 16, OPS_MOST = 256, SLOTS = 8, PIECE_BYTES = 256 << 10, START_S = 60 };
 
 /* A cache line each. */
 struct box {
@@ -43,11 +44,13 @@ struct ncclComm {
   int rank, size;
   struct page *page;
   size_t page_bytes;
-  char *mailbox[RANKS_MOST];                    /* of each rank: [to][2][PIECE_BYTES] */
+  char *mailbox[RANKS_MOST];                    /* of each rank: [to][SLOTS][PIECE_BYTES] */
   char *own;                                    /* this rank's, in device memory */
   uint32_t sent[RANKS_MOST], taken[RANKS_MOST]; /* pieces that have been put on a stream */
   CUresult (*wait_value)(CUstream, CUdeviceptr, cuuint32_t, unsigned);
   CUresult (*write_value)(CUstream, CUdeviceptr, cuuint32_t, unsigned);
+  cudaStream_t leaving; /* what is sent runs on it */
+  cudaEvent_t begun, left;
   char page_name[sizeof(struct mt_nccl_id)];
 };
 
@@ -97,7 +100,7 @@ static int meet(_Atomic int *count, int all) {
 }
 
 static size_t mailbox_bytes(int size) {
-  return (size_t)size * 2 * PIECE_BYTES;
+  return (size_t)size * SLOTS * PIECE_BYTES;
 }
 
 static size_t page_bytes(int size) {
@@ -184,6 +187,9 @@ static int find_stream_operations(struct ncclComm *c) {
 static int comm_destroy(mt_nccl_comm c);
 
 static int start(struct ncclComm *c) {
+  CUDA(cudaStreamCreateWithPriority(&c->leaving, cudaStreamNonBlocking, 0));
+  CUDA(cudaEventCreateWithFlags(&c->begun, cudaEventDisableTiming));
+  CUDA(cudaEventCreateWithFlags(&c->left, cudaEventDisableTiming));
   int result = map_page(c);
   if (result == 0) result = find_stream_operations(c);
   if (result != 0) return result;
@@ -224,6 +230,9 @@ static void put_away(struct ncclComm *c) {
     munmap(c->page, c->page_bytes);
   }
   if (c->own) (void)cudaFree(c->own);
+  if (c->leaving) (void)cudaStreamDestroy(c->leaving);
+  if (c->begun) (void)cudaEventDestroy(c->begun);
+  if (c->left) (void)cudaEventDestroy(c->left);
   (void)cudaGetLastError();
   free(c);
 }
@@ -277,42 +286,62 @@ static int raise_to(struct ncclComm *c, cudaStream_t stream, _Atomic uint32_t *c
   return wrong(MT_NCCL_SYSTEM_ERROR, "raising a counter", "CUDA");
 }
 
-/* The next piece of an operation. Pieces of a pair of ranks are numbered from 1; the halves of the
+/* The next piece of an operation. Pieces of a pair of ranks are numbered from 1; the slots of the
  * mailbox take turns. */
 static int move_piece(struct op *o) {
   struct ncclComm *c = o->comm;
   size_t n = o->left < PIECE_BYTES ? o->left : PIECE_BYTES;
   int from = o->out ? c->rank : o->peer, to = o->out ? o->peer : c->rank;
   struct box *b = &c->page->box[from][to];
+  cudaStream_t stream = o->out ? c->leaving : o->stream;
   uint32_t number = o->out ? ++c->sent[to] : ++c->taken[from];
-  char *half = c->mailbox[from] + ((size_t)to * 2 + number % 2) * PIECE_BYTES;
-  int result = o->out ? wait_for(c, o->stream, &b->taken, number - 2)
-                      : wait_for(c, o->stream, &b->sent, number);
+  char *slot = c->mailbox[from] + ((size_t)to * SLOTS + number % SLOTS) * PIECE_BYTES;
+  int result = o->out ? wait_for(c, stream, &b->taken, number - SLOTS)
+                      : wait_for(c, stream, &b->sent, number);
   if (result != 0) return result;
-  CUDA(cudaMemcpyAsync(o->out ? half : o->buf, o->out ? o->buf : half, n, cudaMemcpyDefault,
-                       o->stream));
+  CUDA(cudaMemcpyAsync(o->out ? slot : o->buf, o->out ? o->buf : slot, n, cudaMemcpyDefault,
+                       stream));
   o->buf += n;
   o->left -= n;
-  return raise_to(c, o->stream, o->out ? &b->sent : &b->taken, number);
+  return raise_to(c, stream, o->out ? &b->sent : &b->taken, number);
 }
 
-/* Of every pair and direction one piece a round, sends first: whoever waits for a half to be free
- * has sent no more than the other rank can take before it waits itself. */
-static int run_group(void) {
-  int result = MT_NCCL_SUCCESS;
-  for (bool more = true; more && result == 0;) {
-    more = false;
-    for (int out = 1; out >= 0; out--) {
-      uint32_t served = 0; /* peers, by bit */
-      for (int i = 0; result == 0 && i < group.count; i++) {
-        struct op *o = &group.op[i];
-        if (o->left == 0 || o->out != (out == 1) || (served >> o->peer & 1)) continue;
-        served |= 1u << o->peer;
-        result = move_piece(o);
-        more = true;
-      }
+/* Up to SLOTS pieces of every pair in one direction, in the order of its operations. */
+static int move_some(bool out, bool *more) {
+  int served[RANKS_MOST] = {0}, result = MT_NCCL_SUCCESS;
+  for (int i = 0; i < group.count; i++) {
+    struct op *o = &group.op[i];
+    while (result == 0 && o->out == out && o->left > 0 && served[o->peer] < SLOTS) {
+      served[o->peer]++;
+      result = move_piece(o);
+      *more = true;
     }
   }
+  return result;
+}
+
+/* Both directions take turns, though they are on streams of their own: where streams do at once
+ * what they are given (tests/fake_cuda), a group of few pieces must come through all the same. */
+static int run_group(void) {
+  int result = MT_NCCL_SUCCESS;
+  if (group.count == 0) return result;
+  struct op *first = &group.op[0];
+  struct ncclComm *c = first->comm;
+  CUDA(cudaEventRecord(c->begun, first->stream));
+  CUDA(cudaStreamWaitEvent(c->leaving, c->begun, 0));
+  for (bool more = true; more && result == 0;) {
+    more = false;
+    result = move_some(true, &more);
+    if (result == 0) result = move_some(false, &more);
+  }
+  CUDA(cudaEventRecord(c->left, c->leaving));
+  CUDA(cudaStreamWaitEvent(first->stream, c->left, 0));
+  return result;
+}
+
+/* Whatever comes of it, its operations are gone. */
+static int end_group(void) {
+  int result = run_group();
   group.count = 0;
   return result;
 }
@@ -324,15 +353,17 @@ static int group_start(void) {
 
 static int group_end(void) {
   if (group.depth < 1) return wrong(MT_NCCL_INVALID, "group", "ends before it begins");
-  return --group.depth == 0 ? run_group() : MT_NCCL_SUCCESS;
+  return --group.depth == 0 ? end_group() : MT_NCCL_SUCCESS;
 }
 
 static int add_op(struct op o) {
   if (!o.comm || o.peer < 0 || o.peer >= o.comm->size)
     return wrong(MT_NCCL_INVALID, "message", "no such rank");
   if (group.count == OPS_MOST) return wrong(MT_NCCL_INVALID, "group", "too many messages");
+  if (group.count > 0 && (group.op[0].comm != o.comm || group.op[0].stream != o.stream))
+    return wrong(MT_NCCL_INVALID, "group", "of one communicator and stream alone");
   group.op[group.count++] = o;
-  return group.depth == 0 ? run_group() : MT_NCCL_SUCCESS;
+  return group.depth == 0 ? end_group() : MT_NCCL_SUCCESS;
 }
 
 static int send_bytes(const void *buf, size_t count, int type, int peer, mt_nccl_comm comm,
