@@ -82,17 +82,37 @@ static void route_to_the_first(struct run *r) {
 
 enum lot { USUAL, LOPSIDED, ONE_EXPERT_EACH };
 
-static void gradients_equal_to_one(const char *recipe, struct mt_model_options options, int ep,
-                                   enum lot lot, double bound, double loss_bound) {
+/* A mesh's groups: the experts' and the dense parameters' over both memories, and the copies'. */
+struct groups {
+  int ep;
+  struct mt_comm host_expert, expert, data, dense, tensor_dense;
+};
+
+static void open_groups(struct groups *g, int ep) {
+  struct mt_config c = config();
+  struct mt_mesh mesh;
+  g->ep = ep;
+  OK(mt_mesh_make(&c, world.size, world.rank, ep, 1, &mesh));
+  open_comms(&mesh, MT_GROUP_EXPERT, &g->host_expert, &g->expert);
+  open_comms(&mesh, MT_GROUP_DENSE, &g->dense, &g->tensor_dense);
+  OK(mt_world_group(&world, &mesh, MT_GROUP_DATA, &g->data));
+}
+
+static void close_groups(struct groups *g) {
+  close_comms(&g->host_expert, &g->expert);
+  close_comms(&g->dense, &g->tensor_dense);
+  mt_comm_destroy(&g->data);
+}
+
+static void gradients_equal_to_one(const char *recipe, struct mt_model_options options,
+                                   struct groups *g, enum lot lot, double bound,
+                                   double loss_bound) {
+  int ep = g->ep;
   struct mt_config c = config();
   if (lot == ONE_EXPERT_EACH) c.experts = ep;
   if (mt_recipe_find(recipe)->qformat != MT_Q_NONE) c.hidden = 96, c.ffn = 160, c.head_dim = 32;
   struct mt_mesh mesh;
-  struct mt_comm host_expert, expert, data, dense, tensor_dense;
   OK(mt_mesh_make(&c, world.size, world.rank, ep, 1, &mesh));
-  open_comms(&mesh, MT_GROUP_EXPERT, &host_expert, &expert);
-  open_comms(&mesh, MT_GROUP_DENSE, &dense, &tensor_dense);
-  OK(mt_world_group(&world, &mesh, MT_GROUP_DATA, &data));
   struct mt_shard shard = mt_ranks_shard(&mesh);
   struct run whole, mine;
   open_run(&whole, recipe, options, &c, NULL);
@@ -101,7 +121,7 @@ static void gradients_equal_to_one(const char *recipe, struct mt_model_options o
   open_run(&mine, recipe, options, &c, &shard);
   take_weights(&mine, &whole);
   OK(mt_model_quantize_weights(&mine.m));
-  OK(mt_exchange_over(&mine.m, &expert, &tensor_dense));
+  OK(mt_exchange_over(&mine.m, &g->expert, &g->tensor_dense));
   double want = alone(&whole, mesh.dp * mesh.ep), got = 0;
   for (int pass = 0; pass < PASSES; pass++) {
     struct small_batch b;
@@ -113,20 +133,17 @@ static void gradients_equal_to_one(const char *recipe, struct mt_model_options o
   }
   double sums[16];
   int64_t start[16], count[16];
-  for (int r = 0; r < dense.size; r++) start[r] = r, count[r] = 1;
-  sums[dense.rank] = got;
-  OK(mt_comm_all_gather(&dense, sums, (struct mt_parts){count, start}, sizeof *sums, NULL));
+  for (int r = 0; r < g->dense.size; r++) start[r] = r, count[r] = 1;
+  sums[g->dense.rank] = got;
+  OK(mt_comm_all_gather(&g->dense, sums, (struct mt_parts){count, start}, sizeof *sums, NULL));
   got = 0;
-  for (int r = 0; r < dense.size; r++) got += sums[r];
+  for (int r = 0; r < g->dense.size; r++) got += sums[r];
   if (!(fabs(got - want) <= loss_bound * fabs(want)))
     fail_msg("loss %.12g, alone %.12g", got, want);
-  compare(&mine, &whole, &data, &dense, bound);
+  compare(&mine, &whole, &g->data, &g->dense, bound);
   mt_exchange_close(&mine.m);
   close_run(&mine);
   close_run(&whole);
-  close_comms(&host_expert, &expert);
-  close_comms(&dense, &tensor_dense);
-  mt_comm_destroy(&data);
 }
 
 static const struct mt_model_options expert_ways[] = {
@@ -148,14 +165,17 @@ static void gradients_on_every_mesh(const char *recipe, bool loops, double bound
                                     double loss_bound) {
   struct mt_config c = config();
   for (int ep = 1; ep <= world.size; ep++) {
+    struct groups g;
     if (world.size % ep != 0 || EXPERTS % ep != 0) continue;
+    open_groups(&g, ep);
     for (size_t i = 0; i < sizeof expert_ways / sizeof *expert_ways; i++) {
       if (expert_ways[i].experts == MT_EXPERTS_LOOP && !loops) continue;
-      gradients_equal_to_one(recipe, expert_ways[i], ep, USUAL, bound, loss_bound);
+      gradients_equal_to_one(recipe, expert_ways[i], &g, USUAL, bound, loss_bound);
     }
-    gradients_equal_to_one(recipe, expert_ways[0], ep, LOPSIDED, bound, loss_bound);
+    gradients_equal_to_one(recipe, expert_ways[0], &g, LOPSIDED, bound, loss_bound);
     if (ep >= c.top_k)
-      gradients_equal_to_one(recipe, expert_ways[0], ep, ONE_EXPERT_EACH, bound, loss_bound);
+      gradients_equal_to_one(recipe, expert_ways[0], &g, ONE_EXPERT_EACH, bound, loss_bound);
+    close_groups(&g);
   }
 }
 
@@ -165,9 +185,12 @@ static inline void gradients_in_eight_bits(const char *recipe, double bound, dou
   struct mt_model_options fused = {
       .experts = MT_EXPERTS_FUSED, .blocks = MT_BLOCKS_FUSED, .training = true};
   for (int ep = 1; ep <= world.size; ep++) {
+    struct groups g;
     if (world.size % ep != 0 || EXPERTS % ep != 0) continue;
-    gradients_equal_to_one(recipe, fused, ep, USUAL, bound, loss_bound);
-    gradients_equal_to_one(recipe, expert_ways[0], ep, LOPSIDED, bound, loss_bound);
+    open_groups(&g, ep);
+    gradients_equal_to_one(recipe, fused, &g, USUAL, bound, loss_bound);
+    gradients_equal_to_one(recipe, expert_ways[0], &g, LOPSIDED, bound, loss_bound);
+    close_groups(&g);
   }
 }
 
