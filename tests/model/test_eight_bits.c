@@ -66,11 +66,12 @@ static void fused_is_grouped(void **state) {
   struct apart d = two_ways("fp32", options_of(MT_EXPERTS_GROUPED, MT_BLOCKS_UNFUSED, 0), "fp32",
                             options_of(MT_EXPERTS_FUSED, MT_BLOCKS_UNFUSED, 0));
   if (!(d.worst < 1e-6)) fail_msg("fp32: fused is %.2g from grouped", d.worst);
-  /* The probability after the down projection: its own gradient is another sum, which shows in the
-   * small one of the router. */
+  /* The probability after the down projection: its own gradient is another sum, dy . y, of terms
+   * that cancel, which shows in what comes of it. With the same weights in float64 the two are one.
+   */
   d = two_ways("fp32", options_of(MT_EXPERTS_LOOP, MT_BLOCKS_UNFUSED, 0), "fp32",
                options_of(MT_EXPERTS_FUSED, MT_BLOCKS_UNFUSED, 0));
-  if (!(d.whole < 1e-6)) fail_msg("fp32: fused is %.2g from the loop", d.whole);
+  if (!(d.whole < 1e-5)) fail_msg("fp32: fused is %.2g from the loop", d.whole);
   for (int i = 0; i < 2; i++) {
     d = two_ways(recipes[i], options_of(MT_EXPERTS_GROUPED, MT_BLOCKS_FUSED, 0), recipes[i],
                  options_of(MT_EXPERTS_FUSED, MT_BLOCKS_FUSED, 0));

@@ -8,7 +8,7 @@ enum { TILE = MT_Q_PAD, THREADS = 256, WARPS = THREADS / 32, GROUPS_MOST = MT_OP
 
 /* Elements between rows of a tile in shared memory: neighbouring threads read neighbouring columns,
  * and lanes that read down a column meet few of each other's banks. */
-template <class T> constexpr int stride_of = TILE + 2;
+template <class T> constexpr int stride_of = TILE + 4 / (int)sizeof(T);
 
 struct groups {
   const int32_t *offsets, *padded; /* NULL: one group of all rows */
@@ -73,51 +73,42 @@ __device__ void write_row(const struct mt_qtensor &q, const struct place &p, int
   for (int i = 0; i < 4 && first + i < p.cols; i++) to[i] = e[i];
 }
 
-/* The tile's columns in MX: a warp has 32 rows of 64 columns, two columns a lane, which stay in
- * registers between scale and elements. A weight ends with its rows. */
+/* The tile's columns in MX: two threads a column, each with 64 rows. (Two columns a lane, kept in
+ * registers between scale and elements, take twice the time.) A weight ends with its rows; past
+ * those of a group are zeros, whatever its scale. */
 template <class T>
 __device__ void write_columns_mx(const struct mt_qtensor &q, const struct place &p,
                                  const T (*tile)[stride_of<T>]) {
-  int warp = threadIdx.x / 32, c = warp % 2 * 64 + threadIdx.x % 32 * 2, r = warp / 2 * 32;
+  int c = threadIdx.x % TILE, begin = threadIdx.x / TILE * (TILE / 2);
   int64_t all = q.dim[1];
   int rows = q.weight ? p.rows : TILE;
-  if (c >= p.cols || r >= rows) return;
-  pack<T, 2> v[32];
-  unsigned top[2] = {0, 0};
-#pragma unroll
-  for (int i = 0; i < 32; i++) {
-    v[i] = *(const pack<T, 2> *)&tile[r + i][c];
-    top[0] = max(top[0], magnitude_bits(to_float(v[i].x[0])));
-    top[1] = max(top[1], magnitude_bits(to_float(v[i].x[1])));
-  }
-  unsigned byte[2] = {scale_byte<false>(top[0]), scale_byte<false>(top[1])};
-  float by[2] = {scale_inverse(byte[0]), scale_inverse(byte[1])};
-  uint8_t *scale = (uint8_t *)q.col_scale + (p.at + r) / 32 * all + p.col + c;
-  uint8_t *to = q.col + (p.at + r) * all + p.col + c;
-  bool both = c + 1 < p.cols;
-  scale[0] = (uint8_t)byte[0];
-  if (both) scale[1] = (uint8_t)byte[1];
-#pragma unroll
-  for (int i = 0; i < 32; i++, to += all) {
-    if (r + i >= rows) break;
-    uint8_t e0 = to_e4m3(to_float(v[i].x[0]) * by[0]), e1 = to_e4m3(to_float(v[i].x[1]) * by[1]);
-    if (both && ((uintptr_t)to & 1) == 0) {
-      *(uchar2 *)to = make_uchar2(e0, e1);
-    } else {
-      to[0] = e0;
-      if (both) to[1] = e1;
+  if (c >= p.cols) return;
+  for (int r = begin; r < begin + TILE / 2 && r < rows; r += 32) {
+    unsigned top = 0;
+#pragma unroll 8
+    for (int i = 0; i < 32; i++) top = max(top, magnitude_bits(to_float(tile[r + i][c])));
+    unsigned byte = scale_byte<false>(top);
+    float by = scale_inverse(byte);
+    ((uint8_t *)q.col_scale)[(p.at + r) / 32 * all + p.col + c] = (uint8_t)byte;
+#pragma unroll 8
+    for (int i = 0; i < 32; i++) {
+      if (r + i >= rows) break;
+      q.col[(p.at + r + i) * all + p.col + c] =
+          r + i < p.rows ? to_e4m3(to_float(tile[r + i][c]) * by) : 0;
     }
   }
 }
 
-/* One column of a tile turned, by a warp: `rows` elements from to on, four a lane. */
+/* One column of a tile turned, by a warp: `rows` elements from to on, four a lane, of which the
+ * first `valid` count and others are zeros, whatever the scale. */
 template <class T>
 __device__ __forceinline__ void write_turned(const T (*tile)[stride_of<T>], int c, float by,
-                                             uint8_t *to, int rows) {
+                                             uint8_t *to, int rows, int valid) {
   int first = threadIdx.x % 32 * 4;
   uint8_t e[4];
 #pragma unroll
-  for (int i = 0; i < 4; i++) e[i] = to_e4m3(to_float(tile[first + i][c]) * by);
+  for (int i = 0; i < 4; i++)
+    e[i] = first + i < valid ? to_e4m3(to_float(tile[first + i][c]) * by) : 0;
   if (first + 4 <= rows && ((uintptr_t)to & 3) == 0) {
     *(uchar4 *)(to + first) = make_uchar4(e[0], e[1], e[2], e[3]);
     return;
@@ -138,7 +129,8 @@ __device__ void write_columns_fp8(const struct mt_qtensor &q, const struct place
     for (int i = 16; i > 0; i /= 2) top = max(top, __shfl_xor_sync(0xffffffffu, top, i));
     unsigned byte = scale_byte<true>(top);
     if (lane == 0) put_scale<true>(q.col_scale, p.at / TILE * q.dim[1] + p.col + c, byte);
-    write_turned<T>(tile, c, scale_inverse(byte), q.col + (p.col + c) * q.col_rows + p.at, TILE);
+    write_turned<T>(tile, c, scale_inverse(byte), q.col + (p.col + c) * q.col_rows + p.at, TILE,
+                    p.rows);
   }
 }
 
@@ -440,7 +432,7 @@ __global__ void __launch_bounds__(THREADS)
         q.row[(p.row + r) * k + p.col + c] = to_e4m3(to_float(tile[r][c]) * by);
     }
     for (int c = warp; q.col && c < p.cols; c += WARPS)
-      write_turned<T>(tile, c, by, q.col + (p.col + c) * n + p.row, p.rows);
+      write_turned<T>(tile, c, by, q.col + (p.col + c) * n + p.row, p.rows, p.rows);
   }
 }
 
