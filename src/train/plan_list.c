@@ -67,6 +67,7 @@ mt_err mt_plan_meshes(struct mt_planner *p, int gpus, struct mt_plan **plans, in
   for (int ep = 1; ep <= p->config.experts && ep <= gpus; ep++) {
     for (int pp = 1; pp <= p->config.layers && ep * pp <= gpus; pp++) {
       if (p->config.experts % ep != 0 || gpus % (ep * pp) != 0) continue;
+      if (pp > 1 && p->config.tied_head) continue; /* no mesh: mt_mesh_make */
       MT_GO(add_ways(p, gpus, ep, pp, &l));
     }
   }
