@@ -200,7 +200,7 @@ static mt_err entry_of(struct mt_planner *p, const struct mt_plan *plan,
   for (int i = 0; i < p->seen_count; i++) {
     const struct mt_planner_entry *s = &p->seen[i];
     if (s->ep == e.ep && s->dp == e.dp && s->pp == e.pp && s->recompute == e.recompute &&
-        s->sets == e.sets) {
+        s->zero == e.zero && s->sets == e.sets) {
       *out = *s;
       return MT_OK;
     }

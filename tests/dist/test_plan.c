@@ -94,8 +94,8 @@ static void same_traffic(const struct mt_plan *plan, struct mt_ranks *r) {
   same_bytes("experts' gradients back", t->experts / 2 * world.size, (double)sent[2]);
 }
 
-/* The plan is of one of the stages, and of sums of the rank that has most: those who have other
- * numbers have fewer bytes, and someone has these. */
+/* The plan is of one of the stages, and of shares and sums of the rank that has most: those who
+ * have other numbers have fewer bytes, and someone has these. */
 static void same_memory(const struct mt_plan *plan, const struct run *mine, struct mt_ranks *r) {
   const struct mt_memory real = mt_model_memory(&mine->m);
   const struct mt_plan_memory here = {.parameters = real.parameters,
@@ -111,7 +111,7 @@ static void same_memory(const struct mt_plan *plan, const struct run *mine, stru
                  here.gradients == m->gradients && here.optimizer == m->optimizer &&
                  here.activations == m->activations && here.exchange == m->exchange &&
                  here.sums == m->sums;
-  if (all > m->total || (!same && r->mesh.pp == 1)) {
+  if (all > m->total || (!same && r->mesh.pp == 1 && plan->zero == 0)) {
     same_bytes("parameters", (double)m->parameters, (double)here.parameters);
     same_bytes("gradients", (double)m->gradients, (double)here.gradients);
     same_bytes("optimizer", (double)m->optimizer, (double)here.optimizer);
@@ -140,7 +140,7 @@ static void on_mesh(const char *path, const char *precision, int ep, int pp, int
       .imbalance = 1,
       .machine = "h100"};
   struct mt_plan plan = {
-      .gpus = world.size, .ep = ep, .pp = pp, .recompute = recompute, .micro = MICRO};
+      .gpus = world.size, .ep = ep, .pp = pp, .zero = zero, .recompute = recompute, .micro = MICRO};
   struct mt_planner p;
   struct mt_ranks ranks;
   struct mt_mesh mesh;
