@@ -260,7 +260,7 @@ static struct mt_plan_traffic traffic_of(const struct mt_planner *p, const struc
   double record = ceil((c->experts * (stat + 4) + stat + 4) / 8) * 8;
   double once = e->first.count.stage_bytes, last = e->last.count.stage_bytes;
   struct mt_plan_traffic t = {
-      .counts = 4.0 * (c->experts / plan->ep + 1) * (plan->ep - 1) * layers * passes,
+      .counts = 4.0 * ((double)c->experts / plan->ep + 1) * (plan->ep - 1) * layers * passes,
       .tokens = 4 * rows * c->hidden * act,
       .probabilities = 2 * rows * stat,
       .auxiliary = (plan->dp * plan->ep - 1) * record * passes,

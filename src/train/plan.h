@@ -86,9 +86,9 @@ struct mt_planner {
 mt_err mt_planner_open(struct mt_planner *p, const struct mt_plan_options *o);
 void mt_planner_close(struct mt_planner *p);
 
-/* One mesh: out->gpus, ep, pp, zero, recompute and micro are given, the rest (=). Errors: those of
+/* One mesh: plan->gpus, ep, pp, zero, recompute and micro are given, the rest (=). Errors: those of
  * mt_mesh_make. */
-mt_err mt_plan_mesh(struct mt_planner *p, struct mt_plan *out);
+mt_err mt_plan_mesh(struct mt_planner *p, struct mt_plan *plan);
 
 /* All meshes of `gpus` ranks that the options leave open, those that fit first, of them the one of
  * most tokens a second first (equals: the one of least memory). *plans (=) is freed by the caller.
