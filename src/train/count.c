@@ -4,6 +4,7 @@
 #include <string.h>
 #include <sys/mman.h>
 
+#include "data/dataset.h"
 #include "par/ranks.h"
 #include "train/optimizer.h"
 #include "train/plan.h"
@@ -108,9 +109,9 @@ static void make_counter(struct counter *c, const struct mt_count_options *o) {
                         .flops_per_s = mt_machine_flops(o->machine, o->recipe->act),
                         .choices = o->model.token_capacity * o->config->top_k,
                         .rows = o->rows,
-                        .ep = o->ep,
+                        .ep = o->mesh->ep,
                         .experts = o->config->experts,
-                        .held = o->config->experts / o->ep};
+                        .held = o->config->experts / o->mesh->ep};
   c->be = (struct mt_backend){.name = o->backend->name,
                               .thread_count = 1,
                               .impl = c,
@@ -144,29 +145,36 @@ static mt_err no_gathering(struct mt_comm *c, void *buf, struct mt_parts parts, 
   return MT_OK;
 }
 
+static mt_err no_message(struct mt_comm *c, const void *buf, size_t size_bytes, int to,
+                         struct mt_transfer *t) {
+  (void)c, (void)buf, (void)size_bytes, (void)to, (void)t;
+  return MT_OK;
+}
+
+static mt_err no_answer(struct mt_comm *c, void *buf, size_t size_bytes, int from,
+                        struct mt_transfer *t) {
+  return no_message(c, buf, size_bytes, from, t);
+}
+
 static mt_err no_wait(struct mt_comm *c, struct mt_transfer *t) {
   (void)c, (void)t;
   return MT_OK;
 }
 
-static struct mt_comm group_of(enum mt_group group, int size) {
-  struct mt_comm c = mt_comm_self(mt_group_name(group));
-  c.size = size;
-  c.all_to_all = no_exchange;
-  c.all_gather = no_gathering;
-  c.wait = no_wait;
-  return c;
-}
-
-/* The first rank of the mesh, whose groups begin with it. */
-static mt_err join(struct mt_ranks *r, struct mt_model *m, const struct mt_count_options *o) {
-  const int sizes[MT_GROUP_COUNT] = {[MT_GROUP_WORLD] = 1,
-                                     [MT_GROUP_EXPERT] = o->ep,
-                                     [MT_GROUP_DATA] = o->dp,
-                                     [MT_GROUP_DENSE] = o->dp * o->ep,
-                                     [MT_GROUP_PIPE] = 1};
-  r->mesh = (struct mt_mesh){.world = o->dp * o->ep, .dp = o->dp, .ep = o->ep, .pp = 1};
-  for (int g = 0; g < MT_GROUP_COUNT; g++) r->comm[g] = group_of((enum mt_group)g, sizes[g]);
+static mt_err join(struct mt_ranks *r, struct mt_model *m, const struct mt_mesh *mesh) {
+  r->mesh = *mesh;
+  for (int g = 0; g < MT_GROUP_COUNT; g++) {
+    struct mt_group_span span = mt_mesh_group(mesh, (enum mt_group)g);
+    struct mt_comm *c = &r->comm[g];
+    *c = mt_comm_self(mt_group_name((enum mt_group)g));
+    c->size = span.count;
+    c->rank = span.index;
+    c->all_to_all = no_exchange;
+    c->all_gather = no_gathering;
+    c->send = no_message;
+    c->recv = no_answer;
+    c->wait = no_wait;
+  }
   return mt_ranks_join(r, m);
 }
 
@@ -201,38 +209,71 @@ static void add_rows(struct mt_profile *to, const struct mt_profile *from) {
   }
 }
 
+/* All that is under way at a time, forward and back; of a whole model one micro-batch. */
+static mt_err run_passes(struct mt_model *m, struct mt_ranks *ranks, struct mt_pass *passes,
+                         int count) {
+  if (ranks->mesh.pp > 1) return mt_pipeline_run(&ranks->pipeline, passes, count);
+  mt_model_say_summed(m, passes[0].sum_squares);
+  return mt_model_pass_launch(m, &passes[0]);
+}
+
+/* Passes that only add, then those of a step's beginning, whose first does not. */
+static mt_err count_passes(struct counter *c, struct mt_model *m, struct mt_ranks *ranks,
+                           struct mt_pass *passes, int count, struct mt_count *out,
+                           struct mt_profile *profile) {
+  size_t before = c->taken_bytes;
+  bool sum_squares = passes[0].sum_squares;
+  for (int i = 0; i < count; i++) passes[i].accumulate = 1, passes[i].sum_squares = false;
+  MT_TRY(run_passes(m, ranks, passes, count));
+  out->rows_bytes += c->taken_bytes - before;
+  take_rows(c, &out->more, &out->more_s, &out->more_calls, NULL);
+  out->stage_bytes = (double)ranks->comm[MT_GROUP_PIPE].sent[MT_COMM_SEND].bytes / count;
+  passes[0].accumulate = 0;
+  passes[0].sum_squares = sum_squares;
+  MT_TRY(run_passes(m, ranks, passes, count));
+  add_rows(profile, &c->profile);
+  take_rows(c, &out->first, &out->first_s, &out->first_calls, out);
+  out->more_s /= count;
+  out->ends_s /= count;
+  out->first_s -= (count - 1) * out->more_s;
+  return MT_OK;
+}
+
 static mt_err run(struct counter *c, struct mt_model *m, struct mt_optimizer *opt,
                   struct mt_ranks *ranks, const struct mt_count_options *o, struct mt_count *out,
                   struct mt_profile *profile) {
-  struct mt_batch batch = {.token_count = (int)o->model.token_capacity};
-  bool alone = o->dp * o->ep == 1;
+  struct mt_batch batch = {0};
+  bool alone = o->mesh->world == 1;
   size_t before = c->taken_bytes;
-  struct mt_pass pass = {.batch = &batch, .sum_squares = alone};
-  if (!alone) MT_TRY(join(ranks, m, o));
-  mt_model_say_summed(m, pass.sum_squares);
-  MT_TRY(mt_model_pass_launch(m, &pass));
+  int count = o->model.in_flight > 1 ? o->model.in_flight : 1;
+  struct mt_pass *passes = calloc((size_t)count, sizeof *passes);
+  mt_err err = passes ? MT_OK : mt_fail(MT_ENOMEM, "%d passes", count);
+  if (!err) err = mt_batch_create(&batch, (int)o->model.token_capacity, 1);
+  if (err) goto done;
+  batch.token_count = batch.token_capacity;
+  for (int i = 0; i < count; i++)
+    passes[i] = (struct mt_pass){.batch = &batch, .sum_squares = alone};
+  if (!alone) MT_GO(join(ranks, m, o->mesh));
   out->rows_bytes = c->taken_bytes - before;
-  add_rows(profile, &c->profile);
-  take_rows(c, &out->first, &out->first_s, &out->first_calls, out);
+  MT_GO(count_passes(c, m, ranks, passes, count, out, profile));
   before = c->taken_bytes;
   if (alone) {
-    MT_TRY(mt_optimizer_norm(opt));
+    MT_GO(mt_optimizer_norm(opt));
   } else {
-    MT_TRY(mt_ranks_gradients(ranks, opt->grad_sumsq));
+    MT_GO(mt_ranks_gradients(ranks, opt->grad_sumsq));
     add_rows(profile, &c->profile);
     take_rows(c, &out->sums, &out->sums_s, &out->sums_calls, NULL);
   }
   out->sums_bytes = c->taken_bytes - before;
   out->sums_places = alone ? 1 : mt_ranks_overlap_places(ranks);
-  MT_TRY(mt_optimizer_update(opt));
+  MT_GO(mt_optimizer_update(opt));
+  if (!alone) MT_GO(mt_ranks_parameters(ranks));
   add_rows(profile, &c->profile);
   take_rows(c, &out->update, &out->update_s, &out->update_calls, NULL);
-  pass.accumulate = 1;
-  pass.sum_squares = false;
-  mt_model_say_summed(m, false);
-  MT_TRY(mt_model_pass_launch(m, &pass));
-  take_rows(c, &out->more, &out->more_s, &out->more_calls, NULL);
-  return MT_OK;
+done:
+  mt_batch_destroy(&batch);
+  free(passes);
+  return err;
 }
 
 mt_err mt_count_step(const struct mt_count_options *o, struct mt_count *out,

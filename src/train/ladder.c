@@ -119,8 +119,9 @@ static mt_err make_climb(struct climb *c, const struct work *w, int k) {
                                 .blocks = rungs[k].blocks,
                                 .recompute = (enum mt_recompute)o->recompute,
                                 .training = true,
-                                .token_capacity = (int64_t)o->batch_size * o->max_seq_length,
-                                .sequence_capacity = o->batch_size};
+                                .token_capacity = c->batch.token_count,
+                                .sequence_capacity = c->batch.sequence_count,
+                                .in_flight = 1};
   const struct mt_optimizer_options oo = {.lr = 1e-5,
                                           .beta1 = 0.9,
                                           .beta2 = 0.95,

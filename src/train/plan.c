@@ -8,24 +8,22 @@
 #include "data/dataset.h"
 #include "hf/checkpoint.h"
 #include "kernels/registry.h"
+#include "par/ranks.h"
 #include "train/session.h"
 
 /* Forms of a stage's parameters of one sync class, in bytes as they lie in the arenas. */
 struct class_bytes {
-  size_t compute, master, grad, states;
-  size_t summed; /* of grad */
+  size_t compute, grad;
 };
 
 struct stage {
   struct class_bytes dense, expert;
-  size_t activations, rows_bytes; /* of all micro-batches under way */
-  size_t sums_bytes;
   struct mt_count count;
 };
 
 /* What was counted of meshes of one shape; ZeRO and the number of ranks only divide it. */
 struct mt_planner_entry {
-  int ep, dp, pp, recompute, sets; /* sets: micro-batches under way in the first stage */
+  int ep, dp, pp, recompute, zero, sets; /* sets: micro-batches under way in the first stage */
   struct stage first, last;
 };
 
@@ -101,35 +99,6 @@ void mt_planner_close(struct mt_planner *p) {
   *p = (struct mt_planner){0};
 }
 
-/* The rows of a stage, `copies` of its layers one behind another, numbered from 0. Embedding and
- * head come along for every stage (the passes look for them) unless `here` says only what is held.
- */
-static bool held(const struct mt_mesh *m, const struct mt_config *c, enum mt_param_kind kind) {
-  bool first = m->pp_rank == 0, last = m->pp_rank == m->pp - 1;
-  if (kind == MT_PARAM_EMBED) return first || (last && c->tied_head);
-  if (kind == MT_PARAM_HEAD || kind == MT_PARAM_FINAL_NORM) return last;
-  return true;
-}
-
-static mt_err stage_rows(const struct mt_mesh *m, const struct mt_config *c,
-                         const struct mt_params *all, int copies, bool here,
-                         struct mt_params *out) {
-  int layers = (int)(m->layer_end - m->layer_begin);
-  *out = (struct mt_params){0};
-  out->row = calloc((size_t)all->count * (size_t)copies, sizeof *out->row);
-  if (!out->row) return mt_fail(MT_ENOMEM, "%d parameters", all->count);
-  for (int k = 0; k < copies; k++) {
-    for (int i = 0; i < all->count; i++) {
-      struct mt_param row = all->row[i];
-      if (row.layer < 0 && (k > 0 || (here && !held(m, c, row.kind)))) continue;
-      if (row.layer >= 0 && (row.layer < m->layer_begin || row.layer >= m->layer_end)) continue;
-      if (row.layer >= 0) row.layer += k * layers - (int)m->layer_begin;
-      out->row[out->count++] = row;
-    }
-  }
-  return MT_OK;
-}
-
 static void keep_class(struct mt_params *p, enum mt_sync sync) {
   int n = 0;
   for (int i = 0; i < p->count; i++) {
@@ -151,78 +120,73 @@ static mt_err class_of(struct mt_planner *p, const struct mt_config *c,
   memcpy(some.row, rows->row, (size_t)rows->count * sizeof *some.row);
   keep_class(&some, sync);
   MT_GO(mt_model_plan(c, &some, p->recipe, &p->be, o, &all));
-  *out = (struct class_bytes){.grad = all.gradients, .states = all.optimizer};
-  out->master = p->recipe->act == p->recipe->state ? 0 : all.optimizer / 2;
-  out->compute = all.parameters - out->master;
-  out->summed = all.gradients;
+  size_t master = p->recipe->act == p->recipe->state ? 0 : all.optimizer / 2;
+  *out = (struct class_bytes){.compute = all.parameters - master, .grad = all.gradients};
 done:
   mt_params_free(&some);
   return err;
 }
 
-/* A stage is a model of its layers; several micro-batches under way are kept as one would be in as
- * many layers. */
-static mt_err count_stage(struct mt_planner *p, const struct mt_mesh *m, int recompute, int sets,
-                          const struct mt_params *all, struct stage *out) {
+/* The rows of a rank. A pattern of --freeze may match nothing of what is there, so it is matched in
+ * the whole model. */
+static mt_err make_rows(const struct mt_planner *p, const struct mt_shard *shard,
+                        struct mt_params *out) {
+  const struct mt_config *c = &p->config;
+  const struct mt_string_list *freeze = &p->options->freeze;
+  struct mt_params whole = {0};
+  mt_err err;
+  *out = (struct mt_params){0};
+  MT_GO(mt_params_build(c, NULL, &whole));
+  MT_GO(mt_hf_freeze(c, &whole, freeze->item, freeze->count));
+  MT_GO(mt_params_build(c, shard, out));
+  for (int i = 0; i < out->count; i++) {
+    struct mt_param *row = &out->row[i];
+    row->learns = mt_params_find(&whole, row->kind, row->layer)->learns;
+  }
+done:
+  mt_params_free(&whole);
+  return err;
+}
+
+static mt_err count_stage(struct mt_planner *p, const struct mt_mesh *m,
+                          const struct mt_planner_entry *e, struct stage *out) {
   const struct mt_plan_options *o = p->options;
-  struct mt_config c = p->config;
-  struct mt_params here = {0}, stage = {0}, copies = {0};
-  struct mt_count_options co = {.config = &c,
+  const struct mt_config *c = &p->config;
+  struct mt_params rows;
+  struct mt_count_options co = {.config = c,
+                                .params = &rows,
                                 .recipe = p->recipe,
                                 .backend = &p->be,
                                 .model = model_options(p),
                                 .machine = &p->machine,
-                                .sequence_length = o->max_seq_length};
-  struct mt_count kept;
+                                .sequence_length = o->max_seq_length,
+                                .mesh = m};
   mt_err err;
-  c.layers = (int)(m->layer_end - m->layer_begin);
-  co.model.recompute = (enum mt_recompute)recompute;
-  co.model.shard =
-      (struct mt_shard){.expert_begin = (int)m->expert_begin, .expert_end = (int)m->expert_end};
-  co.ep = m->ep;
-  co.dp = m->dp;
-  co.rows = (int64_t)ceil((double)(p->token_capacity * c.top_k) * o->imbalance);
-  MT_GO(stage_rows(m, &c, all, 1, true, &here));
-  MT_GO(class_of(p, &c, &here, &co.model, MT_SYNC_DENSE, &out->dense));
-  MT_GO(class_of(p, &c, &here, &co.model, MT_SYNC_EXPERT, &out->expert));
-  MT_GO(stage_rows(m, &c, all, 1, false, &stage));
-  co.params = &stage;
+  co.model.recompute = (enum mt_recompute)e->recompute;
+  co.model.shard = mt_ranks_shard(m);
+  co.model.sharers = mt_ranks_sharers(m);
+  co.model.in_flight = m->pp > 1 ? mt_stage_in_flight(false, m->pp_rank, m->pp, e->sets) : 0;
+  co.rows = (int64_t)ceil((double)(p->token_capacity * c->top_k) * o->imbalance);
+  MT_GO(make_rows(p, &co.model.shard, &rows));
+  MT_GO(class_of(p, c, &rows, &co.model, MT_SYNC_DENSE, &out->dense));
+  MT_GO(class_of(p, c, &rows, &co.model, MT_SYNC_EXPERT, &out->expert));
+  co.model.zero = e->zero;
   MT_GO(mt_count_step(&co, &out->count, NULL));
-  kept = out->count;
-  if (sets > 1) {
-    MT_GO(stage_rows(m, &c, all, sets, false, &copies));
-    c.layers *= sets;
-    co.params = &copies;
-    MT_GO(mt_count_step(&co, &kept, NULL));
-  }
-  out->activations = kept.arenas.activations;
-  out->rows_bytes = kept.rows_bytes;
-  out->sums_bytes = out->count.sums_bytes;
   /* Beside backward, in the host's memory and without stages, several buckets are on their way. */
-  if (!wants_cuda(p->options) && m->pp == 1) out->sums_bytes *= (size_t)out->count.sums_places;
+  if (!wants_cuda(p->options) && m->pp == 1)
+    out->count.sums_bytes *= (size_t)out->count.sums_places;
 done:
-  mt_params_free(&here);
-  mt_params_free(&stage);
-  mt_params_free(&copies);
+  mt_params_free(&rows);
   return err;
 }
 
 static mt_err count_stages(struct mt_planner *p, struct mt_planner_entry *e) {
-  const struct mt_plan_options *o = p->options;
-  struct mt_params all = {0};
   struct mt_mesh m;
-  mt_err err;
   MT_TRY(mt_mesh_make(&p->config, e->ep * e->dp * e->pp, 0, e->ep, e->pp, &m));
-  struct mt_shard shard = {.expert_begin = (int)m.expert_begin, .expert_end = (int)m.expert_end};
-  MT_GO(mt_params_build(&p->config, &shard, &all));
-  MT_GO(mt_hf_freeze(&p->config, &all, o->freeze.item, o->freeze.count));
-  MT_GO(count_stage(p, &m, e->recompute, e->sets, &all, &e->first));
+  MT_TRY(count_stage(p, &m, e, &e->first));
   m = mt_mesh_of(&m, &p->config, e->ep * e->dp * (e->pp - 1));
   e->last = e->first;
-  if (e->pp > 1) MT_GO(count_stage(p, &m, e->recompute, 1, &all, &e->last));
-done:
-  mt_params_free(&all);
-  return err;
+  return e->pp > 1 ? count_stage(p, &m, e, &e->last) : MT_OK;
 }
 
 static mt_err entry_of(struct mt_planner *p, const struct mt_plan *plan,
@@ -231,11 +195,12 @@ static mt_err entry_of(struct mt_planner *p, const struct mt_plan *plan,
                                .dp = plan->dp,
                                .pp = plan->pp,
                                .recompute = plan->recompute,
+                               .zero = plan->zero > 0,
                                .sets = plan->micro < plan->pp ? plan->micro : plan->pp};
   for (int i = 0; i < p->seen_count; i++) {
     const struct mt_planner_entry *s = &p->seen[i];
     if (s->ep == e.ep && s->dp == e.dp && s->pp == e.pp && s->recompute == e.recompute &&
-        s->sets == e.sets) {
+        s->zero == e.zero && s->sets == e.sets) {
       *out = *s;
       return MT_OK;
     }
@@ -251,26 +216,24 @@ static mt_err entry_of(struct mt_planner *p, const struct mt_plan *plan,
 /* What the fullest of `ranks` keeps of bytes that are shared out among them. */
 static size_t share(size_t bytes, enum mt_dtype dtype, int ranks) {
   size_t item = mt_dtype_bytes(dtype), n = bytes / item, r = (size_t)ranks;
-  size_t each = ((n + r - 1) / r + MT_SUM_PART - 1) / MT_SUM_PART * MT_SUM_PART;
+  size_t each = ((n + r - 1) / r + MT_BUCKET_UNIT - 1) / MT_BUCKET_UNIT * MT_BUCKET_UNIT;
   return ranks > 1 && each * item < bytes ? each * item : bytes;
 }
 
-/* --zero: 1 shares out moments and master weights among the ranks that hold the parameter, 2 the
- * gradients too. Weights that are their own master stay. */
-static void add_class(struct mt_plan_memory *m, const struct class_bytes *b,
-                      const struct mt_recipe *r, int zero, int ranks) {
-  m->parameters += b->compute + share(b->master, r->state, zero >= 1 ? ranks : 1);
-  m->gradients += share(b->grad, r->grad, zero >= 2 ? ranks : 1);
-  m->optimizer += 2 * share(b->states / 2, r->state, zero >= 1 ? ranks : 1);
-}
-
+/* --zero 1 is laid out so; 2 will share the gradients as well. */
 static struct mt_plan_memory memory_of(const struct mt_planner *p, const struct mt_plan *plan,
                                        const struct stage *s) {
-  struct mt_plan_memory m = {.activations = s->activations, .exchange = s->rows_bytes};
-  int readers = plan->dp * plan->ep;
-  add_class(&m, &s->dense, p->recipe, plan->zero, readers);
-  add_class(&m, &s->expert, p->recipe, plan->zero, plan->dp);
-  m.sums = s->sums_bytes;
+  const struct mt_count *c = &s->count;
+  enum mt_dtype grad = p->recipe->grad;
+  struct mt_plan_memory m = {.parameters = c->arenas.parameters,
+                             .gradients = c->arenas.gradients,
+                             .optimizer = c->arenas.optimizer,
+                             .activations = c->arenas.activations,
+                             .exchange = c->rows_bytes,
+                             .sums = c->sums_bytes};
+  if (plan->zero == 2)
+    m.gradients =
+        share(s->dense.grad, grad, plan->dp * plan->ep) + share(s->expert.grad, grad, plan->dp);
   m.total = m.parameters + m.gradients + m.optimizer + m.activations + m.exchange + m.sums;
   return m;
 }
@@ -281,7 +244,7 @@ static double leaving(int ranks) {
 }
 
 static double sum_traffic(const struct class_bytes *b, const struct mt_plan *plan, int ranks) {
-  double g = (double)b->summed, once = leaving(ranks);
+  double g = (double)b->grad, once = leaving(ranks);
   if (plan->zero == 0) return 2 * once * g;
   /* Parts go to their owners (of sharded gradients each micro-batch's), new weights come back. */
   return once * (g * (plan->zero == 2 ? plan->micro : 1) + (double)b->compute);
@@ -295,17 +258,15 @@ static struct mt_plan_traffic traffic_of(const struct mt_planner *p, const struc
   double stat = (double)mt_dtype_bytes(p->recipe->stat);
   double rows = tokens * c->top_k * leaving(plan->ep) * layers * passes;
   double record = ceil((c->experts * (stat + 4) + stat + 4) / 8) * 8;
-  double stream = tokens * c->hidden * act * passes;
+  double once = e->first.count.stage_bytes, last = e->last.count.stage_bytes;
   struct mt_plan_traffic t = {
-      .counts = 4.0 * (c->experts / plan->ep + 1) * (plan->ep - 1) * layers * passes,
+      .counts = 4.0 * ((double)c->experts / plan->ep + 1) * (plan->ep - 1) * layers * passes,
       .tokens = 4 * rows * c->hidden * act,
       .probabilities = 2 * rows * stat,
       .auxiliary = (plan->dp * plan->ep - 1) * record * passes,
       .dense = sum_traffic(&e->first.dense, plan, plan->dp * plan->ep),
       .experts = sum_traffic(&e->first.expert, plan, plan->dp),
-      .stages = plan->pp > 2   ? 2 * stream
-                : plan->pp > 1 ? stream
-                               : 0,
+      .stages = (plan->pp > 2 ? once + last : fmax(once, last)) * passes,
   };
   return t;
 }
@@ -324,7 +285,7 @@ static double travel(const struct mt_machine *m, double bytes, int ranks, int st
 }
 
 static double bucket_count(const struct class_bytes *b, const struct mt_recipe *r) {
-  return ceil((double)b->summed / (double)mt_dtype_bytes(r->grad) / MT_BUCKET_ELEMENTS);
+  return ceil((double)b->grad / (double)mt_dtype_bytes(r->grad) / MT_BUCKET_ELEMENTS);
 }
 
 /* What runs once a step beside the passes: sums, their additions, the update. */
@@ -339,12 +300,7 @@ static void step_end(const struct mt_planner *p, const struct mt_planner_entry *
       travel(m, plan->sent.experts, plan->dp, plan->ep, 2 * again * bucket_count(x, p->recipe)) +
       again * e->first.count.sums_s;
   plan->time.sums = sums * (1 - p->options->overlap);
-  double part = 1; /* of the update that is this rank's */
-  if (plan->zero >= 1) {
-    double ds = (double)d->states, xs = (double)x->states;
-    part = (ds / readers + xs / plan->dp) / fmax(ds + xs, 1);
-  }
-  plan->time.update = e->first.count.update_s * part;
+  plan->time.update = e->first.count.update_s;
 }
 
 static void times_of(const struct mt_planner *p, const struct mt_planner_entry *e,
@@ -353,9 +309,8 @@ static void times_of(const struct mt_planner *p, const struct mt_planner_entry *
   const struct mt_count *f = &e->first.count, *l = &e->last.count;
   const struct mt_plan_traffic *sent = &plan->sent;
   double passes = plan->micro, calls = 7.0 * layers * passes;
-  double ends = plan->pp > 1 ? fmax(0, l->first_s - (f->first_s - f->ends_s)) : f->ends_s;
   double slot =
-      ((f->first_s - f->ends_s + ends) + (passes - 1) * (f->more_s - f->ends_s + ends)) / passes;
+      fmax(f->first_s + (passes - 1) * f->more_s, l->first_s + (passes - 1) * l->more_s) / passes;
   double exchange =
       travel(m, sent->counts + sent->tokens + sent->probabilities, plan->ep, 1, calls) +
       travel(m, sent->auxiliary, plan->dp * plan->ep, 1, passes);

@@ -17,6 +17,7 @@ struct mt_count {
   struct mt_work first, more, sums, update; /* a step's first pass, each further one; the sums */
   double first_s, more_s, sums_s, update_s; /* without what travels */
   double ends_s, ends_flops;                /* embedding and head, within a pass */
+  double stage_bytes;                       /* that a stage sends, a micro-batch */
   int64_t first_calls, more_calls, sums_calls, update_calls; /* operations */
 };
 
@@ -28,13 +29,14 @@ struct mt_count_options {
   struct mt_model_options model;
   const struct mt_machine *machine;
   double sequence_length;
-  int ep, dp;   /* ranks that share the experts; that hold the same ones */
-  int64_t rows; /* that come to this rank in each layer */
+  const struct mt_mesh *mesh; /* as the rank sees it; model.shard is its */
+  int64_t rows;               /* that come to this rank in each layer */
 };
 
-/* Builds the model, runs two passes and an update with operations that only count, on memory that
- * nobody may touch. profile, if not NULL (=): the rows of first pass and update together. Errors:
- * MT_ENOMEM, where the model is larger than the address space too. */
+/* Builds the model, runs passes (of a stage as many as are under way at a time) and an update with
+ * operations that only count, on memory that nobody may touch. profile, if not NULL (=): the rows
+ * of first pass and update together. Errors: MT_ENOMEM, where the model is larger than the address
+ * space too. */
 mt_err mt_count_step(const struct mt_count_options *o, struct mt_count *out,
                      struct mt_profile *profile);
 
@@ -84,9 +86,9 @@ struct mt_planner {
 mt_err mt_planner_open(struct mt_planner *p, const struct mt_plan_options *o);
 void mt_planner_close(struct mt_planner *p);
 
-/* One mesh: out->gpus, ep, pp, zero, recompute and micro are given, the rest (=). Errors: those of
+/* One mesh: plan->gpus, ep, pp, zero, recompute and micro are given, the rest (=). Errors: those of
  * mt_mesh_make. */
-mt_err mt_plan_mesh(struct mt_planner *p, struct mt_plan *out);
+mt_err mt_plan_mesh(struct mt_planner *p, struct mt_plan *plan);
 
 /* All meshes of `gpus` ranks that the options leave open, those that fit first, of them the one of
  * most tokens a second first (equals: the one of least memory). *plans (=) is freed by the caller.

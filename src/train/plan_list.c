@@ -15,9 +15,9 @@ static int better(const void *x, const void *y) {
   return (a->memory.total > b->memory.total) - (a->memory.total < b->memory.total);
 }
 
-/* ZeRO shares something out only where several ranks hold the same. */
-static bool pointless(const struct mt_plan *p) {
-  return p->zero > 0 && p->dp * p->ep == 1;
+/* ZeRO shares something out only where several ranks hold the same, and not in 8 bits. */
+static bool pointless(const struct mt_planner *m, const struct mt_plan *p) {
+  return p->zero > 0 && (p->dp * p->ep == 1 || m->recipe->qformat != MT_Q_NONE);
 }
 
 static bool left_out(const struct mt_plan_options *o, const struct mt_plan *p) {
@@ -53,7 +53,7 @@ static mt_err add_ways(struct mt_planner *p, int gpus, int ep, int pp, struct li
                              .zero = zero,
                              .recompute = recompute,
                              .micro = p->options->micro_batches};
-      if (left_out(p->options, &plan) || (pointless(&plan) && !p->options->fixed_zero)) continue;
+      if (left_out(p->options, &plan) || (pointless(p, &plan) && !p->options->fixed_zero)) continue;
       MT_TRY(mt_plan_mesh(p, &plan));
       MT_TRY(add(l, &plan));
     }
@@ -67,6 +67,7 @@ mt_err mt_plan_meshes(struct mt_planner *p, int gpus, struct mt_plan **plans, in
   for (int ep = 1; ep <= p->config.experts && ep <= gpus; ep++) {
     for (int pp = 1; pp <= p->config.layers && ep * pp <= gpus; pp++) {
       if (p->config.experts % ep != 0 || gpus % (ep * pp) != 0) continue;
+      if (pp > 1 && p->config.tied_head) continue; /* no mesh: mt_mesh_make */
       MT_GO(add_ways(p, gpus, ep, pp, &l));
     }
   }

@@ -77,6 +77,14 @@ static void same_traffic(const struct mt_plan *plan, struct mt_ranks *r) {
   const struct mt_plan_traffic *t = &plan->sent;
   int64_t sent[] = {dense->sent[MT_COMM_ALL_TO_ALL].bytes, data->sent[MT_COMM_ALL_TO_ALL].bytes,
                     r->late[MT_SYNC_EXPERT].sent[MT_COMM_ALL_GATHER].bytes};
+  if (r->mesh.pp > 1) { /* whose layers and parameters are fewer elsewhere */
+    int64_t bytes = r->comm[MT_GROUP_PIPE].sent[MT_COMM_SEND].bytes;
+    if ((double)bytes > t->stages) same_bytes("stages", t->stages, (double)bytes);
+    int64_t most = (double)bytes == t->stages;
+    OK(mt_ranks_sum_stage_counts(r, &most, 1));
+    assert_true(most >= 1);
+    return;
+  }
   same_bytes("exchange", t->counts + t->tokens + t->probabilities,
              (double)expert->sent[MT_COMM_ALL_TO_ALL].bytes);
   /* Parts differ by what they are multiples of: all ranks' together are exact. */
@@ -86,20 +94,43 @@ static void same_traffic(const struct mt_plan *plan, struct mt_ranks *r) {
   same_bytes("experts' gradients back", t->experts / 2 * world.size, (double)sent[2]);
 }
 
-/* The plan is of the rank that has most. */
-static void most_sums(const struct mt_plan *plan, struct mt_ranks *r) {
-  size_t bytes = mt_ranks_sum_bytes(r);
-  int64_t as_many = bytes == plan->memory.sums;
-  if (bytes > plan->memory.sums) same_bytes("sums", (double)plan->memory.sums, (double)bytes);
-  OK(mt_ranks_sum_counts(r, &as_many, 1));
-  assert_true(as_many >= 1);
+/* The plan is of one of the stages, and of shares and sums of the rank that has most: those who
+ * have other numbers have fewer bytes, and someone has these. */
+static void same_memory(const struct mt_plan *plan, const struct run *mine, struct mt_ranks *r) {
+  const struct mt_memory real = mt_model_memory(&mine->m);
+  const struct mt_plan_memory here = {.parameters = real.parameters,
+                                      .gradients = real.gradients,
+                                      .optimizer = real.optimizer,
+                                      .activations = real.activations,
+                                      .exchange = given.bytes,
+                                      .sums = mt_ranks_sum_bytes(r)};
+  const struct mt_plan_memory *m = &plan->memory;
+  size_t all = here.parameters + here.gradients + here.optimizer + here.activations +
+               here.exchange + here.sums;
+  int64_t same = all == m->total && here.parameters == m->parameters &&
+                 here.gradients == m->gradients && here.optimizer == m->optimizer &&
+                 here.activations == m->activations && here.exchange == m->exchange &&
+                 here.sums == m->sums;
+  if (all > m->total || (!same && r->mesh.pp == 1 && plan->zero == 0)) {
+    same_bytes("parameters", (double)m->parameters, (double)here.parameters);
+    same_bytes("gradients", (double)m->gradients, (double)here.gradients);
+    same_bytes("optimizer", (double)m->optimizer, (double)here.optimizer);
+    same_bytes("activations", (double)m->activations, (double)here.activations);
+    same_bytes("rows of other ranks", (double)m->exchange, (double)here.exchange);
+    if (here.sums > m->sums) same_bytes("sums", (double)m->sums, (double)here.sums);
+  }
+  OK(mt_ranks_sum_counts(r, &same, 1));
+  if (r->mesh.pp > 1) OK(mt_ranks_sum_stage_counts(r, &same, 1));
+  assert_true(same >= 1);
 }
 
-static void on_mesh(const char *path, const char *precision, int ep, int recompute) {
+static void on_mesh(const char *path, const char *precision, int ep, int pp, int zero,
+                    int recompute) {
   const struct mt_plan_options o = {
       .path = path,
       .gpus = world.size,
       .ep_size = ep,
+      .pp_size = pp,
       .micro_batches = MICRO,
       .batch_size = SAMPLES,
       .max_seq_length = LENGTH,
@@ -109,21 +140,24 @@ static void on_mesh(const char *path, const char *precision, int ep, int recompu
       .imbalance = 1,
       .machine = "h100"};
   struct mt_plan plan = {
-      .gpus = world.size, .ep = ep, .pp = 1, .recompute = recompute, .micro = MICRO};
+      .gpus = world.size, .ep = ep, .pp = pp, .zero = zero, .recompute = recompute, .micro = MICRO};
   struct mt_planner p;
   struct mt_ranks ranks;
   struct mt_mesh mesh;
   struct run mine;
   OK(mt_planner_open(&p, &o));
   OK(mt_plan_mesh(&p, &plan));
-  const struct mt_model_options mo = {.experts = MT_EXPERTS_GROUPED,
-                                      .blocks = MT_BLOCKS_FUSED,
-                                      .recompute = (enum mt_recompute)recompute,
-                                      .training = true,
-                                      .aux_coef = 0.1,
-                                      .token_capacity = p.token_capacity,
-                                      .sequence_capacity = SAMPLES};
-  OK(mt_mesh_make(&p.config, world.size, world.rank, ep, 1, &mesh));
+  OK(mt_mesh_make(&p.config, world.size, world.rank, ep, pp, &mesh));
+  struct mt_model_options mo = {.experts = MT_EXPERTS_GROUPED,
+                                .blocks = MT_BLOCKS_FUSED,
+                                .recompute = (enum mt_recompute)recompute,
+                                .training = true,
+                                .aux_coef = 0.1,
+                                .token_capacity = p.token_capacity,
+                                .sequence_capacity = SAMPLES};
+  mo.zero = zero;
+  mo.sharers = mt_ranks_sharers(&mesh);
+  if (pp > 1) mo.in_flight = mt_stage_in_flight(false, mesh.pp_rank, pp, MICRO);
   struct mt_shard shard = mt_ranks_shard(&mesh);
   open_run(&mine, precision, mo, &p.config, &shard);
   small_weights(&mine.m, 3);
@@ -133,14 +167,8 @@ static void on_mesh(const char *path, const char *precision, int ep, int recompu
   steps(&mine, &ranks);
   given.bytes -= mt_ranks_sum_bytes(&ranks);
   if (world.size == 1) given.bytes = 0; /* a rank alone does not join */
-  struct mt_memory real = mt_model_memory(&mine.m);
-  same_bytes("parameters", (double)plan.memory.parameters, (double)real.parameters);
-  same_bytes("gradients", (double)plan.memory.gradients, (double)real.gradients);
-  same_bytes("optimizer", (double)plan.memory.optimizer, (double)real.optimizer);
-  same_bytes("activations", (double)plan.memory.activations, (double)real.activations);
-  same_bytes("rows of other ranks", (double)plan.memory.exchange, (double)given.bytes);
-  most_sums(&plan, &ranks);
-  same_traffic(&plan, &ranks);
+  same_memory(&plan, &mine, &ranks);
+  if (zero == 0) same_traffic(&plan, &ranks);
   mt_ranks_close(&ranks);
   mine.be->mem_alloc = given.alloc;
   mine.be->mem_free = given.free;
@@ -157,8 +185,13 @@ static void plans_are_what_ranks_take(void **state) {
   for (int ep = 1; ep <= world.size; ep++) {
     if (world.size % ep != 0 || ALL_EXPERTS % ep != 0) continue;
     for (int recompute = 0; recompute <= MT_RECOMPUTE_FULL; recompute++) {
-      on_mesh(path, "fp32", ep, recompute);
-      on_mesh(path, "bf16", ep, recompute);
+      for (int pp = 1; pp <= 3; pp++) {
+        if (world.size % (ep * pp) != 0) continue;
+        for (int zero = 0; zero <= (world.size > 1); zero++) {
+          on_mesh(path, "fp32", ep, pp, zero, recompute);
+          on_mesh(path, "bf16", ep, pp, zero, recompute);
+        }
+      }
     }
   }
   OK(mt_dir_remove(dir));

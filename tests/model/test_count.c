@@ -14,13 +14,14 @@ static void no_padding(struct small_batch *s, int vocab) {
 static void count(const struct small_model *s, const struct mt_params *params,
                   const struct mt_machine *machine, struct mt_count *out,
                   struct mt_profile *profile) {
+  struct mt_mesh mesh;
+  OK(mt_mesh_make(&s->m.config, 1, 0, 1, 1, &mesh));
   const struct mt_count_options o = {.config = &s->m.config,
                                      .params = params,
                                      .recipe = s->m.recipe,
                                      .backend = &s->be,
                                      .model = s->m.options,
-                                     .ep = 1,
-                                     .dp = 1,
+                                     .mesh = &mesh,
                                      .rows = (int64_t)SMALL_TOKENS * s->m.config.top_k,
                                      .machine = machine,
                                      .sequence_length = 8};

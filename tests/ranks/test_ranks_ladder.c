@@ -20,7 +20,7 @@ static void climb(int ranks, const char *what, int batch, int ep, double loss[3]
     const char *end = strchr(p, '}'), *l = strstr(p, "\"loss\":");
     loss[i] = l && l < end ? strtod(l + 7, NULL) : NAN; /* it did not run */
   }
-  assert_true(isfinite(loss[1]) && isfinite(loss[2]));
+  assert_true(isfinite(loss[0]) && isfinite(loss[1]) && isfinite(loss[2]));
 }
 
 static void the_same_work_on_any_mesh(void **state) {
@@ -29,12 +29,12 @@ static void the_same_work_on_any_mesh(void **state) {
   for (int i = 0; i < 2; i++) {
     double one[3], many[3];
     climb(0, models[i], 4, 1, one);
-    assert_true(isfinite(one[0]));
+
     for (int ep = 1; ep <= 2; ep++) {
       for (int ranks = 2; ranks <= 4; ranks += 2) {
         climb(ranks, models[i], 4 / ranks, ep, many);
         for (int k = 0; k < 3; k++) {
-          if (isfinite(many[k]) && !(fabs(many[k] - one[0]) <= 2e-5 * one[0]))
+          if (!(fabs(many[k] - one[0]) <= 2e-5 * one[0]))
             fail_msg("%s, %d ranks, ep %d, rung %d: loss %.9g, not %.9g", models[i], ranks, ep, k,
                      many[k], one[0]);
         }
