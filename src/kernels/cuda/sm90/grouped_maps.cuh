@@ -31,13 +31,11 @@ static mt_err encoder(encode_fn *out) {
 
 /* rank dimensions, dim[0] contiguous, stride[i]: bytes between neighbours along dim[i + 1]; boxes
  * of 128 bytes x box_rows. What lies outside reads as 0 and is not written. */
-static mt_err encode(CUtensorMap *map, enum mt_dtype dtype, const void *base, int rank,
-                     const cuuint64_t *dim, const cuuint64_t *stride, int box_rows) {
+static mt_err encode_as(CUtensorMap *map, CUtensorMapDataType type, size_t item, const void *base,
+                        int rank, const cuuint64_t *dim, const cuuint64_t *stride, int box_rows) {
   encode_fn fn = NULL;
-  cuuint32_t width = (cuuint32_t)(128 / mt_dtype_bytes(dtype));
+  cuuint32_t width = (cuuint32_t)(128 / item);
   cuuint32_t box[5] = {width, (cuuint32_t)box_rows, 1, 1, 1}, step[5] = {1, 1, 1, 1, 1};
-  CUtensorMapDataType type =
-      dtype == MT_F32 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   MT_TRY(encoder(&fn));
   CUresult result = fn(map, type, (cuuint32_t)rank, (void *)(uintptr_t)base, dim, stride, box, step,
                        CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
@@ -45,6 +43,13 @@ static mt_err encode(CUtensorMap *map, enum mt_dtype dtype, const void *base, in
   if (result == CUDA_SUCCESS) return MT_OK;
   return mt_fail(MT_EDEVICE, "grouped products: tensor map of rank %d: error %d", rank,
                  (int)result);
+}
+
+static mt_err encode(CUtensorMap *map, enum mt_dtype dtype, const void *base, int rank,
+                     const cuuint64_t *dim, const cuuint64_t *stride, int box_rows) {
+  CUtensorMapDataType type =
+      dtype == MT_F32 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  return encode_as(map, type, mt_dtype_bytes(dtype), base, rank, dim, stride, box_rows);
 }
 
 /* bf16 rows of groups where a group's end must hold: what follows may be NaN and must read as 0,
