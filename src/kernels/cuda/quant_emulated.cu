@@ -1,6 +1,8 @@
-/* Products of 8-bit operands on GPUs (or in shapes) without kernels of their own: the operands
- * become bf16, exactly (down to 2^-133), and are multiplied as any other. */
+/* Products of 8-bit operands. FP8 on Hopper goes to its own kernels (sm90/qgrouped.cuh); on other
+ * GPUs and in other shapes and formats the operands become bf16, exactly (down to 2^-133), and are
+ * multiplied as any other. */
 #include "kernels/cuda/quantize.cuh"
+#include "kernels/cuda/sm90/qgrouped.cuh"
 
 extern "C" {
 #include "backend/dequant.h"
@@ -187,6 +189,30 @@ template <class T> static struct mt_tensor weight_of(const struct mt_qtensor *q,
   return mt_mat(data, dtype_of<T>(), q->dim[0], q->dim[1]);
 }
 
+/* Products of rows on Hopper: w's copy, [g,n,k] as it is read. */
+static bool native_rows(const struct mt_backend *be, const struct mt_qtensor *x,
+                        const struct mt_qtensor *w, bool col, const struct mt_tensor *c,
+                        const int32_t *offsets, int accumulate, struct mt_cuda_qgrouped *p) {
+  if (x->format != MT_Q_FP8 || w->format != MT_Q_FP8) return false;
+  int last = w->rank - 1;
+  *p = {.wgrad = false,
+        .offsets = offsets,
+        .groups = w->rank == 3 ? (int)w->dim[0] : 1,
+        .m = x->dim[0],
+        .n = w->dim[col ? last : last - 1],
+        .k = w->dim[col ? last - 1 : last],
+        .a = x->row,
+        .b = col ? w->col : w->row,
+        .a_scale = (const float *)x->row_scale,
+        .b_scale = (const float *)(col ? w->col_scale : w->row_scale),
+        .a_scale_ld = x->scale_ld,
+        .c = c->data,
+        .ldc = c->ld,
+        .c_dtype = c->dtype,
+        .accumulate = accumulate};
+  return mt_cuda_qgrouped_sm90_takes(be, p);
+}
+
 template <class T>
 static mt_err forward(struct mt_backend *be, const struct mt_qlinear_fwd_args *a) {
   struct stored x = row_copy(&a->x), w = row_copy(&a->w);
@@ -202,6 +228,9 @@ static mt_err forward(struct mt_backend *be, const struct mt_qlinear_fwd_args *a
 extern "C" mt_err mt_cuda_qlinear_fwd(struct mt_backend *be, const struct mt_qlinear_fwd_args *a) {
   MT_TRY(mt_check_qlinear_fwd(a));
   MT_TRY(mt_cuda_format("qlinear_fwd", &a->y));
+  struct mt_cuda_qgrouped p;
+  if (native_rows(be, &a->x, &a->w, false, &a->y, a->offsets, 0, &p))
+    return mt_cuda_qgrouped_sm90(be, &p);
   return a->y.dtype == MT_F32 ? forward<float>(be, a) : forward<bf16>(be, a);
 }
 
@@ -221,7 +250,31 @@ extern "C" mt_err mt_cuda_qlinear_dgrad(struct mt_backend *be,
                                         const struct mt_qlinear_dgrad_args *a) {
   MT_TRY(mt_check_qlinear_dgrad(a));
   MT_TRY(mt_cuda_format("qlinear_dgrad", &a->dx));
+  struct mt_cuda_qgrouped p;
+  if (native_rows(be, &a->dy, &a->w, true, &a->dx, a->offsets, a->accumulate, &p))
+    return mt_cuda_qgrouped_sm90(be, &p);
   return a->dx.dtype == MT_F32 ? dgrad<float>(be, a) : dgrad<bf16>(be, a);
+}
+
+static bool native_wgrad(const struct mt_backend *be, const struct mt_qlinear_wgrad_args *a,
+                         struct mt_cuda_qgrouped *p) {
+  if (a->x.format != MT_Q_FP8 || a->dy.format != MT_Q_FP8) return false;
+  *p = {.wgrad = true,
+        .offsets = a->padded,
+        .groups = a->dw.rank == 3 ? (int)a->dw.dim[0] : 1,
+        .m = a->dy.dim[1],
+        .n = a->x.dim[1],
+        .k = a->x.col_rows,
+        .a = a->dy.col,
+        .b = a->x.col,
+        .a_scale = (const float *)a->dy.col_scale,
+        .b_scale = (const float *)a->x.col_scale,
+        .a_scale_ld = a->dy.dim[1],
+        .c = a->dw.data,
+        .ldc = a->dw.ld,
+        .c_dtype = a->dw.dtype,
+        .accumulate = a->accumulate};
+  return mt_cuda_qgrouped_sm90_takes(be, p);
 }
 
 /* Groups are what they are in the column copies, padding included: its rows are zeros. */
@@ -230,6 +283,15 @@ extern "C" mt_err mt_cuda_qlinear_wgrad(struct mt_backend *be,
   const char *op = "qlinear_wgrad";
   MT_TRY(mt_check_qlinear_wgrad(a));
   MT_TRY(mt_cuda_format(op, &a->dw));
+  struct mt_cuda_qgrouped p;
+  if (native_wgrad(be, a, &p)) {
+    MT_TRY(mt_cuda_qgrouped_sm90(be, &p));
+    if (!a->sumsq) return MT_OK;
+    struct mt_tensor all = mt_vec(a->dw.data, a->dw.dtype, mt_count(&a->dw));
+    struct mt_sumsq_args sum = {.tensors = &all, .tensor_count = 1};
+    sum.out = a->sumsq;
+    return mt_cuda_sumsq(be, &sum);
+  }
   int64_t rows = a->offsets ? a->x.col_rows : a->x.dim[0];
   struct stored dy = col_copy(&a->dy, rows), x = col_copy(&a->x, rows);
   size_t used = PRODUCTS_BYTES;
