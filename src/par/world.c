@@ -21,11 +21,9 @@ static mt_err gather(struct mt_world *w, void *all, size_t bytes) {
 /* The lowest rank's error, with its text. */
 static mt_err share_error(struct mt_world *w, const int32_t *brought, const char *mine) {
   char *texts = calloc((size_t)w->size, TEXT_BYTES);
-  mt_err err = texts ? MT_OK : mt_fail(MT_ENOMEM, "messages of %d ranks", w->size);
-  if (!err) {
-    memcpy(texts + (size_t)w->rank * TEXT_BYTES, mine, TEXT_BYTES);
-    err = gather(w, texts, TEXT_BYTES);
-  }
+  if (!texts) return mt_fail(MT_ENOMEM, "messages of %d ranks", w->size);
+  memcpy(texts + (size_t)w->rank * TEXT_BYTES, mine, TEXT_BYTES);
+  mt_err err = gather(w, texts, TEXT_BYTES);
   bool same = true;
   int first = -1;
   for (int i = 0; !err && i < w->size; i++) {

@@ -19,6 +19,9 @@ struct mt_recipe {
   int width_multiple;      /* what is contracted over is a multiple of this */
   /* One operation against ref on the same rounded inputs: max|d| / max|ref|. */
   double op_tolerance;
+  /* A product of 8-bit operands on tensor cores of their own, before its output is rounded:
+   * Hopper's cut what they add at some 14 bits, 128 products at a time. 0: no such product. */
+  double sum_tolerance;
   /* A parameter's gradient beside that of float32, from the same weights: cosine at least. 0: held
    * to op_tolerance's order instead. */
   double grad_cosine;
