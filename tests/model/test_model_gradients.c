@@ -204,10 +204,10 @@ static void frozen_parameters(void **state) {
     struct mt_param *p = &m.params.row[i];
     assert_true(p->learns == (p->grad.data != NULL) && p->learns == (p->m.data != NULL));
   }
-  /* Two routers of [5,12], gradient and two moments each. */
+  /* Two routers of [5,12], each rounded up to a bucket's unit: gradient and two moments. */
   struct mt_memory memory = mt_model_memory(&m);
-  assert_int_equal(memory.gradients, 2 * 256);
-  assert_int_equal(memory.optimizer, 4 * 256);
+  assert_int_equal(memory.gradients, 2 * 512);
+  assert_int_equal(memory.optimizer, 4 * 512);
   mt_model_destroy(&m);
   mt_backend_destroy(&be);
 }
