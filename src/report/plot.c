@@ -29,7 +29,7 @@ static double y_at(const struct axes *a, double y) {
   return SIDE * (1 - t);
 }
 
-static double middle(const struct mt_bucket *b) {
+static double middle(const struct mt_series_bucket *b) {
   return 0.5 * ((double)b->first + (double)b->last);
 }
 
@@ -64,7 +64,7 @@ static void value_range(const struct mt_plot *p, struct axes *a, double *lo, dou
   for (int k = 0; k < p->line_count; k++) {
     const struct mt_series *s = p->line[k].series;
     for (int i = 0; i < s->count; i++) {
-      const struct mt_bucket *b = &s->bucket[i];
+      const struct mt_series_bucket *b = &s->bucket[i];
       if (p->stacked) {
         if (k == p->line_count - 1) values[n++] = stack_sum(p, k, i);
       } else if (b->count) {

@@ -23,7 +23,7 @@ void mt_series_clear(struct mt_series *s) {
   s->last = NAN;
 }
 
-static void join(struct mt_bucket *a, const struct mt_bucket *b) {
+static void join(struct mt_series_bucket *a, const struct mt_series_bucket *b) {
   if (a->count == 0 || (b->count > 0 && b->min < a->min)) a->min = b->min;
   if (a->count == 0 || (b->count > 0 && b->max > a->max)) a->max = b->max;
   a->sum = (a->count ? a->sum : 0) + (b->count ? b->sum : 0);
@@ -33,8 +33,8 @@ static void join(struct mt_bucket *a, const struct mt_bucket *b) {
 }
 
 void mt_series_add(struct mt_series *s, int64_t step, double value) {
-  struct mt_bucket one = {step, step, value, value, value, isfinite(value) ? 1 : 0, 1};
-  struct mt_bucket *end = s->count ? &s->bucket[s->count - 1] : NULL;
+  struct mt_series_bucket one = {step, step, value, value, value, isfinite(value) ? 1 : 0, 1};
+  struct mt_series_bucket *end = s->count ? &s->bucket[s->count - 1] : NULL;
   if (end && step <= end->last) return;
   if (one.count) s->last = value;
   if (end && end->filled < s->stride) {
@@ -43,7 +43,7 @@ void mt_series_add(struct mt_series *s, int64_t step, double value) {
   }
   if (s->count == s->capacity) {
     for (int i = 0; i < s->capacity / 2; i++) {
-      struct mt_bucket pair = s->bucket[2 * i];
+      struct mt_series_bucket pair = s->bucket[2 * i];
       join(&pair, &s->bucket[2 * i + 1]);
       s->bucket[i] = pair;
     }
@@ -53,7 +53,7 @@ void mt_series_add(struct mt_series *s, int64_t step, double value) {
   s->bucket[s->count++] = one;
 }
 
-double mt_bucket_mean(const struct mt_bucket *b) {
+double mt_bucket_mean(const struct mt_series_bucket *b) {
   return b->count ? b->sum / (double)b->count : NAN;
 }
 

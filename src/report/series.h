@@ -9,7 +9,7 @@
 
 enum { MT_SERIES_POINTS = 1500, MT_SERIES_FEW = 300 };
 
-struct mt_bucket {
+struct mt_series_bucket {
   int64_t first, last; /* steps */
   double min, max, sum;
   int64_t count;  /* finite values; 0: min, max and sum say nothing */
@@ -17,7 +17,7 @@ struct mt_bucket {
 };
 
 struct mt_series {
-  struct mt_bucket *bucket;
+  struct mt_series_bucket *bucket;
   int count, capacity; /* capacity even; 0 before mt_series_create */
   int64_t stride;      /* values a bucket takes */
   double last;         /* value added last that is finite; NaN: none */
@@ -29,7 +29,7 @@ void mt_series_clear(struct mt_series *s);
 /* Steps rise; one that does not (the same evaluation again) replaces nothing and is passed over. */
 void mt_series_add(struct mt_series *s, int64_t step, double value);
 /* Mean of a bucket; NaN where it has no finite value. */
-double mt_bucket_mean(const struct mt_bucket *b);
+double mt_bucket_mean(const struct mt_series_bucket *b);
 /* Exponential moving average of the means with this half-life in buckets, corrected for its
  * beginning: out (=) [count]; NaN where the bucket has no value. */
 void mt_series_smooth(const struct mt_series *s, double half_life, double *out);

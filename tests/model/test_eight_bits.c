@@ -75,8 +75,10 @@ static void fused_is_grouped(void **state) {
   for (int i = 0; i < 2; i++) {
     d = two_ways(recipes[i], options_of(MT_EXPERTS_GROUPED, MT_BLOCKS_FUSED, 0), recipes[i],
                  options_of(MT_EXPERTS_FUSED, MT_BLOCKS_FUSED, 0));
-    /* The same bytes are multiplied; drow_prob alone is summed in another order. */
-    if (!(d.worst < 1e-6)) fail_msg("%s: fused is %.2g from grouped", recipes[i], d.worst);
+    /* The same bytes are multiplied; drow_prob alone is summed in another order. What the router
+     * hands down then differs in float32's last places, and may turn a rounding to bf16 further
+     * down: one of some thousand elements by 2^-8 of itself. */
+    if (!(d.worst < 1e-4)) fail_msg("%s: fused is %.2g from grouped", recipes[i], d.worst);
   }
 }
 
