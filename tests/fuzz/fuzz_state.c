@@ -25,7 +25,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
   for (int i = 0; i < 4; i++)
     *form[i] = (struct mt_tensor){.data = value[i], .dtype = MT_F32, .rank = 1, .dim = {2}};
   struct mt_session s = {.recipe = mt_recipe_choose("fp32", "fp32"), .be = {.upload = upload}};
-  s.model.params = (struct mt_params){.row = &p, .count = 1};
+  s.model.params = s.whole = (struct mt_params){.row = &p, .count = 1};
   struct mt_dataset *none = calloc(1, 1 << 16); /* its statistics are all 0 */
   struct mt_loader l = {.data = none};
   struct mt_optimizer o = {0};
