@@ -113,7 +113,7 @@ static void against_reference(const char *backend, const char *recipe) {
 
 /* One element off by 1% of its size (a wrong scale, a dropped term) must be seen in every operation
  * and format. */
-static void rejects_a_planted_bug(const char *backend) {
+static inline void rejects_a_planted_bug(const char *backend) {
   const char *const recipes[] = {"fp32", "bf16"};
   for (int op = 0; op < CASES; op++) {
     for (int i = 0; i < 2; i++) {
@@ -125,7 +125,7 @@ static void rejects_a_planted_bug(const char *backend) {
 }
 
 /* Same inputs: the same bits from run to run, and on a host whatever the thread count. */
-static void repeats_its_bits(const char *backend) {
+static inline void repeats_its_bits(const char *backend) {
   static const char *const recipes[] = {"fp32", "bf16", "bf16-states"};
   for (int op = 0; op < CASES; op++) {
     for (int way = 0; way < 6; way++) {
