@@ -1,15 +1,7 @@
 #include "par/comm.h"
 
+#include <stdlib.h>
 #include <string.h>
-
-const char *mt_comm_kind_name(enum mt_comm_kind kind) {
-  static const char *const names[] = {
-#define X(kind, name) name,
-      MT_COMM_LIST(X)
-#undef X
-  };
-  return names[kind];
-}
 
 void mt_comm_destroy(struct mt_comm *c) {
   if (c->destroy) c->destroy(c);
@@ -56,6 +48,17 @@ mt_err mt_comm_all_gather(struct mt_comm *c, void *buf, struct mt_parts parts, s
   note(c, MT_COMM_ALL_GATHER, parts.count[c->rank] * (int64_t)unit_bytes * (c->size - 1));
   MT_TRY(c->all_gather(c, buf, parts, unit_bytes, &mine));
   return finish(c, &mine, t);
+}
+
+mt_err mt_comm_gather_each(struct mt_comm *c, void *buf, size_t record_bytes) {
+  if (c->size == 1) return MT_OK;
+  int64_t *parts = calloc(2 * (size_t)c->size, sizeof *parts);
+  if (!parts) return mt_fail(MT_ENOMEM, "records of %d ranks", c->size);
+  for (int i = 0; i < c->size; i++) parts[i] = 1, parts[c->size + i] = i;
+  mt_err err =
+      mt_comm_all_gather(c, buf, (struct mt_parts){parts, parts + c->size}, record_bytes, NULL);
+  free(parts);
+  return err;
 }
 
 mt_err mt_comm_broadcast(struct mt_comm *c, void *buf, size_t size_bytes, int root) {

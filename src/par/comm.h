@@ -21,19 +21,14 @@
 
 #include "base/error.h"
 
-/* X(kind, name): what is counted. */
-#define MT_COMM_LIST(X)                                                                            \
-  X(ALL_TO_ALL, "all_to_all")                                                                      \
-  X(ALL_GATHER, "all_gather")                                                                      \
-  X(BROADCAST, "broadcast")                                                                        \
-  X(SEND, "send")
+/* What is counted. */
 enum mt_comm_kind {
-#define X(kind, name) MT_COMM_##kind,
-  MT_COMM_LIST(X)
-#undef X
-      MT_COMM_KINDS
+  MT_COMM_ALL_TO_ALL,
+  MT_COMM_ALL_GATHER,
+  MT_COMM_BROADCAST,
+  MT_COMM_SEND,
+  MT_COMM_KINDS
 };
-const char *mt_comm_kind_name(enum mt_comm_kind kind);
 
 /* Where a message's parts lie, in units of unit_bytes: part p of a buffer is units
  * [start[p], start[p] + count[p]). Host arrays of one entry a member, free again on return. */
@@ -87,6 +82,8 @@ mt_err mt_comm_all_to_all(struct mt_comm *c, const void *send, struct mt_parts p
                           struct mt_parts places, size_t unit_bytes, struct mt_transfer *t);
 mt_err mt_comm_all_gather(struct mt_comm *c, void *buf, struct mt_parts parts, size_t unit_bytes,
                           struct mt_transfer *t);
+/* Each member's record, member p's at buf + p * record_bytes, goes to everyone; it waits. */
+mt_err mt_comm_gather_each(struct mt_comm *c, void *buf, size_t record_bytes);
 mt_err mt_comm_broadcast(struct mt_comm *c, void *buf, size_t size_bytes, int root);
 mt_err mt_comm_send(struct mt_comm *c, const void *buf, size_t size_bytes, int to,
                     struct mt_transfer *t);

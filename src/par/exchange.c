@@ -12,8 +12,6 @@ struct ways {
   size_t order_bytes, back_bytes;
 };
 
-enum { READERS_MOST = 4096 };
-
 struct state {
   struct mt_backend *be;
   struct mt_comm *expert, *readers;
@@ -271,15 +269,11 @@ static mt_err share_aux(struct mt_exchange *x, struct mt_backend *be, struct mt_
                         int32_t *aux_count, const int32_t **valid_count) {
   struct state *s = state_of(x);
   size_t sums = mt_bytes(aux_sums), counts = (size_t)s->experts * sizeof(int32_t);
-  int64_t parts[2 * READERS_MOST];
-  for (int i = 0; i < s->readers->size; i++) parts[i] = 1, parts[s->readers->size + i] = i;
   char *mine = s->records + s->record_bytes * (size_t)s->readers->rank;
   MT_TRY(be->copy(be, mine, aux_sums->data, sums));
   MT_TRY(be->copy(be, mine + sums, aux_count, counts));
   MT_TRY(be->copy(be, mine + sums + counts, *valid_count, sizeof(int32_t)));
-  MT_TRY(mt_comm_all_gather(s->readers, s->records,
-                            (struct mt_parts){parts, parts + s->readers->size}, s->record_bytes,
-                            NULL));
+  MT_TRY(mt_comm_gather_each(s->readers, s->records, s->record_bytes));
   *valid_count = s->valid_count;
   return be->ops.aux_join(be, &(struct mt_aux_join_args){.records = s->records,
                                                          .rank_count = s->readers->size,
@@ -345,13 +339,10 @@ static mt_err open_state(struct state *s, const struct mt_model *m) {
 mt_err mt_exchange_over(struct mt_model *m, struct mt_comm *expert, struct mt_comm *readers) {
   const struct mt_shard *shard = &m->options.shard;
   int held = shard->expert_end - shard->expert_begin;
-  if (held * expert->size != m->config.experts || shard->expert_begin != held * expert->rank ||
-      readers->size > READERS_MOST) {
-    return mt_fail(MT_EINVAL,
-                   "experts %d to %d of %d are not what member %d of %d holds, or %d readers are "
-                   "more than %d",
+  if (held * expert->size != m->config.experts || shard->expert_begin != held * expert->rank) {
+    return mt_fail(MT_EINVAL, "experts %d to %d of %d are not what member %d of %d holds",
                    shard->expert_begin, shard->expert_end, m->config.experts, expert->rank,
-                   expert->size, readers->size, READERS_MOST);
+                   expert->size);
   }
   struct state *s = calloc(1, sizeof *s);
   if (!s) return mt_fail(MT_ENOMEM, "exchange");

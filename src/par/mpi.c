@@ -14,7 +14,7 @@
 #include <sched.h>
 #include <time.h>
 
-enum { UNITS = 8, SLOTS = 64, PLACE_BYTES = 160 };
+enum { UNITS = 8, PLACE_BYTES = 160 };
 enum { TAG_ASK = 1, TAG_ANSWER };
 
 /* What the ranks tell each other where a call takes too long: who waits where. Who does not answer
@@ -32,15 +32,15 @@ struct mt_watch {
 struct slot {
   bool used;
   MPI_Request request;
-  int *ints; /* [4][size]: counts and starts, which MPI reads until it is done */
+  int ints[]; /* [4][size]: counts and starts, which MPI reads until it is done */
 };
 
 /* State of one group. Messages are counted in units, so that MPI's int is enough however many bytes
  * move. */
 struct group {
   MPI_Comm comm;
-  struct slot slot[SLOTS];
-  int *ints;
+  struct slot **slot; /* as many as were ever under way at a time */
+  int slot_count;
   struct {
     size_t bytes;
     MPI_Datatype type;
@@ -81,14 +81,21 @@ static mt_err unit_type(const struct mt_comm *c, size_t bytes, MPI_Datatype *out
 
 static mt_err take_slot(const struct mt_comm *c, struct mt_transfer *t, struct slot **out) {
   struct group *g = group_of(c);
-  for (int i = 0; i < SLOTS; i++) {
-    if (g->slot[i].used) continue;
-    g->slot[i].used = true;
-    g->slot[i].request = MPI_REQUEST_NULL;
-    t->impl = *out = &g->slot[i];
-    return MT_OK;
+  struct slot *s = NULL;
+  for (int i = 0; i < g->slot_count && !s; i++) {
+    if (!g->slot[i]->used) s = g->slot[i];
   }
-  return mt_fail(MT_ECOMM, "%s group: more than %d transfers under way", c->name, SLOTS);
+  if (!s) {
+    struct slot **more = realloc(g->slot, ((size_t)g->slot_count + 1) * sizeof(struct slot *));
+    if (more) g->slot = more;
+    if (more) s = calloc(1, sizeof *s + 4 * (size_t)c->size * sizeof(int));
+    if (!s) return mt_fail(MT_ENOMEM, "%s group: %d transfers", c->name, g->slot_count + 1);
+    g->slot[g->slot_count++] = s;
+  }
+  s->used = true;
+  s->request = MPI_REQUEST_NULL;
+  t->impl = *out = s;
+  return MT_OK;
 }
 
 static mt_err narrow(const struct mt_comm *c, const int64_t *from, int *to) {
@@ -289,7 +296,8 @@ static void mpi_destroy(struct mt_comm *c) {
   if (!g) return;
   while (g->unit_count > 0) MPI_Type_free(&g->unit[--g->unit_count].type);
   if (g->comm != MPI_COMM_NULL) MPI_Comm_free(&g->comm);
-  free(g->ints);
+  for (int i = 0; i < g->slot_count; i++) free(g->slot[i]);
+  free(g->slot);
   free(g);
 }
 
@@ -319,13 +327,11 @@ mt_err mt_world_group(const struct mt_world *w, const struct mt_mesh *mesh, enum
     g->watch = w->watch;
     g->first = span.first;
     g->stride = span.stride;
-    g->ints = calloc((size_t)SLOTS * 4 * (size_t)span.count, sizeof *g->ints);
   }
-  if (!g || !g->ints) {
+  if (!g) {
     mt_fail(MT_ENOMEM, "%s group", c.name);
     goto done;
   }
-  for (int i = 0; i < SLOTS; i++) g->slot[i].ints = g->ints + (size_t)i * 4 * (size_t)span.count;
   /* A group is known by its first member. */
   MT_GO(mpi_check(&c, MPI_Comm_split(MPI_COMM_WORLD, span.first, span.index, &g->comm), "split"));
   MPI_Comm_set_errhandler(g->comm, MPI_ERRORS_RETURN);

@@ -60,6 +60,7 @@ struct group {
   pthread_mutex_t lock; /* of first, next, the flights' states and the failure */
   pthread_t watcher;
   bool watched, stop;
+  bool grouped; /* between NCCL's GroupStart and GroupEnd */
   bool failed;
   char failure[FAILURE_BYTES];
 };
@@ -222,6 +223,19 @@ static int recv_from(struct group *g, void *buf, size_t bytes, int peer) {
                     : g->api.Recv(buf, bytes, MT_NCCL_BYTES, peer, g->comm, g->stream);
 }
 
+/* A group belongs to the thread: one that has been begun is ended whatever went wrong within, or
+ * the next ones, of other communicators too, would be part of it. */
+static int begin_group(struct group *g) {
+  int result = g->api.GroupStart();
+  g->grouped = result == 0;
+  return result;
+}
+static int end_group(struct group *g, int result) {
+  int end = g->grouped ? g->api.GroupEnd() : 0;
+  g->grouped = false;
+  return result ? result : end;
+}
+
 /* The messages that have been gathered set out. */
 static mt_err flush(struct mt_comm *c) {
   struct group *g = group_of(c);
@@ -229,14 +243,14 @@ static mt_err flush(struct mt_comm *c) {
   struct flight *f = &g->flight[(g->next - 1) % FLIGHTS];
   enter(g, f, LAUNCHING);
   mt_err err = begin(c);
-  int result = err ? 0 : g->api.GroupStart();
+  int result = err ? 0 : begin_group(g);
   for (int i = 0; !err && result == 0 && i < g->message_count; i++) {
     struct message *m = &g->message[i];
     result = m->out ? send_to(g, m->buf, m->size_bytes, m->peer)
                     : recv_from(g, m->buf, m->size_bytes, m->peer);
   }
   g->message_count = 0;
-  if (!err && result == 0) result = g->api.GroupEnd();
+  if (!err) result = end_group(g, result);
   if (!err) err = nccl_check(c, result, f->what);
   return launched(c, f, err);
 }
@@ -283,7 +297,7 @@ static mt_err device_all_to_all(struct mt_comm *c, const void *send, struct mt_p
   char *to = recv;
   int own = c->rank;
   MT_TRY(take_off(c, t, &f));
-  int result = g->api.GroupStart();
+  int result = begin_group(g);
   /* Everyone begins with itself and goes on with another peer, or all would send to the first at
    * once. Its own part is NCCL's to copy too, beside the others. */
   for (int i = 0; result == 0 && i < c->size; i++) {
@@ -294,7 +308,7 @@ static mt_err device_all_to_all(struct mt_comm *c, const void *send, struct mt_p
       result = recv_from(g, to + (size_t)places.start[q] * unit_bytes,
                          (size_t)places.count[q] * unit_bytes, q);
   }
-  if (result == 0) result = g->api.GroupEnd();
+  result = end_group(g, result);
   return launched(c, f, nccl_check(c, result, t->what));
 }
 
@@ -306,7 +320,7 @@ static mt_err device_all_gather(struct mt_comm *c, void *buf, struct mt_parts pa
   char *base = buf;
   int own = c->rank;
   MT_TRY(take_off(c, t, &f));
-  int result = g->api.GroupStart();
+  int result = begin_group(g);
   for (int i = 1; result == 0 && i < c->size; i++) {
     int p = (own + i) % c->size, q = (own + c->size - i) % c->size;
     result = send_to(g, base + (size_t)parts.start[own] * unit_bytes,
@@ -315,7 +329,7 @@ static mt_err device_all_gather(struct mt_comm *c, void *buf, struct mt_parts pa
       result = recv_from(g, base + (size_t)parts.start[q] * unit_bytes,
                          (size_t)parts.count[q] * unit_bytes, q);
   }
-  if (result == 0) result = g->api.GroupEnd();
+  result = end_group(g, result);
   return launched(c, f, nccl_check(c, result, t->what));
 }
 
@@ -324,12 +338,12 @@ static mt_err device_broadcast(struct mt_comm *c, void *buf, size_t size_bytes, 
   struct group *g = group_of(c);
   struct flight *f;
   MT_TRY(take_off(c, t, &f));
-  int result = g->api.GroupStart();
+  int result = begin_group(g);
   for (int p = 0; result == 0 && c->rank == root && p < c->size; p++) {
     if (p != root) result = send_to(g, buf, size_bytes, p);
   }
   if (result == 0 && c->rank != root) result = recv_from(g, buf, size_bytes, root);
-  if (result == 0) result = g->api.GroupEnd();
+  result = end_group(g, result);
   return launched(c, f, nccl_check(c, result, t->what));
 }
 

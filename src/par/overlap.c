@@ -39,20 +39,6 @@ static enum mt_dtype format(const struct mt_ranks *r) {
   return r->model->recipe->grad;
 }
 
-/* The cut of a bucket and, from `ranks` * 2 on, where the others' shares of this rank's arrive. */
-static void cut(struct mt_overlap *o, const struct mt_comm *c, const struct mt_bucket *k,
-                struct mt_parts *parts, struct mt_parts *places) {
-  int64_t *n = o->numbers;
-  int size = c->size;
-  mt_sum_cut(k->count, size, n, n + size);
-  for (int p = 0; p < size; p++) {
-    n[2 * size + p] = n[c->rank];
-    n[3 * size + p] = p * n[c->rank];
-  }
-  *parts = (struct mt_parts){n, n + size};
-  *places = (struct mt_parts){n + 2 * size, n + 3 * size};
-}
-
 static char *stage_of(const struct mt_overlap *o, int stage) {
   return (char *)o->memory + (size_t)stage * o->stage_bytes;
 }
@@ -79,7 +65,7 @@ static mt_err add_up(struct mt_ranks *r) {
   o->added++;
   if (c->size == 1 || r->model->options.zero > 0) return MT_OK;
   struct mt_parts parts, places;
-  cut(o, c, k, &parts, &places);
+  mt_sum_places(o->numbers, c, k->count, &parts, &places);
   return mt_comm_all_gather(&r->late[k->sync], grad, parts, item, &f->t);
 }
 
@@ -116,7 +102,7 @@ static mt_err leave(struct mt_ranks *r, int i) {
     while (free_stage(o) < 0) MT_TRY(add_up(r));
     f->stage = free_stage(o);
     o->used[f->stage] = true;
-    cut(o, c, k, &parts, &places);
+    mt_sum_places(o->numbers, c, k->count, &parts, &places);
     MT_TRY(mt_comm_all_to_all(c, mt_ranks_bucket(r, k, false), parts, stage_of(o, f->stage), places,
                               item, &f->t));
   }
@@ -153,7 +139,7 @@ int mt_ranks_overlap_places(const struct mt_ranks *r) {
 static mt_err open_overlap(struct mt_ranks *r) {
   size_t n = (size_t)r->buckets.count + 1, ranks = (size_t)r->comm[MT_GROUP_DENSE].size;
   struct mt_overlap *o = calloc(1, sizeof *o);
-  r->overlap = o;
+  r->overlap = o; /* which mt_ranks_end_overlap frees, however much of it there is */
   if (o) o->flight = calloc(n, sizeof *o->flight);
   if (o) o->order = calloc(n, sizeof *o->order);
   if (o) o->numbers = calloc(4 * ranks, sizeof *o->numbers);
@@ -179,7 +165,9 @@ size_t mt_ranks_sum_bytes(const struct mt_ranks *r) {
 mt_err mt_ranks_begin(struct mt_ranks *r) {
   struct mt_model *m = r->model;
   if (m->be->memory_used) return MT_OK;
-  if (!r->overlap) MT_TRY(open_overlap(r));
+  mt_err err = r->overlap ? MT_OK : open_overlap(r);
+  if (err) mt_ranks_end_overlap(r);
+  MT_TRY(err);
   struct mt_overlap *o = r->overlap;
   o->left = o->added = 0;
   o->err = MT_OK;

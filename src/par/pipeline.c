@@ -199,5 +199,5 @@ mt_err mt_pipeline_decode(struct mt_pipeline *p, struct mt_kv_cache *cache, cons
 mt_err mt_pipeline_logits(struct mt_pipeline *p, int64_t begin, int64_t count, float *out) {
   size_t bytes = (size_t)count * (size_t)p->model->config.vocab * sizeof *out;
   if (is_last(p)) MT_TRY(mt_model_logits(p->model, begin, count, out));
-  return mt_comm_broadcast(p->comm, out, bytes, p->comm->size - 1);
+  return mt_comm_broadcast(p->host, out, bytes, p->comm->size - 1); /* host memory */
 }

@@ -105,22 +105,12 @@ mt_err mt_ranks_failed(struct mt_ranks *r) {
   return mt_comm_failed(&r->gpu_back);
 }
 
-/* Everyone's numbers in the order of the group's ranks. */
+/* Everyone's numbers in the order of the group's ranks; *all is the caller's to free. */
 static mt_err gather(struct mt_comm *c, const void *mine, size_t bytes, char **all) {
-  size_t n = (size_t)c->size;
-  int64_t *parts = calloc(2 * n, sizeof *parts);
-  *all = malloc(n * bytes);
-  mt_err err = MT_ENOMEM;
-  if (!parts || !*all) {
-    mt_fail(MT_ENOMEM, "numbers of %d ranks", c->size);
-    goto done;
-  }
-  for (int i = 0; i < c->size; i++) parts[i] = 1, parts[c->size + i] = i;
+  *all = malloc((size_t)c->size * bytes);
+  if (!*all) return mt_fail(MT_ENOMEM, "numbers of %d ranks", c->size);
   memcpy(*all + (size_t)c->rank * bytes, mine, bytes);
-  err = mt_comm_all_gather(c, *all, (struct mt_parts){parts, parts + n}, bytes, NULL);
-done:
-  free(parts);
-  return err;
+  return mt_comm_gather_each(c, *all, bytes);
 }
 
 static mt_err sum_counts(struct mt_comm *c, int64_t *numbers, int n) {
@@ -169,22 +159,30 @@ bool mt_ranks_staged(const struct mt_ranks *r) {
   return r && r->mesh.pp > 1;
 }
 
+/* What a pass gave, which has been waited for, unless a transfer that it used has failed. */
+static mt_err believed(struct mt_ranks *r, mt_err err) {
+  return !err && r ? mt_ranks_failed(r) : err;
+}
+
 mt_err mt_ranks_eval(struct mt_ranks *r, struct mt_model *m, const struct mt_batch *batch,
                      struct mt_loss *loss) {
-  return mt_ranks_staged(r) ? mt_pipeline_eval(&r->pipeline, batch, loss)
-                            : mt_model_eval_pass(m, batch, loss);
+  mt_err err = mt_ranks_staged(r) ? mt_pipeline_eval(&r->pipeline, batch, loss)
+                                  : mt_model_eval_pass(m, batch, loss);
+  return believed(r, err);
 }
 
 mt_err mt_ranks_decode(struct mt_ranks *r, struct mt_model *m, struct mt_kv_cache *cache,
                        const int32_t *ids, int count, float *logits) {
-  return mt_ranks_staged(r) ? mt_pipeline_decode(&r->pipeline, cache, ids, count, logits)
-                            : mt_model_decode(m, cache, ids, count, logits);
+  mt_err err = mt_ranks_staged(r) ? mt_pipeline_decode(&r->pipeline, cache, ids, count, logits)
+                                  : mt_model_decode(m, cache, ids, count, logits);
+  return believed(r, err);
 }
 
 mt_err mt_ranks_logits(struct mt_ranks *r, struct mt_model *m, int64_t begin, int64_t count,
                        float *out) {
-  return mt_ranks_staged(r) ? mt_pipeline_logits(&r->pipeline, begin, count, out)
-                            : mt_model_logits(m, begin, count, out);
+  mt_err err = mt_ranks_staged(r) ? mt_pipeline_logits(&r->pipeline, begin, count, out)
+                                  : mt_model_logits(m, begin, count, out);
+  return believed(r, err);
 }
 
 mt_err mt_ranks_token(struct mt_ranks *r, int32_t *id) {
@@ -241,15 +239,8 @@ static mt_err sum_bucket(struct mt_ranks *r, const struct mt_bucket *k) {
 static mt_err sum_squares(struct mt_ranks *r, enum mt_group group, double *sumsq) {
   struct mt_backend *be = r->model->be;
   struct mt_comm *c = r->tensor[group];
-  int64_t *parts = calloc(2 * (size_t)c->size, sizeof *parts);
-  if (!parts) return mt_fail(MT_ENOMEM, "squares of %d ranks", c->size);
-  for (int i = 0; i < c->size; i++) parts[i] = 1, parts[c->size + i] = i;
-  mt_err err = be->copy(be, r->squares + 1 + c->rank, r->squares, sizeof(double));
-  if (!err)
-    err = mt_comm_all_gather(c, r->squares + 1, (struct mt_parts){parts, parts + c->size},
-                             sizeof(double), NULL);
-  free(parts);
-  MT_TRY(err);
+  MT_TRY(be->copy(be, r->squares + 1 + c->rank, r->squares, sizeof(double)));
+  MT_TRY(mt_comm_gather_each(c, r->squares + 1, sizeof(double)));
   return be->ops.sumsq(
       be, &(struct mt_sumsq_args){.parts = r->squares + 1, .part_count = c->size, .out = sumsq});
 }

@@ -2,29 +2,29 @@
 
 #include <stdlib.h>
 
-void mt_sum_cut(int64_t n, int ranks, int64_t *count, int64_t *start) {
-  for (int i = 0; i < ranks; i++) start[i] = mt_bucket_part(n, ranks, i, &count[i]);
-}
-
-/* Where the parts of n elements lie, and where the others' shares of this rank's arrive. */
-static mt_err cut(struct mt_sum *s, const struct mt_comm *c, int64_t n, struct mt_parts *parts,
-                  struct mt_parts *places) {
+void mt_sum_places(int64_t *numbers, const struct mt_comm *c, int64_t n, struct mt_parts *parts,
+                   struct mt_parts *places) {
   size_t ranks = (size_t)c->size;
-  if (s->numbers_size < c->size) {
-    free(s->numbers);
-    s->numbers = calloc(4 * ranks, sizeof *s->numbers);
-    s->numbers_size = s->numbers ? c->size : 0;
-    if (!s->numbers) return mt_fail(MT_ENOMEM, "parts of %d ranks", c->size);
-  }
-  int64_t *count = s->numbers, *start = count + ranks, *in_count = start + ranks,
+  int64_t *count = numbers, *start = count + ranks, *in_count = start + ranks,
           *in_start = in_count + ranks;
-  mt_sum_cut(n, c->size, count, start);
+  for (int i = 0; i < c->size; i++) start[i] = mt_bucket_part(n, c->size, i, &count[i]);
   for (int p = 0; p < c->size; p++) {
     in_count[p] = count[c->rank];
     in_start[p] = p * count[c->rank];
   }
   *parts = (struct mt_parts){count, start};
   *places = (struct mt_parts){in_count, in_start};
+}
+
+static mt_err cut(struct mt_sum *s, const struct mt_comm *c, int64_t n, struct mt_parts *parts,
+                  struct mt_parts *places) {
+  if (s->numbers_size < c->size) {
+    free(s->numbers);
+    s->numbers = calloc(4 * (size_t)c->size, sizeof *s->numbers);
+    s->numbers_size = s->numbers ? c->size : 0;
+    if (!s->numbers) return mt_fail(MT_ENOMEM, "parts of %d ranks", c->size);
+  }
+  mt_sum_places(s->numbers, c, n, parts, places);
   return MT_OK;
 }
 

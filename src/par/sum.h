@@ -17,12 +17,11 @@ struct mt_sum {
   int numbers_size;
 };
 
-/* What a rank's part of a bucket is a multiple of. */
-enum { MT_SUM_PART = MT_BUCKET_UNIT };
-
-/* n elements cut for the members of a group: parts of equal size, but that the last ones may be
- * smaller or empty. Member i's are [start[i], start[i] + count[i]). */
-void mt_sum_cut(int64_t n, int ranks, int64_t *count, int64_t *start);
+/* n elements cut for the members of a group, parts of equal size, but that the last ones may be
+ * smaller or empty: *parts (=); and where the others' shares of this member's part arrive, one
+ * behind the other: *places (=). Both point into numbers, host [4][c->size] (=). */
+void mt_sum_places(int64_t *numbers, const struct mt_comm *c, int64_t n, struct mt_parts *parts,
+                   struct mt_parts *places);
 
 /* n elements at grad (=, backend's memory) become the sums over the group, in float32 or better,
  * rounded once. This rank has added up [*own, *own + *owned). With one member nothing is done and

@@ -7,23 +7,12 @@
 
 enum { TEXT_BYTES = 1024, LONGEST_LINES = 1 << 20, GRACE_S = 5 };
 
-/* Everyone's record of `bytes`, in the order of ranks; all[rank] is filled in. */
-static mt_err gather(struct mt_world *w, void *all, size_t bytes) {
-  size_t n = (size_t)w->size;
-  int64_t *parts = calloc(2 * n, sizeof *parts);
-  if (!parts) return mt_fail(MT_ENOMEM, "numbers of %d ranks", w->size);
-  for (size_t i = 0; i < n; i++) parts[i] = 1, parts[n + i] = (int64_t)i;
-  mt_err err = mt_comm_all_gather(&w->all, all, (struct mt_parts){parts, parts + n}, bytes, NULL);
-  free(parts);
-  return err;
-}
-
 /* The lowest rank's error, with its text. */
 static mt_err share_error(struct mt_world *w, const int32_t *brought, const char *mine) {
   char *texts = calloc((size_t)w->size, TEXT_BYTES);
   if (!texts) return mt_fail(MT_ENOMEM, "messages of %d ranks", w->size);
   memcpy(texts + (size_t)w->rank * TEXT_BYTES, mine, TEXT_BYTES);
-  mt_err err = gather(w, texts, TEXT_BYTES);
+  mt_err err = mt_comm_gather_each(&w->all, texts, TEXT_BYTES);
   bool same = true;
   int first = -1;
   for (int i = 0; !err && i < w->size; i++) {
@@ -47,13 +36,14 @@ mt_err mt_world_meet(struct mt_world *w, mt_err err, int *wish) {
   if (!brought) return mt_fail(MT_ENOMEM, "errors of %d ranks", w->size);
   brought[2 * w->rank] = (int32_t)err;
   brought[2 * w->rank + 1] = wish ? *wish : 0;
-  err = gather(w, brought, 2 * sizeof *brought);
+  err = mt_comm_gather_each(&w->all, brought, 2 * sizeof *brought);
   bool failed = false;
   for (int i = 0; !err && i < w->size; i++) {
     failed |= brought[2 * i] != 0;
     if (wish && brought[2 * i + 1] > *wish) *wish = brought[2 * i + 1];
   }
   if (failed) err = share_error(w, brought, mine);
+  w->settled = failed;
   free(brought);
   return err;
 }
@@ -96,7 +86,8 @@ mt_err mt_world_end(struct mt_world *w, mt_err err) {
   double limit = w->all.timeout_s;
   if (err && limit > GRACE_S) w->all.timeout_s = GRACE_S;
   mt_world_doing(w, "at the end");
-  mt_err met = mt_world_meet(w, err, NULL);
+  /* Where all have settled on it already, the others do not come to a meeting either. */
+  mt_err met = err && w->settled ? err : mt_world_meet(w, err, NULL);
   w->all.timeout_s = limit;
   if (met == MT_ECOMM) {
     mt_world_abort(w, err ? why : mt_error_message());

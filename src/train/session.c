@@ -1,8 +1,10 @@
 #include "train/session.h"
 
 #include <stdlib.h>
+#include <stdio.h>
 #include <time.h>
 
+#include "base/hash.h"
 #include "base/log.h"
 #include "kernels/registry.h"
 #include "par/nccl.h"
@@ -89,6 +91,24 @@ done:
   return err;
 }
 
+/* What of the model must be the same on all ranks, a line each. */
+static mt_err describe_model(const struct mt_hf_checkpoint *h, char lines[], size_t size) {
+  static const char *const names[] = {"config.json", "tokenizer.json"};
+  size_t used = 0;
+  uint64_t bytes = 0;
+  for (int i = 0; i < 2; i++) {
+    char path[MT_PATH_MAX], text[MT_HASH_TEXT];
+    struct mt_hash hash;
+    MT_TRY(mt_path_join(path, h->dir, names[i]));
+    MT_TRY(mt_hash_file(path, &hash, NULL));
+    mt_hash_text(hash, text);
+    used += (size_t)snprintf(lines + used, size - used, "%s: hash %s\n", names[i], text);
+  }
+  for (int i = 0; i < h->shard_count; i++) bytes += h->shard[i].map.size_bytes;
+  snprintf(lines + used, size - used, "weights: %llu bytes\n", (unsigned long long)bytes);
+  return MT_OK;
+}
+
 mt_err mt_session_join(struct mt_session *s, struct mt_world *world, int ep_size, int pp_size) {
   struct mt_mesh mesh;
   int size = world ? world->size : 1;
@@ -101,6 +121,9 @@ mt_err mt_session_join(struct mt_session *s, struct mt_world *world, int ep_size
                    ep_size, pp_size, least, least);
   }
   if (size == 1) return MT_OK;
+  char lines[512] = "";
+  MT_TRY(mt_world_meet(world, describe_model(&s->checkpoint, lines, sizeof lines), NULL));
+  MT_TRY(mt_world_same(world, "model", lines));
   MT_TRY(mt_mesh_make(&s->checkpoint.config, size, world->rank, ep_size, pp_size, &mesh));
   MT_TRY(mt_ranks_open(&s->members, world, &mesh));
   s->ranks = &s->members;

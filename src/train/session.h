@@ -44,8 +44,8 @@ mt_err mt_session_open(struct mt_session *s, const char *model_dir,
                        const struct mt_device_options *device, const char *chat_template,
                        const struct mt_world *world);
 /* The place of this process among the ranks of world (which may be NULL: alone), before anything of
- * the model is read. Collective. Errors: MT_EINVAL for sizes that do not go together;
- * MT_EUNSUPPORTED. */
+ * the model is read. Collective. Errors: MT_EINVAL for sizes that do not go together, and where
+ * the ranks have opened different models; MT_EUNSUPPORTED. */
 mt_err mt_session_join(struct mt_session *s, struct mt_world *world, int ep_size, int pp_size);
 /* Is this the rank that writes files and speaks? */
 bool mt_session_speaks(const struct mt_session *s);

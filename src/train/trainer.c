@@ -4,7 +4,6 @@
 #include <stdlib.h>
 #include <time.h>
 
-#include "base/hash.h"
 #include "base/log.h"
 #include "train/commands.h"
 #include "train/data.h"
@@ -274,7 +273,7 @@ static bool patience_is_over(const struct run *r) {
   return r->o->patience > 0 && r->best.since >= r->o->patience;
 }
 
-/* What a run that goes on from a checkpoint reads beside it. */
+/* On the disk, before there is a checkpoint that a run goes on from with them. */
 static mt_err sync_lines(const struct run *r) {
   MT_TRY(mt_lines_sync(r->metrics.file, "metrics.jsonl"));
   return mt_lines_sync(r->samples.file, "samples.jsonl");
@@ -467,26 +466,6 @@ static mt_err find_checkpoint(struct run *r, char from[MT_PATH_MAX]) {
   return MT_OK;
 }
 
-/* All ranks must see the same model. */
-static mt_err compare_models(struct run *r) {
-  static const char *const names[] = {"config.json", "tokenizer.json"};
-  const struct mt_hf_checkpoint *h = &r->s.checkpoint;
-  char lines[512] = "";
-  size_t used = 0;
-  uint64_t bytes = 0;
-  for (int i = 0; i < 2; i++) {
-    char path[MT_PATH_MAX], text[MT_HASH_TEXT];
-    struct mt_hash hash;
-    MT_TRY(mt_path_join(path, h->dir, names[i]));
-    MT_TRY(mt_hash_file(path, &hash, NULL));
-    mt_hash_text(hash, text);
-    used += (size_t)snprintf(lines + used, sizeof lines - used, "%s: hash %s\n", names[i], text);
-  }
-  for (int i = 0; i < h->shard_count; i++) bytes += h->shard[i].map.size_bytes;
-  snprintf(lines + used, sizeof lines - used, "weights: %llu bytes\n", (unsigned long long)bytes);
-  return mt_world_same(r->s.world, "model", lines);
-}
-
 static mt_err open_session(struct run *r, char from[MT_PATH_MAX]) {
   const struct mt_train_options *o = r->o;
   struct mt_world *w = o->world;
@@ -497,8 +476,7 @@ static mt_err open_session(struct run *r, char from[MT_PATH_MAX]) {
   if (w) MT_TRY(mt_comm_broadcast(&w->all, from, MT_PATH_MAX, 0));
   mt_err err = mt_session_open(&r->s, *from ? from : o->model, &o->device, o->chat_template, w);
   MT_TRY(mt_world_meet(w, err, NULL));
-  MT_TRY(mt_session_join(&r->s, w, o->ep_size, o->pp_size));
-  return r->s.world ? compare_models(r) : MT_OK;
+  return mt_session_join(&r->s, w, o->ep_size, o->pp_size);
 }
 
 /* All up to the first step; a signal ends it between two of its stages. from (=) the checkpoint

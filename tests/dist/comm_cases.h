@@ -163,11 +163,35 @@ static void messages(struct mt_comm *c, const struct mt_mesh *m) {
   done_with(in);
 }
 
+/* As many gatherings under way as somebody likes, and each brings its own. */
+static void many_at_once(struct mt_comm *c, const struct mt_mesh *m) {
+  enum { MANY = 150 };
+  (void)m;
+  if (dist_be.memory_used || c->size == 1) return; /* a GPU's wait for room themselves */
+  int64_t *parts = calloc(2 * (size_t)c->size, sizeof *parts);
+  int32_t *got = calloc((size_t)(MANY * c->size), sizeof *got);
+  struct mt_transfer t[MANY];
+  assert_true(parts && got);
+  for (int i = 0; i < c->size; i++) parts[i] = 1, parts[c->size + i] = i;
+  for (int k = 0; k < MANY; k++) {
+    got[k * c->size + c->rank] = value(c->rank, k, 1);
+    OK(mt_comm_all_gather(c, got + (size_t)(k * c->size), (struct mt_parts){parts, parts + c->size},
+                          sizeof *got, &t[k]));
+  }
+  for (int k = 0; k < MANY; k++) OK(mt_comm_wait(c, &t[k]));
+  for (int k = 0; k < MANY; k++) {
+    for (int p = 0; p < c->size; p++) assert_int_equal(got[k * c->size + p], value(p, k, 1));
+  }
+  free(parts);
+  free(got);
+}
+
 static void every_call(struct mt_comm *c, const struct mt_mesh *m) {
   exchanges(c, m);
   gathers(c, m);
   broadcasts(c, m);
   messages(c, m);
+  many_at_once(c, m);
 }
 
 static void test_every_call(void **state) {
