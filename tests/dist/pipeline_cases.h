@@ -85,6 +85,18 @@ static void evaluation_is_the_same(struct run *mine, struct mt_ranks *r, struct 
   assert_true(fabs(got.cross_entropy_sum - want.cross_entropy_sum) <=
               bound * want.cross_entropy_sum);
   assert_true(fabs(got.aux - want.aux) <= bound * want.aux);
+  /* The first reader's tokens are the first of all. */
+  enum { ROWS = 3 };
+  int n = ROWS * mine->m.config.vocab;
+  float *mine_are = malloc((size_t)n * sizeof *mine_are), *all = malloc((size_t)n * sizeof *all);
+  assert_true(mine_are && all);
+  memset(mine_are, 0xff, (size_t)n * sizeof *mine_are);
+  OK(mt_pipeline_logits(&r->pipeline, 0, ROWS, mine_are));
+  OK(mt_model_logits(&whole->m, 0, ROWS, all));
+  for (int i = 0; i < n && mt_mesh_reader(&r->mesh) == 0; i++)
+    assert_true(fabs((double)(mine_are[i] - all[i])) <= bound + 1e-6);
+  free(mine_are);
+  free(all);
 }
 
 static void decoding_is_the_same(struct run *mine, struct mt_ranks *r, struct run *whole,
