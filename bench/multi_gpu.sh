@@ -1,5 +1,5 @@
 #!/bin/bash
-# Everything that wants several GPUs of one host, in one call of less than ten minutes:
+# Everything that wants several GPUs of one host, in one run:
 #   bench/multi_gpu.sh [GPUS] [OUT_DIR]        GPUS: 2 (default), 4 or 8
 # What a part says and its exit status go to OUT_DIR/PART.log; a part that fails stops none. PARTS in
 # the environment names those to run: bandwidth tests equality kill ladder

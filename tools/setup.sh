@@ -1,7 +1,7 @@
 #!/bin/sh
 # Installs what the build needs and the machine lacks, with apt-get (Debian 12, Ubuntu 24.04).
 #   tools/setup.sh          compiler, build tools, libraries
-#   tools/setup.sh --ci     also clang and its tools, which checks and fuzzing need
+#   tools/setup.sh --ci     also what checks and fuzzing need: clang and its tools, zsh, mandoc
 #   tools/setup.sh --cuda   also what building the CUDA backend needs (tools/setup_cuda.sh)
 #   tools/setup.sh --list   prints the packages and installs nothing
 # Nothing missing: says so in one line and never calls apt-get.
@@ -31,6 +31,8 @@ clang-format  cmd:clang-format        layout of the code
 clang-tidy    cmd:clang-tidy          static checks
 libclang-rt-dev clang:libclang_rt.fuzzer-* run-times of fuzzers and sanitizers
 libomp-dev    clang:omp.h             OpenMP of clang
+zsh           cmd:zsh                 its completion is tried
+mandoc        cmd:mandoc              checks the manual page
 '
 
 cuda_packages='

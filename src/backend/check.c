@@ -1,9 +1,6 @@
-#include "backend/check.h"
+#include "backend/check_args.h"
 
 #include <stdio.h>
-
-enum presence { REQUIRED, OPTIONAL };
-enum { ANY_ROWS = -1 };
 
 static void shape_text(char *out, size_t size, const struct mt_tensor *t) {
   snprintf(out, size, "%s[%lld%s%.0lld%s%.0lld]", mt_dtype_name(t->dtype), (long long)t->dim[0],
@@ -11,9 +8,9 @@ static void shape_text(char *out, size_t size, const struct mt_tensor *t) {
            t->rank > 2 ? (long long)t->dim[2] : 0LL);
 }
 
-/* One argument against what it must be; dtype MT_DTYPE_COUNT: any of F32, BF16, F64. */
-static mt_err want(const char *op, const char *arg, const struct mt_tensor *t, enum presence need,
-                   enum mt_dtype dtype, int rank, int64_t d0, int64_t d1, int64_t d2) {
+mt_err mt_check_tensor(const char *op, const char *arg, const struct mt_tensor *t,
+                       enum mt_presence need, enum mt_dtype dtype, int rank, int64_t d0, int64_t d1,
+                       int64_t d2) {
   if (!t->data && mt_count(t) != 0) {
     if (need == OPTIONAL) return MT_OK;
     return mt_fail(MT_ESHAPE, "%s: %s is missing", op, arg);
@@ -33,23 +30,14 @@ static mt_err want(const char *op, const char *arg, const struct mt_tensor *t, e
   return mt_fail(MT_ESHAPE, "%s: %s is %s, expected %s", op, arg, have, must);
 }
 
-static mt_err present(const char *op, const char *arg, const void *p) {
+mt_err mt_check_present(const char *op, const char *arg, const void *p) {
   return p ? MT_OK : mt_fail(MT_ESHAPE, "%s: %s is missing", op, arg);
-}
-
-/* The statistics' format that goes with an activation format. */
-static enum mt_dtype stat_of(const struct mt_tensor *act) {
-  return act->dtype == MT_F64 ? MT_F64 : MT_F32;
 }
 
 /* A parameter gradient's format: that of the statistics, or the activations' own BF16. */
 static enum mt_dtype grad_of(const struct mt_tensor *act, const struct mt_tensor *grad) {
   return act->dtype == MT_BF16 && grad->dtype == MT_BF16 ? MT_BF16 : stat_of(act);
 }
-
-#define V1(arg, need, dtype, n)    MT_TRY(want(op, #arg, &a->arg, need, dtype, 1, n, 1, 1))
-#define M2(arg, need, dtype, n, m) MT_TRY(want(op, #arg, &a->arg, need, dtype, 2, n, m, 1))
-#define PTR(arg)                   MT_TRY(present(op, #arg, a->arg))
 
 mt_err mt_check_embed_fwd(const struct mt_embed_fwd_args *a) {
   const char *op = "embed_fwd";
@@ -109,8 +97,8 @@ static mt_err linear(const char *op, const struct mt_tensor *x, const struct mt_
   }
   if (!w->data) return mt_fail(MT_ESHAPE, "%s: weight is missing", op);
   int64_t out = w->dim[w->rank - 2], in = w->dim[w->rank - 1];
-  MT_TRY(want(op, "input side", x, REQUIRED, act, 2, y->dim[0], in, 1));
-  return want(op, "output side", y, REQUIRED, act, 2, y->dim[0], out, 1);
+  MT_TRY(mt_check_tensor(op, "input side", x, REQUIRED, act, 2, y->dim[0], in, 1));
+  return mt_check_tensor(op, "output side", y, REQUIRED, act, 2, y->dim[0], out, 1);
 }
 
 mt_err mt_check_linear_fwd(const struct mt_linear_fwd_args *a) {
@@ -378,7 +366,7 @@ mt_err mt_check_experts_up_fwd(const struct mt_experts_up_fwd_args *a) {
   int64_t r = a->h.dim[0], f = a->h.dim[1], h = a->x.dim[1];
   PTR(offsets);
   M2(x, REQUIRED, MT_DTYPE_COUNT, r, h);
-  MT_TRY(want(op, "w", &a->w, REQUIRED, a->x.dtype, 3, ANY_ROWS, 2 * f, h));
+  MT_TRY(mt_check_tensor(op, "w", &a->w, REQUIRED, a->x.dtype, 3, ANY_ROWS, 2 * f, h));
   V1(row_prob, OPTIONAL, stat_of(&a->x), r);
   M2(gate_up, REQUIRED, a->x.dtype, r, 2 * f);
   M2(h, REQUIRED, a->x.dtype, r, f);
@@ -390,156 +378,13 @@ mt_err mt_check_experts_down_dgrad(const struct mt_experts_down_dgrad_args *a) {
   int64_t r = a->h.dim[0], f = a->h.dim[1], h = a->dy.dim[1];
   PTR(offsets);
   M2(dy, REQUIRED, MT_DTYPE_COUNT, r, h);
-  MT_TRY(want(op, "w", &a->w, REQUIRED, a->dy.dtype, 3, ANY_ROWS, h, f));
+  MT_TRY(mt_check_tensor(op, "w", &a->w, REQUIRED, a->dy.dtype, 3, ANY_ROWS, h, f));
   M2(gate_up, REQUIRED, a->dy.dtype, r, 2 * f);
   V1(row_prob, OPTIONAL, stat_of(&a->dy), r);
   M2(dgate_up, REQUIRED, a->dy.dtype, r, 2 * f);
   M2(h, REQUIRED, a->dy.dtype, r, f);
   V1(drow_prob, OPTIONAL, stat_of(&a->dy), r);
   return MT_OK;
-}
-
-/* A weight's dimensions are rank, d0..d2; activations' [d0, d1]. copies: bits 1 row, 2 col. groups:
- * of the rows that the column copy must have room for. */
-enum { ROW = 1, COL = 2 };
-static mt_err want_q(const char *op, const char *arg, const struct mt_qtensor *q, int copies,
-                     int64_t groups, int rank, int64_t d0, int64_t d1, int64_t d2) {
-  bool weight = groups == 0;
-  if (q->format != MT_Q_MXFP8 && q->format != MT_Q_FP8)
-    return mt_fail(MT_EUNSUPPORTED, "%s: %s has 8-bit format %d", op, arg, (int)q->format);
-  if (q->weight != weight || q->rank != rank || q->dim[0] != d0 || q->dim[1] != d1 ||
-      (rank > 2 && q->dim[2] != d2)) {
-    return mt_fail(MT_ESHAPE, "%s: %s is %s [%lld,%lld,%lld] of rank %d, expected [%lld,%lld,%lld]",
-                   op, arg, q->weight ? "a weight" : "rows", (long long)q->dim[0],
-                   (long long)q->dim[1], (long long)q->dim[2], q->rank, (long long)d0,
-                   (long long)d1, (long long)d2);
-  }
-  if (((copies & ROW) && !q->row) || ((copies & COL) && !q->col) || (!q->row && !q->col) ||
-      (q->row && !q->row_scale) || (q->col && !q->col_scale))
-    return mt_fail(MT_ESHAPE, "%s: %s lacks a copy or its scales", op, arg);
-  if (weight) return MT_OK;
-  if (q->row && q->format == MT_Q_FP8 && (q->scale_ld < d0 || q->scale_ld % 4 != 0)) {
-    return mt_fail(MT_ESHAPE, "%s: %s has %lld scales a line for %lld rows", op, arg,
-                   (long long)q->scale_ld, (long long)d0);
-  }
-  if (q->col && (q->col_rows < mt_q_col_rows(d0, groups) || q->col_rows % MT_Q_PAD != 0)) {
-    return mt_fail(MT_ESHAPE, "%s: %s has columns of %lld for %lld rows in %lld groups", op, arg,
-                   (long long)q->col_rows, (long long)d0, (long long)groups);
-  }
-  return MT_OK;
-}
-
-static int64_t groups_of(const int32_t *offsets, int group_count) {
-  return offsets ? group_count : 1;
-}
-
-static mt_err both_offsets(const char *op, const int32_t *offsets, const int32_t *padded,
-                           int group_count) {
-  if (!offsets && !padded) return MT_OK;
-  if (offsets && padded && group_count > 0) return MT_OK;
-  return mt_fail(MT_ESHAPE, "%s: offsets %s, padded %s, %d groups", op, offsets ? "given" : "NULL",
-                 padded ? "given" : "NULL", group_count);
-}
-
-mt_err mt_check_pad_offsets(const struct mt_pad_offsets_args *a) {
-  const char *op = "pad_offsets";
-  PTR(offsets);
-  PTR(padded);
-  if (a->group_count < 1) return mt_fail(MT_ESHAPE, "%s: %d groups", op, a->group_count);
-  return MT_OK;
-}
-
-mt_err mt_check_quantize(const struct mt_quantize_args *a) {
-  const char *op = "quantize";
-  int64_t r = a->q.dim[0];
-  MT_TRY(both_offsets(op, a->offsets, a->padded, a->group_count));
-  if (a->row_source && (a->top_k < 1 || !a->offsets))
-    return mt_fail(MT_ESHAPE, "%s: rows gathered, top %d, without offsets", op, a->top_k);
-  M2(x, REQUIRED, MT_DTYPE_COUNT, a->row_source ? ANY_ROWS : r, a->q.dim[1]);
-  return want_q(op, "q", &a->q, 0, groups_of(a->offsets, a->group_count), 2, r, a->x.dim[1], 1);
-}
-
-mt_err mt_check_quantize_weight(const struct mt_quantize_weight_args *a) {
-  const char *op = "quantize_weight";
-  const int64_t *d = a->w.dim;
-  if (a->w.rank < 2) return mt_fail(MT_ESHAPE, "%s: weight of rank %d", op, a->w.rank);
-  MT_TRY(want(op, "w", &a->w, REQUIRED, MT_DTYPE_COUNT, a->w.rank, d[0], d[1], d[2]));
-  return want_q(op, "q", &a->q, 0, 0, a->w.rank, d[0], d[1], d[2]);
-}
-
-/* w: its rank follows from offsets; out and in as the tensors that it meets have them. */
-static mt_err want_q_weight(const char *op, const struct mt_qtensor *w, const int32_t *offsets,
-                            int copies, int64_t out, int64_t in) {
-  if (!offsets) return want_q(op, "w", w, copies, 0, 2, out, in, 1);
-  return want_q(op, "w", w, copies, 0, 3, w->dim[0], out, in);
-}
-
-static mt_err same_format(const char *op, const struct mt_qtensor *a, const struct mt_qtensor *b) {
-  if (a->format == b->format) return MT_OK;
-  return mt_fail(MT_ESHAPE, "%s: operands of 8-bit formats %d and %d", op, (int)a->format,
-                 (int)b->format);
-}
-
-mt_err mt_check_qlinear_fwd(const struct mt_qlinear_fwd_args *a) {
-  const char *op = "qlinear_fwd";
-  int64_t m = a->y.dim[0], n = a->y.dim[1], k = a->x.dim[1];
-  M2(y, REQUIRED, MT_DTYPE_COUNT, m, n);
-  MT_TRY(same_format(op, &a->x, &a->w));
-  MT_TRY(want_q(op, "x", &a->x, ROW, 1, 2, m, k, 1));
-  return want_q_weight(op, &a->w, a->offsets, ROW, n, k);
-}
-
-mt_err mt_check_qlinear_dgrad(const struct mt_qlinear_dgrad_args *a) {
-  const char *op = "qlinear_dgrad";
-  int64_t m = a->dx.dim[0], n = a->dy.dim[1], k = a->dx.dim[1];
-  M2(dx, REQUIRED, MT_DTYPE_COUNT, m, k);
-  MT_TRY(same_format(op, &a->dy, &a->w));
-  MT_TRY(want_q(op, "dy", &a->dy, ROW, 1, 2, m, n, 1));
-  return want_q_weight(op, &a->w, a->offsets, COL, n, k);
-}
-
-mt_err mt_check_qlinear_wgrad(const struct mt_qlinear_wgrad_args *a) {
-  const char *op = "qlinear_wgrad";
-  int rank = a->dw.rank;
-  int64_t n = a->dy.dim[1], k = a->x.dim[1], groups = rank == 3 ? a->dw.dim[0] : 1;
-  MT_TRY(both_offsets(op, a->offsets, a->padded, (int)groups));
-  if (rank != (a->offsets ? 3 : 2))
-    return mt_fail(MT_ESHAPE, "%s: weight of rank %d %s offsets", op, rank,
-                   a->offsets ? "with" : "without");
-  MT_TRY(want(op, "dw", &a->dw, REQUIRED, MT_DTYPE_COUNT, rank, rank == 3 ? groups : n,
-              rank == 3 ? n : k, k));
-  MT_TRY(same_format(op, &a->dy, &a->x));
-  MT_TRY(want_q(op, "dy", &a->dy, COL, groups, 2, a->x.dim[0], n, 1));
-  MT_TRY(want_q(op, "x", &a->x, COL, groups, 2, a->x.dim[0], k, 1));
-  if (a->dy.col_rows != a->x.col_rows)
-    return mt_fail(MT_ESHAPE, "%s: columns of %lld and %lld", op, (long long)a->dy.col_rows,
-                   (long long)a->x.col_rows);
-  if (a->sumsq && a->dw.ld != a->dw.dim[rank - 1])
-    return mt_fail(MT_ESHAPE, "%s: squares of rows %lld apart", op, (long long)a->dw.ld);
-  return MT_OK;
-}
-
-mt_err mt_check_swiglu_quantize_fwd(const struct mt_swiglu_quantize_fwd_args *a) {
-  const char *op = "swiglu_quantize_fwd";
-  int64_t r = a->h.dim[0], f = a->h.dim[1];
-  MT_TRY(both_offsets(op, a->offsets, a->padded, a->group_count));
-  M2(gate_up, REQUIRED, MT_DTYPE_COUNT, r, 2 * f);
-  V1(row_prob, OPTIONAL, stat_of(&a->gate_up), r);
-  return want_q(op, "h", &a->h, 0, groups_of(a->offsets, a->group_count), 2, r, f, 1);
-}
-
-mt_err mt_check_swiglu_quantize_bwd(const struct mt_swiglu_quantize_bwd_args *a) {
-  const char *op = "swiglu_quantize_bwd";
-  int64_t r = a->dh.dim[0], f = a->dh.dim[1], groups = groups_of(a->offsets, a->group_count);
-  MT_TRY(both_offsets(op, a->offsets, a->padded, a->group_count));
-  M2(dh, REQUIRED, MT_DTYPE_COUNT, r, f);
-  M2(gate_up, REQUIRED, a->dh.dtype, r, 2 * f);
-  V1(row_prob, OPTIONAL, stat_of(&a->dh), r);
-  V1(drow_prob, OPTIONAL, stat_of(&a->dh), r);
-  MT_TRY(want_q(op, "dgate_up", &a->dgate_up, 0, groups, 2, r, 2 * f, 1));
-  if (a->h.format == MT_Q_NONE) return MT_OK;
-  MT_TRY(same_format(op, &a->dgate_up, &a->h));
-  return want_q(op, "h", &a->h, 0, groups, 2, r, f, 1);
 }
 
 mt_err mt_check_head_loss(const struct mt_head_loss_args *a) {
@@ -576,8 +421,8 @@ mt_err mt_check_sumsq(const struct mt_sumsq_args *a) {
   if (a->part_count > 0) PTR(parts);
   for (int i = 0; i < a->tensor_count; i++) {
     const struct mt_tensor *t = &a->tensors[i];
-    MT_TRY(
-        want(op, "tensor", t, REQUIRED, MT_DTYPE_COUNT, t->rank, t->dim[0], t->dim[1], t->dim[2]));
+    MT_TRY(mt_check_tensor(op, "tensor", t, REQUIRED, MT_DTYPE_COUNT, t->rank, t->dim[0], t->dim[1],
+                           t->dim[2]));
   }
   return MT_OK;
 }
@@ -589,11 +434,11 @@ mt_err mt_check_adamw(const struct mt_adamw_args *a) {
     const struct mt_adamw_segment *s = &a->segments[i];
     int64_t n = s->master.dim[0];
     enum mt_dtype wide = s->master.dtype;
-    MT_TRY(want(op, "master", &s->master, REQUIRED, MT_DTYPE_COUNT, 1, n, 1, 1));
-    MT_TRY(want(op, "grad", &s->grad, REQUIRED, wide, 1, n, 1, 1));
-    MT_TRY(want(op, "m", &s->m, REQUIRED, wide, 1, n, 1, 1));
-    MT_TRY(want(op, "v", &s->v, REQUIRED, wide, 1, n, 1, 1));
-    MT_TRY(want(op, "compute", &s->compute, OPTIONAL, MT_DTYPE_COUNT, 1, n, 1, 1));
+    MT_TRY(mt_check_tensor(op, "master", &s->master, REQUIRED, MT_DTYPE_COUNT, 1, n, 1, 1));
+    MT_TRY(mt_check_tensor(op, "grad", &s->grad, REQUIRED, wide, 1, n, 1, 1));
+    MT_TRY(mt_check_tensor(op, "m", &s->m, REQUIRED, wide, 1, n, 1, 1));
+    MT_TRY(mt_check_tensor(op, "v", &s->v, REQUIRED, wide, 1, n, 1, 1));
+    MT_TRY(mt_check_tensor(op, "compute", &s->compute, OPTIONAL, MT_DTYPE_COUNT, 1, n, 1, 1));
     if (wide == MT_BF16 && s->compute.data)
       return mt_fail(MT_ESHAPE, "%s: a rounded copy of weights in bf16", op);
   }

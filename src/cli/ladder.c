@@ -98,8 +98,7 @@ static mt_err draw(const S *o, const struct mt_ladder *l) {
     n++;
   }
   snprintf(title, sizeof title,
-           "A step of %d x %d tokens: hidden %d, ffn %d, %d experts, %d layers, "
-           "%s",
+           "A step of %d x %d x %d tokens: hidden %d, ffn %d, %d experts, %d layers, %s", l->ranks,
            o->batch_size, o->max_seq_length, l->config.hidden, l->config.ffn, l->config.experts,
            l->config.layers, l->device);
   return mt_bars_write(o->svg, title, bars, n);
@@ -111,7 +110,7 @@ static mt_err run_rank(const void *options, struct mt_world *world) {
   o.world = world;
   MT_TRY(mt_ladder_run(&o, &l));
   if (world->rank != 0) return MT_OK;
-  mt_ladder_print(&o, &l);
+  MT_TRY(mt_ladder_print(&o, &l));
   return o.svg ? draw(&o, &l) : MT_OK;
 }
 

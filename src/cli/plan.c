@@ -73,7 +73,7 @@ static const struct mt_option rows[] = {
      .min = 0,
      .max = 2,
      .help = "What the ranks share out that hold the same parameter: 1 moments and master "
-             "weights, 2 gradients too."},
+             "weights; 2 gradients too, which plan alone knows: training has 0 and 1."},
     MT_ROW_RECOMPUTE(S),
     {.flag = "micro-batches",
      .type = MT_OPT_INT,
@@ -258,7 +258,7 @@ static mt_err draw(const struct mt_planner *p, const struct mt_sweep *sweep) {
 static mt_err run_sweep(struct mt_planner *p) {
   struct mt_sweep sweep;
   MT_TRY(mt_plan_sweep(p, p->options->sweep, &sweep));
-  mt_plan_print_sweep(p, &sweep);
+  MT_TRY(mt_plan_print_sweep(p, &sweep));
   return p->options->svg ? draw(p, &sweep) : MT_OK;
 }
 
@@ -266,12 +266,13 @@ static mt_err run_list(struct mt_planner *p) {
   struct mt_plan *plans;
   int count;
   MT_TRY(mt_plan_meshes(p, p->options->gpus, &plans, &count));
-  if (count == 1)
-    mt_plan_print(p, plans);
-  else
-    mt_plan_print_list(p, plans, count);
+  if (count == 0) {
+    return mt_fail(MT_EINVAL, "no mesh of %d ranks is what the options ask for", p->options->gpus);
+  }
+  mt_err err = count == 1 && !p->options->json ? mt_plan_print(p, plans)
+                                               : mt_plan_print_list(p, plans, count);
   free(plans);
-  return MT_OK;
+  return err;
 }
 
 static mt_err run_one(struct mt_planner *p) {
@@ -283,8 +284,7 @@ static mt_err run_one(struct mt_planner *p) {
                          .recompute = o->recompute,
                          .micro = o->micro_batches};
   MT_TRY(mt_plan_mesh(p, &plan));
-  mt_plan_print(p, &plan);
-  return MT_OK;
+  return mt_plan_print(p, &plan);
 }
 
 static mt_err run(const void *options) {
@@ -310,7 +310,7 @@ const struct mt_command mt_command_plan = {
         "docs/parallelism.md has the formulas, and what has been measured of them.",
     .examples =
         "  moetune plan mixtral --gpus 8 --memory 141GB\n"
-        "  moetune plan config.json --gpus 8 --ep-size 2 --zero 2 --optim-state bf16\n"
+        "  moetune plan config.json --gpus 8 --ep-size 2 --zero 1 --optim-state bf16\n"
         "  moetune plan mixtral --machine this --batch-size 2 --max-seq-length 2048\n"
         "  moetune plan mixtral --memory 141GB --machine h200 --sweep 4096 --svg sweep.svg\n",
     .options = rows,

@@ -1,7 +1,7 @@
 #include "base/log.h"
 #include "cli/commands.h"
 #include "cli/ranks.h"
-#include "kernels/registry.h"
+#include "train/session.h"
 #include "report/report.h"
 #include "train/commands.h"
 
@@ -308,8 +308,7 @@ static mt_err finish(void *options, const struct mt_parsed *parsed) {
     o->experts = rung[o->improvement];
   }
   if (o->improvement >= 3 && !o->device.precision) {
-    bool cpu = strcmp(o->device.device, "cpu") == 0 || mt_cuda_device_count() == 0;
-    o->device.precision = cpu ? "mxfp8" : "fp8";
+    o->device.precision = mt_device_on_gpu(&o->device) ? "fp8" : "mxfp8";
   }
   if (!mt_parsed_given(parsed, "blocks")) {
     o->blocks = o->improvement >= 1 ? MT_BLOCKS_FUSED : MT_BLOCKS_UNFUSED;

@@ -133,3 +133,24 @@ mt_err mt_hf_freeze(const struct mt_config *c, struct mt_params *params,
   }
   return MT_OK;
 }
+
+mt_err mt_hf_params(const struct mt_config *c, const struct mt_shard *shard,
+                    const char *const *patterns, int count, struct mt_params *whole,
+                    struct mt_params *out) {
+  struct mt_params all = {0};
+  mt_err err;
+  *out = (struct mt_params){0};
+  MT_GO(mt_params_build(c, NULL, &all));
+  MT_GO(mt_hf_freeze(c, &all, patterns, count));
+  MT_GO(mt_params_build(c, shard, out));
+  for (int i = 0; i < out->count; i++) {
+    struct mt_param *p = &out->row[i];
+    p->learns = mt_params_find(&all, p->kind, p->layer)->learns;
+  }
+done:
+  if (whole && !err)
+    *whole = all;
+  else
+    mt_params_free(&all);
+  return err;
+}

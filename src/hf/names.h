@@ -37,4 +37,11 @@ int64_t mt_param_rows(const struct mt_param *p);
 mt_err mt_hf_freeze(const struct mt_config *c, struct mt_params *params,
                     const char *const *patterns, int count);
 
+/* The rows of what a shard (NULL: everything) holds, out (=), and, unless NULL, of the whole model,
+ * whole (=), frozen by patterns. These are matched in the whole model: of what is here one may
+ * match nothing. Errors: MT_ENOMEM, those of mt_hf_freeze. */
+mt_err mt_hf_params(const struct mt_config *c, const struct mt_shard *shard,
+                    const char *const *patterns, int count, struct mt_params *whole,
+                    struct mt_params *out);
+
 #endif

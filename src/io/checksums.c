@@ -110,6 +110,10 @@ static mt_err read_list(const char *dir, json_t **out) {
   MT_TRY(mt_path_join(path, dir, list_name));
   if (!mt_path_exists(path)) return MT_OK;
   MT_GO(mt_file_read(path, LIST_LIMIT, &text, &size));
+  if (!mt_json_bearable(text, size)) {
+    err = mt_fail(MT_EFORMAT, "%s is damaged: mostly brackets", path);
+    goto done;
+  }
   root = json_loadb(text, size, JSON_REJECT_DUPLICATES, &why);
   const json_t *version = json_object_get(root, "version");
   if (json_is_integer(version) && json_integer_value(version) > LIST_VERSION) {

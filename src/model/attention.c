@@ -59,15 +59,11 @@ static struct mt_operand operand(const struct mt_model *m, int i) {
                              .memory = m->acts.attention_operand[i]};
 }
 
-static struct mt_weight_forms forms_of(const struct mt_param *p) {
-  return (struct mt_weight_forms){.w = p->compute, .q = p->q};
-}
-
 /* y = x w^T by the recipe. */
 static mt_err multiply(struct mt_model *m, struct mt_tensor x, const struct mt_param *p,
                        struct mt_tensor y) {
   struct mt_operand in = operand(m, 0);
-  struct mt_weight_forms w = forms_of(p);
+  struct mt_weight_forms w = mt_forms_of(p);
   MT_TRY(mt_operand_make(m->be, &in, x, x.dim[0], MT_SIDE_ROW, NULL));
   return mt_product_forward(m->be, &in, &w, y);
 }
@@ -82,7 +78,7 @@ struct back {
 };
 static mt_err multiply_backward(struct mt_model *m, const struct back *b) {
   struct mt_operand dy = operand(m, 0), x = operand(m, 1);
-  struct mt_weight_forms w = forms_of(b->p);
+  struct mt_weight_forms w = mt_forms_of(b->p);
   int64_t rows = b->dy.dim[0];
   bool learns = b->p->grad.data != NULL;
   MT_TRY(mt_operand_make(m->be, &dy, b->dy, rows, learns ? MT_SIDE_BOTH : MT_SIDE_ROW, NULL));

@@ -66,6 +66,11 @@ mt_err mt_norm_backward(struct mt_model *m, struct mt_tensor dy, struct mt_tenso
 mt_err mt_stream_open(struct mt_model *m, const struct mt_view *v);
 mt_err mt_stream_close(struct mt_model *m, const struct mt_view *v);
 
+/* What products read of a weight. */
+static inline struct mt_weight_forms mt_forms_of(const struct mt_param *p) {
+  return (struct mt_weight_forms){.w = p->compute, .q = p->q};
+}
+
 /* Announces a finished gradient. */
 void mt_grad_ready(struct mt_model *m, struct mt_param *param);
 

@@ -46,15 +46,11 @@ static struct mt_operand operand(const struct moe *o, int i) {
   return (struct mt_operand){.format = format_of(o), .memory = o->m->acts.moe_operand[i]};
 }
 
-static struct mt_weight_forms forms_of(const struct mt_param *p) {
-  return (struct mt_weight_forms){.w = p->compute, .q = p->q};
-}
-
 /* All experts' rows. */
 static struct span whole_span(const struct moe *o) {
   return (struct span){.rows = o->ys.dim[0],
-                       .w1 = forms_of(o->gate_up),
-                       .w2 = forms_of(o->down),
+                       .w1 = mt_forms_of(o->gate_up),
+                       .w2 = mt_forms_of(o->down),
                        .dw1 = o->gate_up->grad,
                        .dw2 = o->down->grad,
                        .groups = {.offsets = o->route.offsets,
@@ -64,7 +60,7 @@ static struct span whole_span(const struct moe *o) {
 
 /* Those of expert e. */
 static struct span expert_span(const struct moe *o, int e) {
-  struct mt_weight_forms w1 = forms_of(o->gate_up), w2 = forms_of(o->down);
+  struct mt_weight_forms w1 = mt_forms_of(o->gate_up), w2 = mt_forms_of(o->down);
   return (struct span){.begin = o->m->host_route[e],
                        .rows = o->m->host_route[e + 1] - o->m->host_route[e],
                        .w1 = mt_weight_slice(&w1, e),

@@ -179,23 +179,19 @@ static mt_err join(struct mt_ranks *r, struct mt_model *m, const struct mt_mesh 
 }
 
 /* What the rows hold since the last time, which is forgotten. */
-static void take_rows(struct counter *c, struct mt_work *work, double *seconds, int64_t *calls,
+static void take_rows(struct counter *c, struct mt_work *work, double *seconds,
                       struct mt_count *ends) {
   *work = (struct mt_work){0};
   *seconds = 0;
-  *calls = 0;
-  if (ends) ends->ends_s = ends->ends_flops = 0;
+  if (ends) ends->ends_s = 0;
   for (int i = 0; i < MT_PROFILE_OPS; i++) {
     struct mt_profile_row *r = &c->profile.row[i];
     const char *name = mt_op_name(i);
     work->flops += r->flops;
     work->bytes += r->bytes;
     *seconds += r->seconds;
-    *calls += r->calls;
-    if (ends && (strncmp(name, "embed", 5) == 0 || strcmp(name, "head_loss") == 0)) {
+    if (ends && (strncmp(name, "embed", 5) == 0 || strcmp(name, "head_loss") == 0))
       ends->ends_s += r->seconds;
-      ends->ends_flops += r->flops;
-    }
     *r = (struct mt_profile_row){0};
   }
 }
@@ -226,13 +222,13 @@ static mt_err count_passes(struct counter *c, struct mt_model *m, struct mt_rank
   for (int i = 0; i < count; i++) passes[i].accumulate = 1, passes[i].sum_squares = false;
   MT_TRY(run_passes(m, ranks, passes, count));
   out->rows_bytes += c->taken_bytes - before;
-  take_rows(c, &out->more, &out->more_s, &out->more_calls, NULL);
+  take_rows(c, &out->more, &out->more_s, NULL);
   out->stage_bytes = (double)ranks->comm[MT_GROUP_PIPE].sent[MT_COMM_SEND].bytes / count;
   passes[0].accumulate = 0;
   passes[0].sum_squares = sum_squares;
   MT_TRY(run_passes(m, ranks, passes, count));
   add_rows(profile, &c->profile);
-  take_rows(c, &out->first, &out->first_s, &out->first_calls, out);
+  take_rows(c, &out->first, &out->first_s, out);
   out->more_s /= count;
   out->ends_s /= count;
   out->first_s -= (count - 1) * out->more_s;
@@ -262,14 +258,14 @@ static mt_err run(struct counter *c, struct mt_model *m, struct mt_optimizer *op
   } else {
     MT_GO(mt_ranks_gradients(ranks, opt->grad_sumsq));
     add_rows(profile, &c->profile);
-    take_rows(c, &out->sums, &out->sums_s, &out->sums_calls, NULL);
+    take_rows(c, &out->sums, &out->sums_s, NULL);
   }
   out->sums_bytes = c->taken_bytes - before;
   out->sums_places = alone ? 1 : mt_ranks_overlap_places(ranks);
   MT_GO(mt_optimizer_update(opt));
   if (!alone) MT_GO(mt_ranks_parameters(ranks));
   add_rows(profile, &c->profile);
-  take_rows(c, &out->update, &out->update_s, &out->update_calls, NULL);
+  take_rows(c, &out->update, &out->update_s, NULL);
 done:
   mt_batch_destroy(&batch);
   free(passes);

@@ -207,10 +207,12 @@ static mt_err plan_on(struct mt_backend *be, const struct mt_recipe *recipe, str
     m.shard = mt_ranks_shard(&s->mesh);
     m.sharers = mt_ranks_sharers(&s->mesh);
     m.zero = o->zero;
+    /* As training lays out 1F1B with as many micro-batches as there are stages, or more. */
+    if (s->mesh.pp > 1)
+      m.in_flight = mt_stage_in_flight(false, s->mesh.pp_rank, s->mesh.pp, s->mesh.pp);
   }
-  MT_TRY(mt_params_build(&s->h.config, &m.shard, &params));
-  mt_err err = mt_hf_freeze(&s->h.config, &params, o->freeze.item, o->freeze.count);
-  if (!err) err = mt_model_plan(&s->h.config, &params, recipe, be, &m, &memory);
+  MT_TRY(mt_hf_params(&s->h.config, &m.shard, o->freeze.item, o->freeze.count, NULL, &params));
+  mt_err err = mt_model_plan(&s->h.config, &params, recipe, be, &m, &memory);
   mt_params_free(&params);
   if (!err) mt_inspect_plan(&memory, o->mesh ? "  of rank 0" : "");
   return err;

@@ -1,10 +1,10 @@
 #include "train/ladder.h"
 
-#include <jansson.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
+#include "base/json.h"
 #include "base/log.h"
 #include "data/dataset.h"
 #include "hf/checkpoint.h"
@@ -101,8 +101,7 @@ static mt_err make_place(struct climb *c, const struct work *w, int number) {
 static mt_err open_device(struct climb *c, const struct work *w, int number) {
   const struct mt_device_options *o = &w->o->device;
   struct mt_device_options d = *o;
-  bool cuda = strcmp(o->device, "cuda") == 0 ||
-              (strcmp(o->device, "auto") == 0 && mt_cuda_device_count() > 0);
+  bool cuda = mt_device_on_gpu(o);
   bool given = d.precision && strstr(d.precision, "fp8");
   if (number == 3 && !given) d.precision = cuda ? "fp8" : "mxfp8";
   const char *states = d.optim_state ? d.optim_state : "fp32";
@@ -187,13 +186,14 @@ static mt_err run_rung(struct work *w, int k, struct mt_ladder *out) {
   mt_err err;
   err = mt_world_meet(w->world, make_climb(&c, w, k), NULL);
   if (!err) err = mt_world_meet(w->world, join(&c, w->world), NULL);
+  bool alike = err || !w->world; /* what comes later may befall one rank alone */
   if (err) goto done;
   r->precision = c.recipe->precision;
   snprintf(out->device, sizeof out->device, "%s", c.be.description[0] ? c.be.description : "CPU");
   MT_GO(measure(&c, w, r));
   mt_info("rung %d   %.2f ms", r->number, r->ms);
 done:
-  if (err == MT_EUNSUPPORTED || err == MT_ENOMEM) {
+  if (alike && (err == MT_EUNSUPPORTED || err == MT_ENOMEM)) {
     snprintf(r->why, sizeof r->why, "%s", mt_error_message());
     mt_warn("rung %d did not run: %s", r->number, r->why);
     err = MT_OK;
@@ -229,7 +229,7 @@ double mt_ladder_speedup(const struct mt_ladder *l, const struct mt_rung *r) {
   return 1;
 }
 
-static void print_json(const struct mt_ladder_options *o, const struct mt_ladder *l) {
+static mt_err print_json(const struct mt_ladder_options *o, const struct mt_ladder *l) {
   json_t *list = json_array();
   for (int i = 0; i < l->count; i++) {
     const struct mt_rung *r = &l->rung[i];
@@ -249,17 +249,17 @@ static void print_json(const struct mt_ladder_options *o, const struct mt_ladder
   json_t *all = json_pack("{s:s,s:i,s:i,s:i,s:i,s:o}", "device", l->device, "ranks", l->ranks,
                           "layers", l->config.layers, "batch_size", o->batch_size, "max_seq_length",
                           o->max_seq_length, "rungs", list);
-  json_dumpf(all, stdout, JSON_COMPACT | JSON_REAL_PRECISION(9));
-  putchar('\n');
+  char *text = mt_json_text(all, JSON_COMPACT | JSON_REAL_PRECISION(9));
+  mt_err err = text ? MT_OK : mt_fail(MT_ENOMEM, "the ladder as JSON");
+  if (!err) puts(text);
+  free(text);
   json_decref(all);
+  return err;
 }
 
-void mt_ladder_print(const struct mt_ladder_options *o, const struct mt_ladder *l) {
+mt_err mt_ladder_print(const struct mt_ladder_options *o, const struct mt_ladder *l) {
   const struct mt_config *c = &l->config;
-  if (o->json) {
-    print_json(o, l);
-    return;
-  }
+  if (o->json) return print_json(o, l);
   printf("model       hidden %d, ffn %d, %d experts, top-%d, %d layers, vocabulary %d\n"
          "work        %d x %d x %d tokens a step, %s; medians of %lld steps\n\n",
          c->hidden, c->ffn, c->experts, c->top_k, c->layers, c->vocab, l->ranks, o->batch_size,
@@ -276,4 +276,5 @@ void mt_ladder_print(const struct mt_ladder_options *o, const struct mt_ladder *
            r->precision, r->ms, mt_ladder_speedup(l, r), r->tokens_per_s, r->tflops,
            (double)r->memory_bytes / (1 << 30), r->loss);
   }
+  return MT_OK;
 }

@@ -35,6 +35,6 @@ mt_err mt_ladder_run(const struct mt_ladder_options *o, struct mt_ladder *out);
 double mt_ladder_speedup(const struct mt_ladder *l, const struct mt_rung *r);
 
 /* The table, or JSON. */
-void mt_ladder_print(const struct mt_ladder_options *o, const struct mt_ladder *l);
+mt_err mt_ladder_print(const struct mt_ladder_options *o, const struct mt_ladder *l);
 
 #endif

@@ -28,8 +28,8 @@ struct mt_planner_entry {
 };
 
 static bool wants_cuda(const struct mt_plan_options *o) {
-  if (strcmp(o->device.device, "auto") != 0) return strcmp(o->device.device, "cuda") == 0;
-  return strcmp(o->machine, "this") != 0 || mt_cuda_device_count() > 0;
+  bool table = strcmp(o->machine, "this") != 0 && strcmp(o->device.device, "auto") == 0;
+  return table || mt_device_on_gpu(&o->device);
 }
 
 /* The backend whose workspaces are planned. A machine of the table has GPUs, whatever is here. */
@@ -71,7 +71,10 @@ static mt_err open_machine(struct mt_planner *p) {
     MT_TRY(mt_machine_measure(&p->config, &o->device, &mo, tokens < most ? tokens : most,
                               o->max_seq_length, m));
   }
-  if (o->flops > 0) m->bf16_flops = m->fp32_flops = m->fp8_flops = o->flops;
+  if (o->flops > 0) {
+    m->fp8_flops *= o->flops / mt_machine_flops(m, p->recipe->act); /* as much faster as it was */
+    m->bf16_flops = m->fp32_flops = o->flops;
+  }
   if (o->copy_bytes > 0) m->copy_bytes = o->copy_bytes;
   if (o->link_bytes > 0) m->link_bytes = o->link_bytes;
   if (o->network_bytes > 0) m->network_bytes = o->network_bytes;
@@ -127,25 +130,10 @@ done:
   return err;
 }
 
-/* The rows of a rank. A pattern of --freeze may match nothing of what is there, so it is matched in
- * the whole model. */
 static mt_err make_rows(const struct mt_planner *p, const struct mt_shard *shard,
                         struct mt_params *out) {
-  const struct mt_config *c = &p->config;
   const struct mt_string_list *freeze = &p->options->freeze;
-  struct mt_params whole = {0};
-  mt_err err;
-  *out = (struct mt_params){0};
-  MT_GO(mt_params_build(c, NULL, &whole));
-  MT_GO(mt_hf_freeze(c, &whole, freeze->item, freeze->count));
-  MT_GO(mt_params_build(c, shard, out));
-  for (int i = 0; i < out->count; i++) {
-    struct mt_param *row = &out->row[i];
-    row->learns = mt_params_find(&whole, row->kind, row->layer)->learns;
-  }
-done:
-  mt_params_free(&whole);
-  return err;
+  return mt_hf_params(&p->config, shard, freeze->item, freeze->count, NULL, out);
 }
 
 static mt_err count_stage(struct mt_planner *p, const struct mt_mesh *m,

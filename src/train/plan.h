@@ -16,9 +16,8 @@ struct mt_count {
   int sums_places;   /* as many of that there are where sums run beside backward */
   struct mt_work first, more, sums, update; /* a step's first pass, each further one; the sums */
   double first_s, more_s, sums_s, update_s; /* without what travels */
-  double ends_s, ends_flops;                /* embedding and head, within a pass */
+  double ends_s;                            /* embedding and head, within a pass */
   double stage_bytes;                       /* that a stage sends, a micro-batch */
-  int64_t first_calls, more_calls, sums_calls, update_calls; /* operations */
 };
 
 struct mt_count_options {
@@ -104,8 +103,8 @@ struct mt_sweep {
 mt_err mt_plan_sweep(struct mt_planner *p, int most, struct mt_sweep *out);
 
 /* On standard output, as text or JSON by the options. */
-void mt_plan_print(const struct mt_planner *p, const struct mt_plan *plan);
-void mt_plan_print_list(const struct mt_planner *p, const struct mt_plan *plans, int count);
-void mt_plan_print_sweep(const struct mt_planner *p, const struct mt_sweep *sweep);
+mt_err mt_plan_print(const struct mt_planner *p, const struct mt_plan *plan);
+mt_err mt_plan_print_list(const struct mt_planner *p, const struct mt_plan *plans, int count);
+mt_err mt_plan_print_sweep(const struct mt_planner *p, const struct mt_sweep *sweep);
 
 #endif

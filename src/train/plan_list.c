@@ -44,7 +44,8 @@ static mt_err add(struct list *l, const struct mt_plan *p) {
 }
 
 static mt_err add_ways(struct mt_planner *p, int gpus, int ep, int pp, struct list *l) {
-  for (int zero = 0; zero <= 2; zero++) {
+  int most = p->options->fixed_zero ? 2 : 1; /* 2 is counted and not built: for who asks */
+  for (int zero = 0; zero <= most; zero++) {
     for (int recompute = 0; recompute <= MT_RECOMPUTE_FULL; recompute++) {
       struct mt_plan plan = {.gpus = gpus,
                              .ep = ep,
@@ -71,11 +72,7 @@ mt_err mt_plan_meshes(struct mt_planner *p, int gpus, struct mt_plan **plans, in
       MT_GO(add_ways(p, gpus, ep, pp, &l));
     }
   }
-  if (l.count == 0) {
-    err = mt_fail(MT_EINVAL, "no mesh of %d ranks is what the options ask for", gpus);
-    goto done;
-  }
-  qsort(l.plan, (size_t)l.count, sizeof *l.plan, better);
+  if (l.count) qsort(l.plan, (size_t)l.count, sizeof *l.plan, better);
 done:
   if (err) free(l.plan);
   *plans = err ? NULL : l.plan;
@@ -89,10 +86,12 @@ mt_err mt_plan_sweep(struct mt_planner *p, int most, struct mt_sweep *out) {
     struct mt_plan *plans;
     int count;
     MT_TRY(mt_plan_meshes(p, gpus, &plans, &count));
+    if (count == 0) continue;
     struct mt_plan best = plans[0], plain = {0};
+    int host = p->machine.host_ranks;
     /* Data parallelism around one host's experts, nothing else. */
     for (int i = count - 1; i >= 0; i--) {
-      bool one_host = plans[i].pp == 1 && plans[i].ep == (gpus < 8 ? gpus : 8);
+      bool one_host = plans[i].pp == 1 && plans[i].ep == (gpus < host ? gpus : host);
       if (plans[i].fits && one_host) plain = plans[i];
     }
     free(plans);

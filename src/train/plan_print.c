@@ -1,7 +1,8 @@
 /* `moetune plan` on standard output. */
-#include <jansson.h>
 #include <stdio.h>
+#include <stdlib.h>
 
+#include "base/json.h"
 #include "train/plan.h"
 
 static const char *const recompute_names[] = {"none", "mlp", "full"};
@@ -100,7 +101,7 @@ static json_t *plan_json(const struct mt_plan *p) {
       "model_flops", p->model_flops, "tokens_per_s", p->tokens / s->step);
 }
 
-static void print_json(const struct mt_planner *p, const char *name, json_t *value) {
+static mt_err print_json(const struct mt_planner *p, const char *name, json_t *value) {
   const struct mt_machine *m = &p->machine;
   json_t *all =
       json_pack("{s:s,s:s,s:s,s:b,s:{s:s,s:f,s:f,s:f,s:f,s:i},s:o}", "precision",
@@ -109,16 +110,16 @@ static void print_json(const struct mt_planner *p, const char *name, json_t *val
                 mt_machine_flops(m, p->recipe->act), "copy_bytes_per_s", m->copy_bytes,
                 "link_bytes_per_s", m->link_bytes, "network_bytes_per_s", m->network_bytes,
                 "host_ranks", m->host_ranks, name, value);
-  json_dumpf(all, stdout, JSON_COMPACT | JSON_REAL_PRECISION(12));
-  putchar('\n');
+  char *text = mt_json_text(all, JSON_COMPACT | JSON_REAL_PRECISION(12));
+  mt_err err = text ? MT_OK : mt_fail(MT_ENOMEM, "the plan as JSON");
+  if (!err) puts(text);
+  free(text);
   json_decref(all);
+  return err;
 }
 
-void mt_plan_print(const struct mt_planner *p, const struct mt_plan *plan) {
-  if (p->options->json) {
-    print_json(p, "plan", plan_json(plan));
-    return;
-  }
+mt_err mt_plan_print(const struct mt_planner *p, const struct mt_plan *plan) {
+  if (p->options->json) return print_json(p, "plan", plan_json(plan));
   print_head(p);
   printf("mesh        %d rank%s: ep %d, dp %d, pp %d; ZeRO %d; recompute %s\n", plan->gpus,
          plan->gpus == 1 ? "" : "s", plan->ep, plan->dp, plan->pp, plan->zero,
@@ -126,6 +127,7 @@ void mt_plan_print(const struct mt_planner *p, const struct mt_plan *plan) {
   print_memory(p, plan);
   if (plan->gpus > 1) print_traffic(&plan->sent);
   print_time(plan);
+  return MT_OK;
 }
 
 static void print_row(const struct mt_plan *p) {
@@ -143,15 +145,14 @@ static void print_columns(void) {
          "tokens/s", "TFLOP/s");
 }
 
-void mt_plan_print_list(const struct mt_planner *p, const struct mt_plan *plans, int count) {
+mt_err mt_plan_print_list(const struct mt_planner *p, const struct mt_plan *plans, int count) {
   const struct mt_plan_options *o = p->options;
   int fit = 0, shown = count < o->rows ? count : o->rows;
   for (int i = 0; i < count; i++) fit += plans[i].fits;
   if (o->json) {
     json_t *list = json_array();
     for (int i = 0; i < shown; i++) json_array_append_new(list, plan_json(&plans[i]));
-    print_json(p, "meshes", list);
-    return;
+    return print_json(p, "meshes", list);
   }
   print_head(p);
   printf("meshes      %d of %d fit %.2f GB less %.2f GB in reserve%s\n", fit, count,
@@ -160,16 +161,17 @@ void mt_plan_print_list(const struct mt_planner *p, const struct mt_plan *plans,
   print_columns();
   for (int i = 0; i < shown; i++) print_row(&plans[i]);
   if (shown < count) printf("... and %d more (--rows)\n", count - shown);
+  return MT_OK;
 }
 
-void mt_plan_print_sweep(const struct mt_planner *p, const struct mt_sweep *sweep) {
+mt_err mt_plan_print_sweep(const struct mt_planner *p, const struct mt_sweep *sweep) {
   if (p->options->json) {
     json_t *list = json_array();
     for (int i = 0; i < sweep->count; i++) json_array_append_new(list, plan_json(&sweep->best[i]));
-    print_json(p, "sweep", list);
-    return;
+    return print_json(p, "sweep", list);
   }
   print_head(p);
   print_columns();
   for (int i = 0; i < sweep->count; i++) print_row(&sweep->best[i]);
+  return MT_OK;
 }

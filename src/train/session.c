@@ -15,19 +15,19 @@ double mt_now_s(void) {
   return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
-static bool on_gpu(const struct mt_device_options *o) {
+bool mt_device_on_gpu(const struct mt_device_options *o) {
   return strcmp(o->device, "cuda") == 0 ||
          (strcmp(o->device, "auto") == 0 && mt_cuda_device_count() > 0);
 }
 
 mt_err mt_device_of_rank(const struct mt_world *world, struct mt_device_options *o) {
-  if (!world || world->size == 1 || o->plan_only || !on_gpu(o)) return MT_OK;
+  if (!world || world->size == 1 || o->plan_only || !mt_device_on_gpu(o)) return MT_OK;
   return mt_world_gpu(world, mt_cuda_device_count(), &o->device_index);
 }
 
 mt_err mt_device_open(const struct mt_device_options *o, const struct mt_recipe **recipe,
                       struct mt_backend *be) {
-  bool cuda = on_gpu(o);
+  bool cuda = mt_device_on_gpu(o);
   const char *precision = o->precision ? o->precision : cuda ? "bf16" : "fp32";
   const char *states = o->optim_state ? o->optim_state : "fp32";
   *recipe = mt_recipe_choose(precision, states);
@@ -153,15 +153,8 @@ static mt_err make_tables(struct mt_session *s, const struct mt_string_list *fre
     o->zero = 0;
   }
   mt_params_free(&s->whole);
-  MT_TRY(mt_params_build(c, NULL, &s->whole));
-  MT_TRY(mt_params_build(c, s->ranks ? &o->shard : NULL, params));
-  if (freeze) MT_TRY(mt_hf_freeze(c, &s->whole, freeze->item, freeze->count));
-  /* Not by the patterns again: one may match nothing of what is here. */
-  for (int i = 0; i < params->count; i++) {
-    struct mt_param *p = &params->row[i];
-    p->learns = mt_params_find(&s->whole, p->kind, p->layer)->learns;
-  }
-  return MT_OK;
+  return mt_hf_params(c, s->ranks ? &o->shard : NULL, freeze ? freeze->item : NULL,
+                      freeze ? freeze->count : 0, &s->whole, params);
 }
 
 /* Masters of which each rank keeps its parts. */

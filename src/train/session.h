@@ -34,6 +34,9 @@ mt_err mt_device_of_rank(const struct mt_world *world, struct mt_device_options 
  */
 mt_err mt_device_skips(const struct mt_device_options *o, unsigned *skip_8bit);
 
+/* Whether a GPU is asked for, or left to choose and there is one. */
+bool mt_device_on_gpu(const struct mt_device_options *o);
+
 /* Whether graphs are wanted, where they are possible. */
 bool mt_device_graphs(const struct mt_device_options *o);
 

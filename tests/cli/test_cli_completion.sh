@@ -95,6 +95,8 @@ print -r -- "$out"
 ZSH
   timeout 60 zsh -f "$dir/complete.zsh" "$dir" >"$dir/typed" 2>&1 || true
   grep -q 'grouped *loop' "$dir/typed" || bad "zsh does not complete --experts"
+elif [ -n "${CI:-}" ]; then
+  bad "zsh is not there"
 fi
 
 if command -v man >/dev/null && command -v groff >/dev/null; then
@@ -108,5 +110,7 @@ if command -v mandoc >/dev/null; then
   [ $status -le 2 ] || bad "mandoc ends with $status"
   said=$(sed '/missing date/d' "$dir/lint")
   [ -z "$said" ] || bad "mandoc: $said"
+elif [ -n "${CI:-}" ]; then
+  bad "mandoc is not there"
 fi
 [ $failures = 0 ] && echo "completion and manual page: fine"

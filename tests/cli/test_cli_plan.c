@@ -116,17 +116,41 @@ static void mixtral_on_eight_gpus(void **state) {
   }
   json_decref(all);
   CLI(&r, "plan", MIXTRAL, "--gpus", "8", "--memory", "141GB", "--max-seq-length", "8192",
-      "--precision", "bf16", "--device", "cpu", "--json", "--ep-size", "2", "--pp-size", "1");
+      "--precision", "bf16", "--device", "cpu", "--json", "--ep-size", "2", "--pp-size", "1",
+      "--zero", "2");
   all = parsed();
   assert_false(fits(mesh_of(all, 2, 1, 2, "full")));
   json_decref(all);
   CLI(&r, "plan", MIXTRAL, "--gpus", "8", "--memory", "141GB", "--max-seq-length", "8192",
       "--precision", "bf16", "--device", "cpu", "--json", "--optim-state", "bf16", "--ep-size", "2",
-      "--pp-size", "1");
+      "--pp-size", "1", "--zero", "2");
   all = parsed();
   p = mesh_of(all, 2, 1, 2, "none");
   assert_true(fits(p));
   assert_true((int)number(p, "dp") == 4);
+  json_decref(all);
+}
+
+/* What nobody asked for is what training has. */
+static void only_what_trains_is_listed(void **state) {
+  (void)state;
+  CLI(&r, "plan", TINY, "--gpus", "4", "--memory", "1GB", "--reserve", "0", "--device", "cpu",
+      "--json", "--rows", "1000");
+  json_t *all = parsed();
+  const json_t *list = json_object_get(all, "meshes");
+  int sharded = 0;
+  for (size_t i = 0; i < json_array_size(list); i++) {
+    int zero = (int)number(json_array_get(list, i), "zero");
+    assert_in_range(zero, 0, 1);
+    sharded += zero;
+  }
+  assert_true(sharded > 0);
+  json_decref(all);
+  CLI(&r, "plan", TINY, "--memory", "1GB", "--reserve", "0", "--device", "cpu", "--sweep", "8",
+      "--ep-size", "2", "--json");
+  all = parsed();
+  list = json_object_get(all, "sweep");
+  assert_int_equal(json_array_size(list), 3); /* 2, 4 and 8 ranks */
   json_decref(all);
 }
 
@@ -260,6 +284,7 @@ int main(void) {
   const struct CMUnitTest tests[] = {
       cmocka_unit_test(memory_is_what_inspect_says),
       cmocka_unit_test(mixtral_on_eight_gpus),
+      cmocka_unit_test(only_what_trains_is_listed),
       cmocka_unit_test(words),
       cmocka_unit_test(what_is_wrong_is_named),
       cmocka_unit_test(a_sweep),

@@ -43,6 +43,7 @@ static const struct {
   int64_t bucket_elements; /* 1000: several a class, cut through parameters */
   int same_as;
 } cuts[] = {{0, 0, -1}, {0, 0, 0}, {0, 1000, -1}, {1, 0, 0}, {1, 1000, 2}};
+static int cuts_run = (int)(sizeof cuts / sizeof *cuts);
 
 static void steps_equal_to_one(const char *recipe, struct mt_model_options options, int ep,
                                struct near near) {
@@ -63,7 +64,7 @@ static void steps_equal_to_one(const char *recipe, struct mt_model_options optio
   take_weights(&whole, &before);
   run_alone(&whole, world.size, MICRO, &want);
   options.sharers = mt_ranks_sharers(&mesh);
-  for (int run = 0; run < (dist_be.memory_used ? 2 : (int)(sizeof cuts / sizeof *cuts)); run++) {
+  for (int run = 0; run < cuts_run; run++) {
     struct mt_ranks ranks;
     options.zero = cuts[run].zero;
     options.bucket_elements = cuts[run].bucket_elements;

@@ -84,17 +84,11 @@ static struct outcome run_case(const char *backend, int threads, const char *rec
   return (struct outcome){c.worst, c.worst_name, c.bits};
 }
 
-/* Of an operation. FP8's own tensor cores make weight gradients, which may be float32. */
-static double tolerance_of(const char *backend, const char *recipe, int op) {
-  double tolerance = mt_recipe_find(recipe)->op_tolerance;
-  bool own = strcmp(backend, "cuda") == 0 && strcmp(cases[op].name, "qlinear_wgrad") == 0;
-  return own ? fmax(tolerance, mt_recipe_find("fp8")->sum_tolerance) : tolerance;
-}
-
 static void against_reference(const char *backend, const char *recipe) {
+  double tolerance = mt_recipe_find(recipe)->op_tolerance;
   int failures = 0;
   for (int op = 0; op < CASES; op++) {
-    double worst = 0, tolerance = tolerance_of(backend, recipe, op);
+    double worst = 0;
     for (int size = 0; size < SIZES; size++) {
       for (int acc = 0; acc < 2; acc++) {
         struct outcome o = run_case(backend, 2, recipe, op, size, acc, 0);
@@ -117,7 +111,7 @@ static inline void rejects_a_planted_bug(const char *backend) {
   const char *const recipes[] = {"fp32", "bf16"};
   for (int op = 0; op < CASES; op++) {
     for (int i = 0; i < 2; i++) {
-      double tolerance = tolerance_of(backend, recipes[i], op);
+      double tolerance = mt_recipe_find(recipes[i])->op_tolerance;
       double error = run_case(backend, 2, recipes[i], op, 2, 1, 0.01).error;
       if (error <= tolerance) fail_msg("%s %s: a planted bug passed", cases[op].name, recipes[i]);
     }

@@ -187,6 +187,13 @@ static void case_qlinear_dgrad(struct bench_case *c, const struct size *z, int a
   }
 }
 
+/* FP8's own tensor cores make weight gradients, which may be float32: how much wider their sums'
+ * bound is than an operation's. */
+static double sum_slack(const struct bench_case *c, enum mt_qformat format) {
+  double sum = mt_recipe_find("fp8")->sum_tolerance, op = c->recipe->op_tolerance;
+  return format == MT_Q_FP8 && strcmp(c->be->name, "cuda") == 0 && sum > op ? sum / op : 1;
+}
+
 /* Both formats, each with = and +=. */
 static void case_qlinear_wgrad(struct bench_case *c, const struct size *z, int acc) {
   for (int i = 0; i < 4; i++) {
@@ -204,8 +211,9 @@ static void case_qlinear_wgrad(struct bench_case *c, const struct size *z, int a
          dev.sumsq = sumsq.dev.data; ref.sumsq = sumsq.ref.data;)
     if (acc) GROUPS;
     RUN(qlinear_wgrad);
-    expect(c, &dw);
-    expect_scaled(c, &sumsq, GRAD == MT_BF16 ? 4 : 2);
+    double slack = sum_slack(c, format);
+    expect_scaled(c, &dw, slack);
+    expect_scaled(c, &sumsq, slack * (GRAD == MT_BF16 ? 4 : 2));
   }
 }
 

@@ -39,7 +39,8 @@ static struct apart apart(struct small_model *a, struct small_model *b) {
       assert_false(isnan(difference));
       off += difference * difference, size += (double)x[k] * (double)x[k];
     }
-    d.worst = fmax(d.worst, sqrt(off / size));
+    assert_true(size > 0 || !p->learns || off > 0); /* or nothing is compared */
+    if (size > 0) d.worst = fmax(d.worst, sqrt(off / size));
     all_off += off, all += size;
   }
   d.whole = sqrt(all_off / all);

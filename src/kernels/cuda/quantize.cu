@@ -249,6 +249,8 @@ static mt_err launch(struct mt_backend *be, const char *op, const Source &source
   size_t shared = q->col ? tile_bytes<T> : 0;
   auto kernel = quantize_tiles<T, FP8, Source>;
   if (strips == 0 || bands == 0) return MT_OK;
+  if (bands > 65535) /* of a grid's second dimension */
+    return mt_fail(MT_EUNSUPPORTED, "%s: %lld rows", op, (long long)g.rows);
   MT_TRY(mt_cuda_check(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)tile_bytes<T>),
       op));

@@ -35,6 +35,7 @@ template <bool WGRAD_, class C_> struct qdesign {
   static constexpr int SCALES_AT = RING_BYTES + 2 * OUT_BYTES;
   static constexpr int CONTROL_AT = SCALES_AT + STAGES * SCALE_BYTES;
   static constexpr int SHARED_BYTES = CONTROL_AT + (int)sizeof(struct control);
+  static_assert((int)A_BYTES == TILE_M * Q_DEPTH && STAGES <= 8, "a's tile, the ring's barriers");
   static_assert(CHUNKS % SLOTS == 0 && SHARED_BYTES <= 232448, "does not fit");
 };
 
@@ -389,7 +390,8 @@ extern "C" bool mt_cuda_qgrouped_sm90_takes(const struct mt_backend *be,
   if (p->c_dtype != MT_BF16 && !(p->wgrad && p->c_dtype == MT_F32)) return false;
   if (p->groups < 1 || p->groups > GROUPS_MOST || p->m < 1 || p->n < 1 || p->k < 1) return false;
   if (p->m > most || p->n > most || p->k > most) return false;
-  if ((p->m / TILE_M + 1) * p->groups * (p->n / HALF_N + 1) > INT32_MAX) return false;
+  int64_t mt = p->wgrad ? (p->m / TILE_M + 1) * p->groups : p->m / TILE_M + p->groups;
+  if (mt * (p->n / HALF_N + 1) > INT32_MAX) return false;
   return p->k % 16 == 0 && (p->n | p->ldc) % 8 == 0 && aligned_to(p->a, 16) &&
          aligned_to(p->b, 16) && aligned_to(p->c, 16) && aligned_to(p->b_scale, p->wgrad ? 16 : 4);
 }

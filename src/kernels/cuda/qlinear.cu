@@ -259,6 +259,8 @@ extern "C" mt_err mt_cuda_qlinear_dgrad(struct mt_backend *be,
 static bool native_wgrad(const struct mt_backend *be, const struct mt_qlinear_wgrad_args *a,
                          struct mt_cuda_qgrouped *p) {
   if (a->x.format != MT_Q_FP8 || a->dy.format != MT_Q_FP8) return false;
+  /* One group is taken to the end of the columns, of which nothing is promised past the padding. */
+  if (!a->offsets && a->x.col_rows != mt_q_col_rows(a->x.dim[0], 1)) return false;
   *p = {.wgrad = true,
         .offsets = a->padded,
         .groups = a->dw.rank == 3 ? (int)a->dw.dim[0] : 1,
