@@ -37,8 +37,8 @@ static mt_err slow_backward(struct mt_backend *be, const struct mt_router_bwd_ar
   return router_backward(be, a);
 }
 
-/* Of up to TRIES steps the bubble that is nearest to what is wanted: others on the machine only add to
- * what one of them shows, and an order that is wrong never comes near. */
+/* Of up to TRIES steps the bubble that is nearest to what is wanted: others on the machine only add
+ * to what one of them shows, and an order that is wrong never comes near. */
 static double bubble_of(const struct mt_mesh *mesh, const struct mt_config *c, bool sequential,
                         int micro_count, double want) {
   const struct order o = {
