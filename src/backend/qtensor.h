@@ -1,8 +1,8 @@
 /* A matrix in 8 bits: e4m3 elements in blocks, each with a scale that is a power of two, in up to
  * two copies. Products contract along rows of the one (fwd: x and w; dgrad: dy) or along the
  * columns of the other (dgrad: w; wgrad: dy and x), and a block must lie along what is contracted;
- * both are made from the same source, never one of the other. Numbers: quant/blocks.h. A view, as
- * mt_tensor.
+ * both are made from the same source, never one of the other. Numbers: base/fp8.h; an element is
+ * x / scale, nearest even. A view, as mt_tensor.
  *
  * Activations and gradients, [R,C] in groups of rows (experts; one group where offsets are NULL).
  * Group g is rows [offsets[g], offsets[g+1]) of the row copy and begins at row padded[g] of the

@@ -1,8 +1,7 @@
 /* Products of 8-bit operands where nothing is rounded: they must be those of the numbers
- * themselves; that the recipes' tolerances see one block's wrong scale; and quantizing beside the
- * host's quantizers, which are another text. */
+ * themselves; that the recipes' tolerances see one block's wrong scale; and blocks of other
+ * things than numbers. */
 #include "kernels/bed.h"
-#include "quant/blocks.h"
 #include "quant/linear.h"
 
 static const struct {
@@ -165,43 +164,6 @@ static void a_scale_of_one_block_is_seen(void **state) {
   bed_close(&b);
 }
 
-/* The operation's bytes are the host quantizers', rows and columns, and of weights. */
-static void quantizing_is_the_hosts(struct bed *b) {
-  enum { R = 128, C = 200 };
-  if (b->recipe->act == MT_F64) return;
-  struct mt_tensor x = act(b, normals(b, R * C, 2), R, C), host = x;
-  host.data = host_mem(b, mt_bytes(&x));
-  OK(b->be.download(&b->be, host.data, x.data, mt_bytes(&x)));
-  for (int f = 0; f < FORMATS; f++) {
-    enum mt_qformat format = formats[f].format;
-    size_t bytes = mt_operand_bytes(format, R, C, 1, MT_SIDE_BOTH);
-    struct mt_operand o = {.format = format, .memory = dev_mem(b, bytes)};
-    uint8_t *got = host_mem(b, bytes);
-    OK(mt_operand_make(&b->be, &o, x, R, MT_SIDE_BOTH, NULL));
-    OK(b->be.download(&b->be, got, o.memory, bytes));
-    o.memory = got;
-    mt_operand_shape(&o, R, C, MT_SIDE_BOTH, NULL);
-    uint8_t *row = host_mem(b, R * C), *col = host_mem(b, R * C);
-    if (format == MT_Q_MXFP8) {
-      uint8_t *rs = host_mem(b, R * C), *cs = host_mem(b, R * C);
-      OK(mt_mxfp8_quantize(&host, row, rs, col, cs));
-      assert_memory_equal(rs, o.q.row_scale, (size_t)(R * ((C + 31) / 32)));
-      assert_memory_equal(cs, o.q.col_scale, (size_t)(R / 32 * C));
-    } else {
-      enum { BLOCKS = (C + 127) / 128 };
-      float *rs = host_mem(b, R * BLOCKS * sizeof *rs), *cs = host_mem(b, C * sizeof *cs);
-      OK(mt_fp8_quantize(&host, row, rs, col, cs));
-      for (int64_t r = 0; r < R; r++)
-        for (int64_t k = 0; k < BLOCKS; k++)
-          assert_true(rs[r * BLOCKS + k] == ((float *)o.q.row_scale)[k * o.q.scale_ld + r]);
-      assert_memory_equal(cs, o.q.col_scale, C * sizeof *cs);
-    }
-    assert_memory_equal(row, o.q.row, R * C);
-    assert_memory_equal(col, o.q.col, R * C);
-  }
-}
-ON_EVERY_BACKEND(quantizing_is_the_hosts)
-
 /* A zero block, a NaN, an infinity, and padding, in both formats. */
 static void special_blocks(struct bed *b) {
   enum { R = 33, C = 128 };
@@ -266,7 +228,6 @@ int main(void) {
   const struct CMUnitTest tests[] = {
       cmocka_unit_test(exact_operands_give_the_numbers_products),
       cmocka_unit_test(a_scale_of_one_block_is_seen),
-      cmocka_unit_test(test_quantizing_is_the_hosts),
       cmocka_unit_test(test_special_blocks),
       cmocka_unit_test(misfits_are_named),
   };
