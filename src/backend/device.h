@@ -33,9 +33,15 @@ struct mt_backend {
   int thread_count; /* host threads that operations may use */
   void *workspace;  /* set by the owner to workspace_bytes(limits), aligned to 256 */
   size_t workspace_size_bytes;
-  void *impl;    /* the backend's own state, or NULL */
-  void *stream;  /* what operations run on (CUDA: cudaStream_t), or NULL where the host does */
-  int device;    /* which of the host's devices this is */
+  void *impl;   /* the backend's own state, or NULL */
+  void *stream; /* what operations run on (CUDA: cudaStream_t), or NULL where the host does */
+  int device;   /* which of the host's devices this is */
+  /* CUDA: 10 * major + minor of the chip whose own kernels are used, or that a plan is for; 0 where
+   * none is used that one generation alone has. */
+  int capability;
+  /* Grouped products of operands in this format read the sizes of their groups back to the host,
+   * once for each pad_offsets: no graph can hold them. MT_Q_NONE: none do. */
+  enum mt_qformat counted_format;
   void *profile; /* of whoever times the operations (train/profile.h), or NULL */
 
   /* Bytes that the operations need at most within the limits; a pure function. */

@@ -413,7 +413,9 @@ struct mt_experts_down_dgrad_args {
  * In all of the following offsets and padded are device [group_count+1], or both NULL: one group of
  * all rows. Which copies an operand has (row, col or both) says what is written.
  *
- * padded[g] = where group g begins with every group before it filled up to MT_Q_PAD rows. */
+ * padded[g] = where group g begins with every group before it filled up to MT_Q_PAD rows. Whenever
+ * offsets have changed this runs again before what reads them with 8-bit operands: a backend may
+ * note the groups' sizes here. */
 struct mt_pad_offsets_args {
   const int32_t *offsets; /* [group_count+1] */
   int group_count;

@@ -8,9 +8,15 @@ bool mt_graphs_possible(const struct mt_backend *be, enum mt_experts_strategy ex
   return be->graph_begin && experts != MT_EXPERTS_LOOP;
 }
 
+/* Whether its experts' products read counts back in this recipe. */
+static bool counts_are_read(const struct mt_model *m) {
+  enum mt_qformat format = m->acts.moe_format;
+  return format != MT_Q_NONE && format == m->be->counted_format;
+}
+
 void mt_graphs_open(struct mt_graphs *g, struct mt_model *m, bool on) {
   *g = (struct mt_graphs){0};
-  if (on && mt_graphs_possible(m->be, m->options.experts)) g->model = m;
+  if (on && mt_graphs_possible(m->be, m->options.experts) && !counts_are_read(m)) g->model = m;
 }
 
 void mt_graphs_close(struct mt_graphs *g) {

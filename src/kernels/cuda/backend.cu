@@ -3,7 +3,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "kernels/cuda/cuda.h"
+#include "kernels/cuda/mxproducts.cuh"
 
 #if __has_include(<nvtx3/nvToolsExt.h>)
 #include <nvtx3/nvToolsExt.h>
@@ -44,12 +44,11 @@ extern "C" mt_err mt_cuda_scratch(const struct mt_backend *be, const char *op, s
 }
 
 static size_t workspace_bytes(const struct mt_backend *be, const struct mt_limits *l) {
-  (void)be;
   const size_t parts[] = {mt_cuda_embed_bytes(l),    mt_cuda_norm_bytes(l),
                           mt_cuda_router_bytes(l),   mt_cuda_permute_bytes(l),
                           mt_cuda_experts_bytes(l),  mt_cuda_attention_bytes(l),
                           mt_cuda_head_bytes(l),     mt_cuda_optimizer_bytes(l),
-                          mt_cuda_quantize_bytes(l), mt_cuda_qlinear_bytes(l)};
+                          mt_cuda_quantize_bytes(l), mt_cuda_qlinear_bytes(be, l)};
   size_t most = 0;
   for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
     if (parts[i] > most) most = parts[i];
@@ -71,8 +70,7 @@ static mt_err mem_alloc(struct mt_backend *be, size_t size_bytes, void **out) {
 }
 
 static void mem_free(struct mt_backend *be, void *p, size_t size_bytes) {
-  (void)be;
-  (void)size_bytes;
+  if (p) mt_cuda_counts_forget(be, p, size_bytes);
   (void)cudaFree(p);
 }
 
@@ -101,6 +99,7 @@ static mt_err upload_piece(struct mt_cuda *c, void *dst, const void *src, size_t
  * for the stream; a larger one is copied when everything before it is done. */
 static mt_err upload(struct mt_backend *be, void *dst, const void *src, size_t size_bytes) {
   struct mt_cuda *c = mt_cuda_of(be);
+  mt_cuda_counts_forget(be, dst, size_bytes);
   if (size_bytes > (size_t)MT_CUDA_RING / 4 * MT_CUDA_RING_BYTES) {
     return mt_cuda_check(cudaMemcpyAsync(dst, src, size_bytes, cudaMemcpyHostToDevice, c->stream),
                          "upload");
@@ -141,11 +140,13 @@ static void host_free(struct mt_backend *be, void *p) {
 
 static mt_err zero(struct mt_backend *be, void *p, size_t size_bytes) {
   if (size_bytes == 0) return MT_OK;
+  mt_cuda_counts_forget(be, p, size_bytes);
   return mt_cuda_check(cudaMemsetAsync(p, 0, size_bytes, mt_cuda_of(be)->stream), "zero");
 }
 
 static mt_err copy(struct mt_backend *be, void *dst, const void *src, size_t size_bytes) {
   if (size_bytes == 0) return MT_OK;
+  mt_cuda_counts_forget(be, dst, size_bytes);
   return mt_cuda_check(
       cudaMemcpyAsync(dst, src, size_bytes, cudaMemcpyDeviceToDevice, mt_cuda_of(be)->stream),
       "copy");
@@ -266,6 +267,7 @@ static void destroy(struct mt_backend *be) {
   struct mt_cuda *c = mt_cuda_of(be);
   if (!c) return;
   mt_cuda_plans_free(c->plans);
+  mt_cuda_counts_free(c->counts);
   if (c->lt) (void)cublasLtDestroy(c->lt);
   for (int i = 0; i < MT_STAMPS; i++) {
     if (c->stamps[i]) (void)cudaEventDestroy(c->stamps[i]);
@@ -316,6 +318,8 @@ static mt_err open_device(struct mt_backend *be, struct mt_cuda *c, int device) 
                        "making a stream"));
   be->stream = c->stream;
   be->device = device;
+  be->capability = c->portable ? 0 : c->capability;
+  if (mt_cuda_mx_chip(be)) be->counted_format = MT_Q_MXFP8;
   MT_TRY(open_ring(c));
   if (cublasLtCreate(&c->lt) != CUBLAS_STATUS_SUCCESS) {
     return mt_fail(MT_EDEVICE, "cuBLASLt cannot be started");
@@ -323,11 +327,24 @@ static mt_err open_device(struct mt_backend *be, struct mt_cuda *c, int device) 
   return MT_OK;
 }
 
+/* What a plan is for: the first GPU, and Hopper where none is visible. */
+static int visible_capability(void) {
+  int major = 0, minor = 0;
+  if (mt_cuda_device_count() == 0) return 90;
+  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0) != cudaSuccess ||
+      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, 0) != cudaSuccess) {
+    (void)cudaGetLastError();
+    return 90;
+  }
+  return 10 * major + minor;
+}
+
 extern "C" mt_err mt_backend_cuda_plan(struct mt_backend *be, bool portable) {
   *be = (struct mt_backend){};
   be->name = portable ? "cuda-portable" : "cuda";
   be->thread_count = 1;
   be->workspace_bytes = workspace_bytes;
+  be->capability = portable ? 0 : visible_capability();
   return MT_OK;
 }
 

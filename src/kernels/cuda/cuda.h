@@ -31,7 +31,8 @@ struct mt_cuda {
   int ring_next;
   cudaEvent_t stamps[MT_STAMPS]; /* made when first asked for */
   cublasLtHandle_t lt;
-  struct mt_cuda_plans *plans; /* algorithms chosen for products so far (products.cu) */
+  struct mt_cuda_plans *plans;   /* algorithms chosen for products so far (products.cu) */
+  struct mt_cuda_counts *counts; /* sizes of groups that the host knows (mxproducts.cu), or NULL */
 };
 
 static inline struct mt_cuda *mt_cuda_of(const struct mt_backend *be) {
@@ -66,7 +67,8 @@ size_t mt_cuda_attention_bytes(const struct mt_limits *l);
 size_t mt_cuda_head_bytes(const struct mt_limits *l);
 size_t mt_cuda_optimizer_bytes(const struct mt_limits *l);
 size_t mt_cuda_quantize_bytes(const struct mt_limits *l);
-size_t mt_cuda_qlinear_bytes(const struct mt_limits *l);
+/* This one by the chip, be->capability: what its products of such operands need. */
+size_t mt_cuda_qlinear_bytes(const struct mt_backend *be, const struct mt_limits *l);
 
 /* One dense product, row-major: c[m,n] = a b + beta c.
  * a: [m,k], or where a_columns is set stored as [k,m]; b: [k,n], or where b_columns is set stored
@@ -131,6 +133,13 @@ bool mt_cuda_experts_down_sm90_takes(const struct mt_backend *be,
                                      const struct mt_experts_down_dgrad_args *a);
 mt_err mt_cuda_experts_down_sm90(struct mt_backend *be, const struct mt_experts_down_dgrad_args *a,
                                  float *parts);
+
+/* Sizes of groups on their way to the host, where its products need them there (mxproducts.cu;
+ * elsewhere nothing is done). note: offsets has been made (or changed) and padded of
+ * it; forget: memory [from, from + size) is no longer what it was, NULL: none is. */
+mt_err mt_cuda_counts_note(struct mt_backend *be, const struct mt_pad_offsets_args *a);
+void mt_cuda_counts_forget(struct mt_backend *be, const void *from, size_t size_bytes);
+void mt_cuda_counts_free(struct mt_cuda_counts *counts); /* NULL is fine */
 
 #ifdef __cplusplus
 }

@@ -125,6 +125,7 @@ __global__ void __launch_bounds__(TILE_THREADS) place_tile(struct plan p) {
 extern "C" mt_err mt_cuda_permute_plan(struct mt_backend *be,
                                        const struct mt_permute_plan_args *a) {
   MT_TRY(mt_check_permute_plan(a));
+  mt_cuda_counts_forget(be, a->offsets, (size_t)(a->expert_count + 1) * sizeof(int32_t));
   int64_t choices = (int64_t)a->token_count * a->top_k;
   cudaStream_t s = mt_cuda_of(be)->stream;
   if (a->expert_count > MT_OPS_MAX_EXPERTS) {

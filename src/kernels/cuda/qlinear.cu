@@ -1,6 +1,7 @@
-/* Products of 8-bit operands. FP8 on Hopper goes to its own kernels (sm90/qgrouped.cuh); on other
- * GPUs and in other shapes and formats the operands become bf16, exactly (down to 2^-133), and are
- * multiplied as any other. */
+/* Products of 8-bit operands. FP8 on Hopper goes to its own kernels (sm90/qgrouped.cuh), MXFP8 on
+ * Blackwell to cuBLASLt (mxproducts.cuh); on other GPUs and in other shapes and formats the
+ * operands become bf16, exactly (down to 2^-133), and are multiplied as any other. */
+#include "kernels/cuda/mxproducts.cuh"
 #include "kernels/cuda/quantize.cuh"
 #include "kernels/cuda/sm90/qgrouped.cuh"
 
@@ -11,10 +12,46 @@ extern "C" {
 /* What products themselves take of the scratch: sums of squares, in parts. */
 enum { PRODUCTS_BYTES = 64 << 10, STRIP = 32 };
 
-extern "C" size_t mt_cuda_qlinear_bytes(const struct mt_limits *l) {
+/* Whether Hopper's kernels take a product of rows in groups with [groups, n, k], in all three
+ * directions; with fewer rows or groups they do then, too. */
+static bool hopper_takes(int64_t rows, int64_t groups, int64_t n, int64_t k) {
+  struct mt_cuda chip = {};
+  struct mt_backend be = {};
+  struct mt_cuda_qgrouped p = {};
+  bool all = true;
+  be.impl = &chip;
+  chip.capability = 90;
+  p.groups = (int)groups;
+  for (int way = 0; way < 3; way++) {
+    p.wgrad = way == 2;
+    p.c_dtype = p.wgrad ? MT_F32 : MT_BF16;
+    p.m = p.wgrad ? n : rows;
+    p.n = p.ldc = way == 0 ? n : k;
+    p.k = way == 0 ? k : way == 1 ? n : mt_q_col_rows(rows, groups);
+    all &= mt_cuda_qgrouped_sm90_takes(&be, &p);
+  }
+  return all;
+}
+
+/* Of a whole model: every product of FP8 operands goes to Hopper's kernels, and none is brought
+ * back to bf16. */
+static bool hopper_takes_all(const struct mt_backend *be, const struct mt_limits *l) {
+  int64_t q = l->heads * l->head_dim, qkv = q + 2 * l->kv_heads * l->head_dim;
+  if (be->capability != 90 || l->qformat != MT_Q_FP8 || l->act != MT_BF16) return false;
+  if (l->rows < 1 || l->tokens < 1) return false;
+  return hopper_takes(l->rows, l->experts, 2 * l->ffn, l->hidden) &&
+         hopper_takes(l->rows, l->experts, l->hidden, l->ffn) &&
+         hopper_takes(l->tokens, 1, qkv, l->hidden) && hopper_takes(l->tokens, 1, l->hidden, q);
+}
+
+extern "C" size_t mt_cuda_qlinear_bytes(const struct mt_backend *be, const struct mt_limits *l) {
   size_t item = l->act == MT_F32 ? sizeof(float) : sizeof(bf16);
   size_t count = mt_dequant_elements(l, l->experts);
-  return count ? count * item + PRODUCTS_BYTES : 0;
+  if (count == 0 || hopper_takes_all(be, l)) return 0;
+  /* On Blackwell both: what its library declines is brought back. */
+  size_t back = count * item + PRODUCTS_BYTES,
+         native = mt_cuda_mx_chip(be) ? mt_cuda_mx_bytes(l) : 0;
+  return back > native ? back : native;
 }
 
 /* Scales of a copy: element (matrix g, row, col) as stored has that of index
@@ -229,6 +266,12 @@ extern "C" mt_err mt_cuda_qlinear_fwd(struct mt_backend *be, const struct mt_qli
   MT_TRY(mt_check_qlinear_fwd(a));
   MT_TRY(mt_cuda_format("qlinear_fwd", &a->y));
   struct mt_cuda_qgrouped p;
+  struct mt_cuda_mx_job j;
+  bool done = false;
+  if (a->x.dim[0] == 0) return MT_OK;
+  if (mt_cuda_mx_chip(be) && mt_cuda_mx_fwd_job(a, &j))
+    MT_TRY(mt_cuda_mx_run(be, "qlinear_fwd", &j, &done));
+  if (done) return MT_OK;
   if (native_rows(be, &a->x, &a->w, false, &a->y, a->offsets, 0, &p))
     return mt_cuda_qgrouped_sm90(be, &p);
   return a->y.dtype == MT_F32 ? forward<float>(be, a) : forward<bf16>(be, a);
@@ -251,6 +294,12 @@ extern "C" mt_err mt_cuda_qlinear_dgrad(struct mt_backend *be,
   MT_TRY(mt_check_qlinear_dgrad(a));
   MT_TRY(mt_cuda_format("qlinear_dgrad", &a->dx));
   struct mt_cuda_qgrouped p;
+  struct mt_cuda_mx_job j;
+  bool done = false;
+  if (a->dy.dim[0] == 0) return MT_OK;
+  if (mt_cuda_mx_chip(be) && mt_cuda_mx_dgrad_job(a, &j))
+    MT_TRY(mt_cuda_mx_run(be, "qlinear_dgrad", &j, &done));
+  if (done) return MT_OK;
   if (native_rows(be, &a->dy, &a->w, true, &a->dx, a->offsets, a->accumulate, &p))
     return mt_cuda_qgrouped_sm90(be, &p);
   return a->dx.dtype == MT_F32 ? dgrad<float>(be, a) : dgrad<bf16>(be, a);
@@ -279,15 +328,35 @@ static bool native_wgrad(const struct mt_backend *be, const struct mt_qlinear_wg
   return mt_cuda_qgrouped_sm90_takes(be, p);
 }
 
+/* Chips with such products of their own, of no rows too; false: it is none of theirs. */
+static mt_err wgrad_native(struct mt_backend *be, const char *op,
+                           const struct mt_qlinear_wgrad_args *a, bool *done) {
+  struct mt_cuda_qgrouped p;
+  struct mt_cuda_mx_job j;
+  *done = true;
+  if (a->x.dim[0] == 0) {
+    size_t width = mt_dtype_bytes(a->dw.dtype), rows = (size_t)(mt_count(&a->dw) / a->x.dim[1]);
+    if (a->accumulate) return MT_OK;
+    return mt_cuda_check(cudaMemset2DAsync(a->dw.data, (size_t)a->dw.ld * width, 0,
+                                           (size_t)a->x.dim[1] * width, rows,
+                                           mt_cuda_of(be)->stream),
+                         op);
+  }
+  if (native_wgrad(be, a, &p)) return mt_cuda_qgrouped_sm90(be, &p);
+  *done = false;
+  if (!mt_cuda_mx_chip(be) || !mt_cuda_mx_wgrad_job(a, &j)) return MT_OK;
+  return mt_cuda_mx_run(be, op, &j, done);
+}
+
 /* Groups are what they are in the column copies, padding included: its rows are zeros. */
 extern "C" mt_err mt_cuda_qlinear_wgrad(struct mt_backend *be,
                                         const struct mt_qlinear_wgrad_args *a) {
   const char *op = "qlinear_wgrad";
+  bool done;
   MT_TRY(mt_check_qlinear_wgrad(a));
   MT_TRY(mt_cuda_format(op, &a->dw));
-  struct mt_cuda_qgrouped p;
-  if (native_wgrad(be, a, &p)) {
-    MT_TRY(mt_cuda_qgrouped_sm90(be, &p));
+  MT_TRY(wgrad_native(be, op, a, &done));
+  if (done) {
     if (!a->sumsq) return MT_OK;
     struct mt_tensor all = mt_vec(a->dw.data, a->dw.dtype, mt_count(&a->dw));
     struct mt_sumsq_args sum = {.tensors = &all, .tensor_count = 1};

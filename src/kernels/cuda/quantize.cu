@@ -283,7 +283,8 @@ extern "C" mt_err mt_cuda_pad_offsets(struct mt_backend *be, const struct mt_pad
   if (a->group_count > GROUPS_MOST)
     return mt_fail(MT_EUNSUPPORTED, "pad_offsets: %d groups", a->group_count);
   pad_offsets<<<1, GROUPS_MOST, 0, mt_cuda_of(be)->stream>>>(a->offsets, a->group_count, a->padded);
-  return mt_cuda_launched("pad_offsets");
+  MT_TRY(mt_cuda_launched("pad_offsets"));
+  return mt_cuda_counts_note(be, a);
 }
 
 /* Whether rows, and a half of gate_up from F on, can be read four elements at a time. */

@@ -51,6 +51,7 @@ static __global__ void __launch_bounds__(PLAN_THREADS) place_arrivals(struct arr
 extern "C" mt_err mt_cuda_arrival_plan(struct mt_backend *be,
                                        const struct mt_arrival_plan_args *a) {
   MT_TRY(mt_check_arrival_plan(a));
+  mt_cuda_counts_forget(be, a->offsets, (size_t)(a->expert_count + 1) * sizeof(int32_t));
   struct arrivals p = {a->sent,    a->rank_count, a->expert_count, a->row_count,
                        a->offsets, a->order,      a->back};
   place_arrivals<<<(unsigned)(a->rank_count * a->expert_count), PLAN_THREADS, 0,
