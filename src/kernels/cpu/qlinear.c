@@ -1,6 +1,7 @@
 /* Products of 8-bit operands: one group after another is made bf16, exactly (down to 2^-133), and
  * multiplied as any other. */
 #include "backend/dequant.h"
+#include "backend/qstored.h"
 #include "base/fp8.h"
 #include "kernels/cpu/cpu.h"
 #include "kernels/cpu/gemm.h"
@@ -21,69 +22,21 @@ static mt_err take(const struct mt_backend *be, const char *op, size_t *used, in
   return MT_OK;
 }
 
-/* A matrix [rows, cols] as it is stored, any of the copies: rows of elements `ld` apart, and scales
- * of runs: element (r, c) has that of index r / tall * scale_ld + c / wide, or, where `turned`, of
- * c / wide * scale_ld + r / tall. */
-struct stored {
-  const uint8_t *e;
-  const void *scales;
-  int64_t rows, cols, ld, tall, wide, scale_ld;
-  bool turned;
-};
-
-static struct stored row_copy(const struct mt_qtensor *q, int64_t row, int64_t rows) {
-  int64_t k = q->dim[1], b = mt_q_block(q->format);
-  struct stored s = {q->row + row * k,          q->row_scale, rows, k, k, 1, b,
-                     mt_q_blocks(q->format, k), false};
-  if (q->format == MT_Q_MXFP8) {
-    s.scales = (const uint8_t *)q->row_scale + row * s.scale_ld;
-  } else if (q->weight) {
-    s.tall = b;
-  } else {
-    s.turned = true;
-    s.scale_ld = q->scale_ld;
-    s.scales = (const float *)q->row_scale + row;
-  }
-  return s;
-}
-
-/* Rows [row, row + rows) of a column copy (row: a multiple of MT_Q_PAD), as stored: for FP8 columns
- * of the operand are rows here. */
-static struct stored col_copy(const struct mt_qtensor *q, int64_t row, int64_t rows) {
-  int64_t k = q->dim[1], b = mt_q_block(q->format);
-  if (q->format == MT_Q_MXFP8) {
-    return (struct stored){
-        q->col + row * k, (const uint8_t *)q->col_scale + row / b * k, rows, k, k, b, 1, k, false};
-  }
-  struct stored s = {q->col + row, q->col_scale, k, rows, q->col_rows, 1, b, k, true};
-  if (q->weight) {
-    s.ld = q->dim[0];
-    s.tall = b, s.turned = false;
-    s.scale_ld = mt_q_blocks(q->format, q->dim[0]);
-  } else {
-    s.scales = (const float *)q->col_scale + row / b * k;
-  }
-  return s;
-}
-
-static float scale_at(const struct stored *s, bool fp8, int64_t r, int64_t c) {
-  int64_t i = r / s->tall, j = c / s->wide;
-  int64_t at = s->turned ? j * s->scale_ld + i : i * s->scale_ld + j;
-  return fp8 ? ((const float *)s->scales)[at] : mt_e8m0_to_f32(((const uint8_t *)s->scales)[at]);
+static float scale_at(const struct mt_qstored *s, int64_t r, int64_t c) {
+  int64_t at = mt_qstored_scale(s, 0, r, c);
+  return s->fp8 ? ((const float *)s->scales)[at] : mt_e8m0_to_f32(((const uint8_t *)s->scales)[at]);
 }
 
 /* to (=) [rows, cols], rows one after another. */
-static void restore(const struct mt_backend *be, const struct stored *s, enum mt_qformat format,
-                    uint16_t *to) {
+static void restore(const struct mt_backend *be, const struct mt_qstored *s, uint16_t *to) {
   float value[256];
-  bool fp8 = format == MT_Q_FP8;
   for (int i = 0; i < 256; i++) value[i] = mt_e4m3_to_f32((uint8_t)i);
 #pragma omp parallel for num_threads(be->thread_count) schedule(static)
   for (int64_t r = 0; r < s->rows; r++) {
     const uint8_t *e = s->e + r * s->ld;
     uint16_t *y = to + r * s->cols;
     for (int64_t c = 0; c < s->cols; c += s->wide) {
-      float by = scale_at(s, fp8, r, c);
+      float by = scale_at(s, r, c);
       int64_t end = c + s->wide < s->cols ? c + s->wide : s->cols;
       for (int64_t i = c; i < end; i++) y[i] = mt_f32_to_bf16(value[e[i]] * by);
     }
@@ -112,9 +65,9 @@ mt_err mt_cpu_qlinear_fwd(struct mt_backend *be, const struct mt_qlinear_fwd_arg
     if (rows == 0) continue;
     MT_TRY(take(be, op, &used, rows * k, &x));
     MT_TRY(take(be, op, &used, n * k, &w));
-    struct stored sx = row_copy(&a->x, begin, rows), sw = row_copy(&q, 0, n);
-    restore(be, &sx, a->x.format, x);
-    restore(be, &sw, a->x.format, w);
+    struct mt_qstored sx = mt_qstored_rows(&a->x, begin, rows), sw = mt_qstored_rows(&q, 0, n);
+    restore(be, &sx, x);
+    restore(be, &sw, w);
     mt_cpu_products(be,
                     &(struct cpu_product){.a = {x, MT_BF16, k, 1},
                                           .b = {w, MT_BF16, 1, k},
@@ -141,9 +94,9 @@ mt_err mt_cpu_qlinear_dgrad(struct mt_backend *be, const struct mt_qlinear_dgrad
     if (rows == 0) continue;
     MT_TRY(take(be, op, &used, rows * n, &dy));
     MT_TRY(take(be, op, &used, n * k, &w));
-    struct stored sy = row_copy(&a->dy, begin, rows), sw = col_copy(&q, 0, n);
-    restore(be, &sy, a->w.format, dy);
-    restore(be, &sw, a->w.format, w);
+    struct mt_qstored sy = mt_qstored_rows(&a->dy, begin, rows), sw = mt_qstored_cols(&q, 0, n);
+    restore(be, &sy, dy);
+    restore(be, &sw, w);
     mt_cpu_products(
         be,
         &(struct cpu_product){.a = {dy, MT_BF16, n, 1},
@@ -172,9 +125,9 @@ mt_err mt_cpu_qlinear_wgrad(struct mt_backend *be, const struct mt_qlinear_wgrad
     MT_TRY(take(be, op, &used, rows * n, &dy));
     MT_TRY(take(be, op, &used, rows * k, &x));
     int64_t at = a->offsets ? a->padded[g] : 0;
-    struct stored sy = col_copy(&a->dy, at, rows), sx = col_copy(&a->x, at, rows);
-    restore(be, &sy, a->x.format, dy);
-    restore(be, &sx, a->x.format, x);
+    struct mt_qstored sy = mt_qstored_cols(&a->dy, at, rows), sx = mt_qstored_cols(&a->x, at, rows);
+    restore(be, &sy, dy);
+    restore(be, &sx, x);
     mt_cpu_products(be,
                     &(struct cpu_product){.a = {dy, MT_BF16, turned ? rows : 1, turned ? 1 : n},
                                           .b = {x, MT_BF16, turned ? 1 : k, turned ? rows : 1},

@@ -7,6 +7,7 @@
 
 extern "C" {
 #include "backend/dequant.h"
+#include "backend/qstored.h"
 }
 
 /* What products themselves take of the scratch: sums of squares, in parts. */
@@ -54,28 +55,17 @@ extern "C" size_t mt_cuda_qlinear_bytes(const struct mt_backend *be, const struc
   return back > native ? back : native;
 }
 
-/* Scales of a copy: element (matrix g, row, col) as stored has that of index
- * g * scales + (row / tall) * ld + col / wide, or where turned g * scales + (col / wide) * ld +
- * row / tall. */
-struct scales {
-  const void *p;
-  int64_t count, ld;
-  int tall, wide;
-  bool turned, fp8;
-};
-__device__ __forceinline__ float scale_at(const struct scales &s, int64_t g, int64_t row,
+__device__ __forceinline__ float scale_at(const struct mt_qstored &s, int64_t g, int64_t row,
                                           int64_t col) {
-  int64_t i = row / s.tall, j = col / s.wide;
-  int64_t at = g * s.count + (s.turned ? j * s.ld + i : i * s.ld + j);
-  return s.fp8 ? ((const float *)s.p)[at] : scale_value(((const uint8_t *)s.p)[at]);
+  int64_t at = mt_qstored_scale(&s, g, row, col);
+  return s.fp8 ? ((const float *)s.scales)[at] : scale_value(((const uint8_t *)s.scales)[at]);
 }
 
-/* [matrices][rows][cols] as stored, elements in rows `ld` apart, to [matrices][rows][cols]. */
+/* A copy as stored to [matrices][rows][cols]. */
 template <class T>
-__global__ void __launch_bounds__(256)
-    restore(const uint8_t *e, struct scales s, int64_t rows, int64_t cols, int64_t ld, T *to) {
-  int64_t g = blockIdx.z;
-  e += g * rows * ld;
+__global__ void __launch_bounds__(256) restore(const __grid_constant__ struct mt_qstored s, T *to) {
+  int64_t g = blockIdx.z, rows = s.rows, cols = s.cols, ld = s.ld;
+  const uint8_t *e = s.e + g * rows * ld;
   to += g * rows * cols;
   for (int64_t row = blockIdx.y; row < rows; row += gridDim.y) {
     int64_t c = ((int64_t)blockIdx.x * 256 + threadIdx.x) * 4;
@@ -88,17 +78,18 @@ __global__ void __launch_bounds__(256)
  */
 template <class T, bool ONE_EACH>
 __global__ void __launch_bounds__(256)
-    restore_wide(const uint8_t *e, struct scales s, int64_t rows, int64_t cols, int64_t ld, T *to) {
+    restore_wide(const __grid_constant__ struct mt_qstored s, T *to) {
   int64_t g = blockIdx.z, c = ((int64_t)blockIdx.x * 256 + threadIdx.x) * 16;
-  e += g * rows * ld;
+  int64_t rows = s.rows, cols = s.cols, ld = s.ld;
+  const uint8_t *e = s.e + g * rows * ld;
   to += g * rows * cols;
   if (c >= cols) return;
   for (int64_t row = blockIdx.y; row < rows; row += gridDim.y) {
     pack<uint8_t, 16> in = *(const pack<uint8_t, 16> *)(e + row * ld + c), scale;
     float by = 0, v[wide<T>];
     if (ONE_EACH)
-      scale = *(const pack<uint8_t, 16> *)((const uint8_t *)s.p + g * s.count +
-                                           row / s.tall * s.ld + c);
+      scale =
+          *(const pack<uint8_t, 16> *)((const uint8_t *)s.scales + mt_qstored_scale(&s, g, row, c));
     else
       by = scale_at(s, g, row, c);
 #pragma unroll
@@ -114,11 +105,11 @@ __global__ void __launch_bounds__(256)
 /* The same to [matrices][cols][rows]. */
 template <class T>
 __global__ void __launch_bounds__(STRIP * 8)
-    restore_turned(const uint8_t *e, struct scales s, int64_t rows, int64_t cols, int64_t ld,
-                   T *to) {
+    restore_turned(const __grid_constant__ struct mt_qstored s, T *to) {
   __shared__ T tile[STRIP][STRIP + 1];
   int64_t g = blockIdx.z, col0 = (int64_t)blockIdx.x * STRIP;
-  e += g * rows * ld;
+  int64_t rows = s.rows, cols = s.cols, ld = s.ld;
+  const uint8_t *e = s.e + g * rows * ld;
   to += g * rows * cols;
   for (int64_t row0 = (int64_t)blockIdx.y * STRIP; row0 < rows;
        row0 += (int64_t)gridDim.y * STRIP) {
@@ -137,61 +128,27 @@ __global__ void __launch_bounds__(STRIP * 8)
   }
 }
 
-/* A copy to be restored: as stored. */
-struct stored {
-  const uint8_t *e;
-  struct scales s;
-  int64_t matrices, rows, cols, ld;
-  bool turned; /* stored transposed */
-};
-
-static struct stored row_copy(const struct mt_qtensor *q) {
-  bool fp8 = q->format == MT_Q_FP8, many = q->rank == 3;
-  int64_t n = q->dim[q->rank - 2], k = q->dim[q->rank - 1], wide = mt_q_blocks(q->format, k);
-  struct stored c = {q->row,
-                     {q->row_scale, 0, wide, 1, mt_q_block(q->format), false, fp8},
-                     many ? q->dim[0] : 1,
-                     n,
-                     k,
-                     k,
-                     false};
-  if (fp8 && q->weight)
-    c.s.tall = 128;
-  else if (fp8)
-    c.s.turned = true, c.s.ld = q->scale_ld;
-  c.s.count = (fp8 && q->weight ? mt_q_blocks(q->format, n) : n) * wide;
-  return c;
+static struct mt_qstored row_copy(const struct mt_qtensor *q) {
+  return mt_qstored_rows(q, 0, q->dim[q->rank - 2]);
 }
 
 /* Rows: the first of the column copy that count. */
-static struct stored col_copy(const struct mt_qtensor *q, int64_t rows) {
+static struct mt_qstored col_copy(const struct mt_qtensor *q, int64_t rows) {
   /* FP8 weights are turned as they are, scales too: nothing is won by turning them back. */
   if (q->format == MT_Q_FP8 && q->weight && q->row) return row_copy(q);
-  int64_t n = q->dim[q->rank - 2], k = q->dim[q->rank - 1], block = mt_q_block(q->format);
-  int64_t matrices = q->rank == 3 ? q->dim[0] : 1, tall = mt_q_blocks(q->format, n);
-  if (q->format == MT_Q_MXFP8) {
-    return {q->col, {q->col_scale, tall * k, k, (int)block, 1, false, false}, matrices, rows, k, k,
-            false};
-  }
-  if (q->weight) {
-    return {q->col,   {q->col_scale, tall * mt_q_blocks(q->format, k), tall, 128, 128, false, true},
-            matrices, k,
-            n,        n,
-            true};
-  }
-  return {q->col, {q->col_scale, 0, k, 1, 128, true, true}, 1, k, rows, q->col_rows, true};
+  return mt_qstored_cols(q, 0, rows);
 }
 
 /* For restore_wide. */
-static bool wide_enough(const struct stored *c) {
+static bool wide_enough(const struct mt_qstored *c) {
   if (c->cols % 16 != 0 || c->ld % 16 != 0 || !aligned_to(c->e, 16)) return false;
-  if (c->s.wide != 1) return true;
-  return c->s.ld % 16 == 0 && c->s.count % 16 == 0 && aligned_to(c->s.p, 16);
+  if (c->wide != 1) return true;
+  return c->scale_ld % 16 == 0 && c->scale_count % 16 == 0 && aligned_to(c->scales, 16);
 }
 
 /* Takes the next part of the scratch and fills it with the operand as it is (not transposed). */
 template <class T>
-static mt_err bring_back(struct mt_backend *be, const char *op, const struct stored *c,
+static mt_err bring_back(struct mt_backend *be, const char *op, const struct mt_qstored *c,
                          size_t *used, T **out) {
   void *scratch;
   size_t bytes = (size_t)(c->matrices * c->rows * c->cols) * sizeof(T), at = *used;
@@ -202,17 +159,16 @@ static mt_err bring_back(struct mt_backend *be, const char *op, const struct sto
   unsigned z = (unsigned)c->matrices, most = 32768;
   if (c->turned) {
     int64_t y = div_up(c->rows, STRIP);
-    restore_turned<T>
-        <<<dim3((unsigned)div_up(c->cols, STRIP), y < most ? (unsigned)y : most, z), dim3(STRIP, 8),
-           0, mt_cuda_of(be)->stream>>>(c->e, c->s, c->rows, c->cols, c->ld, *out);
+    restore_turned<T><<<dim3((unsigned)div_up(c->cols, STRIP), y < most ? (unsigned)y : most, z),
+                        dim3(STRIP, 8), 0, mt_cuda_of(be)->stream>>>(*c, *out);
   } else if (wide_enough(c)) {
-    auto kernel = c->s.wide == 1 ? restore_wide<T, true> : restore_wide<T, false>;
+    auto kernel = c->wide == 1 ? restore_wide<T, true> : restore_wide<T, false>;
     kernel<<<dim3((unsigned)div_up(c->cols, 4096), c->rows < most ? (unsigned)c->rows : most, z),
-             256, 0, mt_cuda_of(be)->stream>>>(c->e, c->s, c->rows, c->cols, c->ld, *out);
+             256, 0, mt_cuda_of(be)->stream>>>(*c, *out);
   } else {
     restore<T>
         <<<dim3((unsigned)div_up(c->cols, 1024), c->rows < most ? (unsigned)c->rows : most, z), 256,
-           0, mt_cuda_of(be)->stream>>>(c->e, c->s, c->rows, c->cols, c->ld, *out);
+           0, mt_cuda_of(be)->stream>>>(*c, *out);
   }
   return mt_cuda_launched(op);
 }
@@ -252,7 +208,7 @@ static bool native_rows(const struct mt_backend *be, const struct mt_qtensor *x,
 
 template <class T>
 static mt_err forward(struct mt_backend *be, const struct mt_qlinear_fwd_args *a) {
-  struct stored x = row_copy(&a->x), w = row_copy(&a->w);
+  struct mt_qstored x = row_copy(&a->x), w = row_copy(&a->w);
   size_t used = PRODUCTS_BYTES;
   T *px, *pw;
   MT_TRY(bring_back<T>(be, "qlinear_fwd", &x, &used, &px));
@@ -279,7 +235,7 @@ extern "C" mt_err mt_cuda_qlinear_fwd(struct mt_backend *be, const struct mt_qli
 
 template <class T>
 static mt_err dgrad(struct mt_backend *be, const struct mt_qlinear_dgrad_args *a) {
-  struct stored dy = row_copy(&a->dy), w = col_copy(&a->w, a->w.dim[a->w.rank - 2]);
+  struct mt_qstored dy = row_copy(&a->dy), w = col_copy(&a->w, a->w.dim[a->w.rank - 2]);
   size_t used = PRODUCTS_BYTES;
   T *py, *pw;
   MT_TRY(bring_back<T>(be, "qlinear_dgrad", &dy, &used, &py));
@@ -364,7 +320,7 @@ extern "C" mt_err mt_cuda_qlinear_wgrad(struct mt_backend *be,
     return mt_cuda_sumsq(be, &sum);
   }
   int64_t rows = a->offsets ? a->x.col_rows : a->x.dim[0];
-  struct stored dy = col_copy(&a->dy, rows), x = col_copy(&a->x, rows);
+  struct mt_qstored dy = col_copy(&a->dy, rows), x = col_copy(&a->x, rows);
   size_t used = PRODUCTS_BYTES;
   bf16 *py, *px;
   MT_TRY(bring_back<bf16>(be, op, &dy, &used, &py));
