@@ -16,7 +16,7 @@ foreach(source ${test_sources})
   set_tests_properties(${label}/${name} PROPERTIES LABELS ${label} TIMEOUT 1200
     ENVIRONMENT "XDG_CACHE_HOME=${CMAKE_BINARY_DIR}/test-cache" # not the developer's own
     SKIP_RETURN_CODE 77) # what tests/gpu give where no GPU is
-  if(name MATCHES "^test_(cuda|cublas)_mx" AND TARGET moetune_nccl) # they look behind a backend
+  if(name MATCHES "^test_(cuda_mx|cublas_mx|cuda_paths)" AND TARGET moetune_nccl) # they look behind a backend
     target_link_libraries(${name} PRIVATE moetune_nccl)
   endif()
   if(label MATCHES "^(cli|api|faults|ranks)$") # these start the program

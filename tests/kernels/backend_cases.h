@@ -4,23 +4,7 @@
 #define TESTS_KERNELS_BACKEND_CASES_H
 
 #include "kernels/compare.h"
-
-/* Sizes of one round. */
-struct size {
-  int t, valid, h, f, e, k, v, g, r, d;
-  int sequences;
-  int window;
-};
-
-static const struct size sizes[] = {
-    /*  t  valid  h   f  e  k   v  g  r   d  seq win */
-    {1, 1, 8, 7, 1, 1, 5, 1, 1, 8, 1, 0},
-    {7, 5, 33, 24, 3, 2, 17, 1, 3, 16, 2, 0},
-    {33, 33, 64, 65, 5, 3, 130, 2, 2, 64, 3, 4},
-    {130, 121, 96, 130, 9, 2, 64, 2, 4, 80, 2, 0},
-    {200, 200, 48, 40, 4, 1, 300, 1, 7, 128, 1, 100},
-};
-enum { SIZES = sizeof sizes / sizeof *sizes };
+#include "kernels/sizes.h"
 
 #define ACT          c->recipe->act
 #define STAT         c->recipe->stat
