@@ -246,34 +246,42 @@ static mt_err check_scale(const mt_dispatcher *d, const mt_array *scale, const c
   return mt_array_check(scale, d->s, name, d->s->full, 1, rows, 1);
 }
 
+/* All experts are here: what departs has arrived. */
+static struct mt_trip trip_of(const mt_dispatcher *d) {
+  return (struct mt_trip){.route = &d->route, .leg = MT_DEPART};
+}
+
 mt_err mt_dispatch_forward(mt_dispatcher *d, const mt_array *x, mt_array *xs) {
   MT_TRY(check_pair(d, x, "x", xs, "xs"));
-  return d->exchange.dispatch(&d->exchange, &d->s->be, &d->route, &x->t, &xs->t);
+  struct mt_trip trip = trip_of(d);
+  return d->exchange.dispatch(&d->exchange, &d->s->be, &trip, &x->t, &xs->t);
 }
 
 mt_err mt_dispatch_backward(mt_dispatcher *d, const mt_array *dxs, mt_array *dx) {
   MT_TRY(check_pair(d, dx, "dx", dxs, "dxs"));
-  return d->exchange.dispatch_bwd(&d->exchange, &d->s->be, &d->route, &dxs->t, &dx->t);
+  struct mt_trip trip = trip_of(d);
+  return d->exchange.dispatch_bwd(&d->exchange, &d->s->be, &trip, &dxs->t, &dx->t);
 }
 
 mt_err mt_dispatch_prob_forward(mt_dispatcher *d, const mt_array *prob, mt_array *row_scale) {
   MT_TRY(check_prob(d, prob, "prob"));
   MT_TRY(check_scale(d, row_scale, "row_scale"));
-  return d->exchange.dispatch_prob(&d->exchange, &d->s->be, &d->route, &prob->t, &row_scale->t);
+  struct mt_trip trip = trip_of(d);
+  return d->exchange.dispatch_prob(&d->exchange, &d->s->be, &trip, &prob->t, &row_scale->t);
 }
 
 mt_err mt_dispatch_prob_backward(mt_dispatcher *d, const mt_array *drow_scale, mt_array *dprob) {
   MT_TRY(check_prob(d, dprob, "dprob"));
   MT_TRY(check_scale(d, drow_scale, "drow_scale"));
-  return d->exchange.dispatch_prob_bwd(&d->exchange, &d->s->be, &d->route, &drow_scale->t,
-                                       &dprob->t);
+  struct mt_trip trip = trip_of(d);
+  return d->exchange.dispatch_prob_bwd(&d->exchange, &d->s->be, &trip, &drow_scale->t, &dprob->t);
 }
 
 mt_err mt_combine_forward(mt_dispatcher *d, const mt_array *ys, const mt_array *prob, mt_array *y) {
   MT_TRY(check_pair(d, y, "y", ys, "ys"));
   if (prob) MT_TRY(check_prob(d, prob, "prob"));
-  return d->exchange.combine(&d->exchange, &d->s->be, &d->route, &ys->t, prob ? &prob->t : NULL,
-                             &y->t);
+  struct mt_trip trip = trip_of(d);
+  return d->exchange.combine(&d->exchange, &d->s->be, &trip, &ys->t, prob ? &prob->t : NULL, &y->t);
 }
 
 mt_err mt_combine_backward(mt_dispatcher *d, const mt_array *dy, const mt_array *prob,

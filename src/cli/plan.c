@@ -3,6 +3,7 @@
 #include <stdlib.h>
 
 #include "cli/commands.h"
+#include "cli/ranks.h"
 #include "report/chart.h"
 #include "train/plan.h"
 
@@ -57,6 +58,7 @@ static const struct mt_option rows[] = {
      .min = 1,
      .max = MT_MAX_EXPERTS,
      .help = "Ranks that share out each layer's experts."},
+    MT_ROW_EP_CHUNKS(S),
     {.flag = "pp-size",
      .type = MT_OPT_INT,
      .offset = AT(pp_size),

@@ -3,6 +3,7 @@
 #define MT_CLI_RANKS_H
 
 #include "cli/options.h"
+#include "model/exchange.h"
 #include "par/world.h"
 #include "train/options.h"
 
@@ -19,6 +20,14 @@ mt_err mt_run_on_ranks(const struct mt_command *command, const void *options, do
     .initial = "0", .min = 0, .max = 1,                                                            \
     .help = "What ranks that share a parameter cut among them instead of each keeping all of it: " \
             "1: the optimizer's state. The results are the same.",                                 \
+  }
+#define MT_ROW_EP_CHUNKS(S)                                                                        \
+  {                                                                                                \
+    .flag = "ep-chunks", .type = MT_OPT_INT, .offset = offsetof(S, ep_chunks), .unit = "COUNT",    \
+    .initial = "1", .min = 1, .max = MT_MAX_CHUNKS,                                                \
+    .help = "With --ep-size, chunks that the tokens of a micro-batch travel in: while experts "    \
+            "work on one, the next is on its way to them and the outputs of the one before on "    \
+            "theirs back.",                                                                        \
   }
 #define MT_ROWS_RANKS(S, member)                                                                   \
   {.flag = "ep-size",                                                                              \

@@ -181,6 +181,7 @@ static const struct mt_option rows[] = {
     MT_ROW_OPTIM_STATE(S),
     MT_ROW_GRAPHS(S),
     MT_ROWS_RANKS(S, ),
+    MT_ROW_EP_CHUNKS(S),
     {.flag = "pp-schedule",
      .type = MT_OPT_CHOICE,
      .offset = AT(pp_schedule),

@@ -45,6 +45,7 @@ static mt_err take_stream(struct mt_layer_acts *l, const struct mt_config *c,
                           const struct mt_shard *shard, const struct mt_recipe *recipe,
                           const struct mt_acts_options *o, struct mt_arena *arena) {
   int64_t t = o->token_capacity, e = c->experts, k = c->top_k, r = t * k;
+  int64_t ends = o->chunks * (e + 1);
   MT_TRY(take(arena, &l->rstd1, mt_vec(NULL, recipe->stat, t)));
   MT_TRY(take(arena, &l->rstd2, mt_vec(NULL, recipe->stat, t)));
   MT_TRY(take(arena, &l->logits, mt_mat(NULL, recipe->stat, t, e)));
@@ -52,12 +53,13 @@ static mt_err take_stream(struct mt_layer_acts *l, const struct mt_config *c,
   if (!o->weigh_outputs && !o->over_ranks)
     MT_TRY(take(arena, &l->row_prob, mt_vec(NULL, recipe->stat, r)));
   MT_TRY(take_ints(arena, &l->route.index, r));
-  MT_TRY(take_ints(arena, &l->route.offsets, e + 1));
+  MT_TRY(take_ints(arena, &l->route.offsets, ends));
   MT_TRY(take_ints(arena, &l->route.row_source, r));
   MT_TRY(take_ints(arena, &l->route.token_row, r));
   if (mt_eight_bits(recipe, MT_8BIT_EXPERTS, o->skip_8bit))
-    MT_TRY(take_ints(arena, &l->route.padded, e + 1));
+    MT_TRY(take_ints(arena, &l->route.padded, ends));
   l->route.top_k = c->top_k;
+  l->route.chunk_count = o->chunks;
   l->route.expert_count = shard->expert_end - shard->expert_begin;
   return MT_OK;
 }

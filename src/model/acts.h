@@ -60,6 +60,7 @@ struct mt_acts_options {
                           probability enters before the down projection */
   unsigned skip_8bit;  /* as mt_model_options has it */
   bool over_ranks;     /* R is not bounded by the tokens here: what has rows grows */
+  int chunks;          /* over ranks: that tokens travel in; else 1 */
 };
 
 /* What the host reads of a step, followed on the device by load_sums. */

@@ -124,6 +124,7 @@ static mt_err place(struct mt_model *m) {
       .keep_mlp = m->options.training && m->options.recompute == MT_RECOMPUTE_NONE,
       .weigh_outputs = m->options.experts == MT_EXPERTS_LOOP && !over_ranks,
       .over_ranks = over_ranks,
+      .chunks = over_ranks ? m->options.chunks : 1,
       .skip_8bit = m->options.skip_8bit};
   return mt_acts_layout(&m->acts, &m->config, shard, m->recipe, m->be, &a, &m->activations);
 }
@@ -155,6 +156,10 @@ static mt_err plan(struct mt_model *m) {
   MT_TRY(check_widths(m));
   m->options.shard = mt_shard_of(&m->config, &m->options.shard);
   if (m->options.in_flight < 1) m->options.in_flight = 1;
+  if (m->options.chunks < 1) m->options.chunks = 1;
+  if (m->options.chunks > MT_MAX_CHUNKS) {
+    return mt_fail(MT_EINVAL, "--ep-chunks %d: at most %d", m->options.chunks, MT_MAX_CHUNKS);
+  }
   mt_arena_plan(&m->parameters, "parameters");
   mt_arena_plan(&m->gradients, "gradients");
   mt_arena_plan(&m->optimizer, "optimizer");
@@ -237,7 +242,8 @@ static int lowest_learning(const struct mt_model *m) {
 static mt_err host_tables(struct mt_model *m) {
   int half = m->config.head_dim / 2;
   m->inv_freq = calloc((size_t)half, sizeof *m->inv_freq);
-  m->host_route = calloc((size_t)m->config.experts + 1, sizeof *m->host_route);
+  size_t ends = (size_t)m->options.chunks * ((size_t)m->config.experts + 1);
+  m->host_route = calloc(ends, sizeof *m->host_route);
   m->host_rows = calloc((size_t)m->options.token_capacity, sizeof(double));
   if (!m->inv_freq || !m->host_route || !m->host_rows) return mt_fail(MT_ENOMEM, "host tables");
   for (int i = 0; i < half; i++) {

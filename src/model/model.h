@@ -52,6 +52,9 @@ struct mt_model_options {
   int zero;
   struct mt_sharers sharers;
   int64_t bucket_elements; /* 0: MT_BUCKET_ELEMENTS */
+  /* Where experts are spread over ranks: chunks that a micro-batch's tokens travel in, so that the
+   * experts work on one while others are on their way (exchange.h); 0: one. */
+  int chunks;
 };
 enum { MT_BUCKET_ELEMENTS = 8 << 20 };
 
@@ -77,7 +80,7 @@ struct mt_model {
     struct mt_tensor grad; /* zero 2 */
   } share[MT_SYNC_COUNT];
   double *inv_freq;    /* host [D/2] */
-  int32_t *host_route; /* host [E+1]: counts read back by the loop over experts */
+  int32_t *host_route; /* host [chunks,E+1]: counts read back by the loop over experts */
   void *host_rows;     /* host [T] of 8 bytes: read-backs per token */
   int lowest_learning; /* layers below it hold no learning parameter; -1: the embedding learns */
   bool timed;          /* the time of phases is noted, in acts.report */

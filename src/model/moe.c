@@ -13,7 +13,12 @@
  * are the quantizing: tokens are quantized on their way to their experts, SwiGLU's output and its
  *   gradient as they are made, and neither exists in more bits.
  *
- * The loops read the row counts back to the host, once a layer; the grouped way never does. */
+ * The loops read the row counts back to the host, once a layer; the grouped way never does.
+ *
+ * Over ranks the tokens may come and go in chunks (exchange.h): while the experts work on one, the
+ * next is on its way here and the outputs of the one before are on theirs home. A chunk's rows lie
+ * together, in expert order, and run as a whole layer's would; its share of the weights' gradients
+ * is added to that of the chunks before. */
 #include "model/layers.h"
 #include "quant/linear.h"
 
@@ -29,9 +34,11 @@ struct moe {
   struct mt_tensor row_prob, drow_prob; /* NULL data: prob weighs the outputs instead */
 };
 
-/* Rows of one call: of one expert, or of all (groups of them, device offsets). */
+/* Rows of one call, all of one chunk: of one expert, or of all (groups of them, device offsets). */
 struct span {
   int64_t begin, rows;
+  bool accumulate; /* to the weights' gradients */
+  bool last;       /* chunk that has rows */
   struct mt_weight_forms w1, w2;
   struct mt_tensor dw1, dw2;
   struct mt_row_groups groups; /* offsets NULL: one expert */
@@ -46,28 +53,35 @@ static struct mt_operand operand(const struct moe *o, int i) {
   return (struct mt_operand){.format = format_of(o), .memory = o->m->acts.moe_operand[i]};
 }
 
-/* All experts' rows. */
-static struct span whole_span(const struct moe *o) {
-  return (struct span){.rows = o->ys.dim[0],
+/* All experts' rows of a chunk. */
+static struct span chunk_span(const struct moe *o, int chunk) {
+  const struct mt_route_chunk *k = &o->route.chunk[chunk];
+  int64_t ends = (int64_t)chunk * (o->route.expert_count + 1);
+  return (struct span){.begin = k->row_begin,
+                       .rows = k->row_count,
+                       .accumulate = o->v->accumulate || k->row_begin > 0,
+                       .last = k->row_begin + k->row_count == o->route.row_count,
                        .w1 = mt_forms_of(o->gate_up),
                        .w2 = mt_forms_of(o->down),
                        .dw1 = o->gate_up->grad,
                        .dw2 = o->down->grad,
-                       .groups = {.offsets = o->route.offsets,
-                                  .padded = o->route.padded,
+                       .groups = {.offsets = o->route.offsets + ends,
+                                  .padded = o->route.padded ? o->route.padded + ends : NULL,
                                   .count = o->route.expert_count}};
 }
 
-/* Those of expert e. */
-static struct span expert_span(const struct moe *o, int e) {
-  struct mt_weight_forms w1 = mt_forms_of(o->gate_up), w2 = mt_forms_of(o->down);
-  return (struct span){.begin = o->m->host_route[e],
-                       .rows = o->m->host_route[e + 1] - o->m->host_route[e],
-                       .w1 = mt_weight_slice(&w1, e),
-                       .w2 = mt_weight_slice(&w2, e),
-                       .dw1 = mt_slice(&o->gate_up->grad, e),
-                       .dw2 = mt_slice(&o->down->grad, e),
-                       .groups = {.count = 1}};
+/* Those of expert e; read_offsets has been called. */
+static struct span expert_span(const struct moe *o, int chunk, int e) {
+  const int32_t *offsets = o->m->host_route + (ptrdiff_t)chunk * (o->route.expert_count + 1) + e;
+  struct span s = chunk_span(o, chunk);
+  s.begin += offsets[0];
+  s.rows = offsets[1] - offsets[0];
+  s.w1 = mt_weight_slice(&s.w1, e);
+  s.w2 = mt_weight_slice(&s.w2, e);
+  s.dw1 = mt_slice(&o->gate_up->grad, e);
+  s.dw2 = mt_slice(&o->down->grad, e);
+  s.groups = (struct mt_row_groups){.count = 1};
+  return s;
 }
 
 static struct moe moe_open(struct mt_model *m, int layer, const struct mt_view *v) {
@@ -109,11 +123,12 @@ static mt_err make_plan(struct moe *o) {
   struct mt_model *m = o->m;
   bool grown;
   MT_TRY(m->exchange.plan(&m->exchange, o->be, &o->route, &o->xn));
-  if (o->route.padded) {
+  for (int c = 0; o->route.padded && c < o->route.chunk_count; c++) {
+    int64_t ends = (int64_t)c * (o->route.expert_count + 1);
     MT_TRY(o->be->ops.pad_offsets(
-        o->be, &(struct mt_pad_offsets_args){.offsets = o->route.offsets,
+        o->be, &(struct mt_pad_offsets_args){.offsets = o->route.offsets + ends,
                                              .group_count = o->route.expert_count,
-                                             .padded = o->route.padded}));
+                                             .padded = o->route.padded + ends}));
   }
   o->l->route = o->route;
   if (m->acts.options.over_ranks) {
@@ -132,21 +147,24 @@ static bool scattered(const struct moe *o) {
 }
 
 static mt_err read_offsets(struct moe *o) {
-  size_t bytes = (size_t)(o->route.expert_count + 1) * sizeof(int32_t);
-  return o->be->download(o->be, o->m->host_route, o->route.offsets, bytes);
+  size_t count = (size_t)o->route.chunk_count * (size_t)(o->route.expert_count + 1);
+  return o->be->download(o->be, o->m->host_route, o->route.offsets, count * sizeof(int32_t));
 }
 
-/* xs (=) the tokens of rows [begin, begin+rows), of one expert or (offsets) of all, unless they
- * have been kept. */
-static mt_err gather(struct moe *o, int64_t begin, int64_t rows, const int32_t *offsets) {
-  struct mt_exchange *x = &o->m->exchange;
+/* xs (=) the tokens of the rows, unless they have been kept. */
+static mt_err gather(struct moe *o, int64_t begin, int64_t rows) {
   if (o->m->acts.options.over_ranks) return MT_OK;
-  if (offsets) return x->dispatch(x, o->be, &o->route, &o->xn, &o->xs);
   return o->be->ops.dispatch_fwd(
       o->be, &(struct mt_dispatch_fwd_args){.x = o->xn,
                                             .row_source = o->route.row_source + begin,
                                             .top_k = o->route.top_k,
                                             .xs = mt_rows(&o->xs, begin, rows)});
+}
+
+/* What is under way goes on while products run. */
+static mt_err advance(struct moe *o) {
+  struct mt_exchange *x = &o->m->exchange;
+  return x->advance ? x->advance(x) : MT_OK;
 }
 
 /* Routing probabilities of some rows, where there are any. */
@@ -217,18 +235,21 @@ static mt_err middle_forward(struct moe *o, const struct span *s, struct mt_oper
 /* gate_up, SwiGLU, down on the span's rows of xs, dense for one expert or grouped over all. */
 static mt_err mlp_forward(struct moe *o, const struct span *s) {
   struct mt_tensor ys = mt_rows(&o->ys, s->begin, s->rows);
+  struct mt_tensor rows = mt_rows(&o->h, s->begin, s->rows);
   struct mt_operand h = operand(o, 2);
   if (joined(o, s) && format_of(o) == MT_Q_NONE) {
-    MT_TRY(
-        mt_linear_experts_up(o->be, &(struct mt_experts_up_fwd_args){.x = o->xs,
-                                                                     .w = s->w1.w,
-                                                                     .offsets = s->groups.offsets,
-                                                                     .row_prob = o->row_prob,
-                                                                     .gate_up = o->gu,
-                                                                     .h = o->h}));
-    return mt_linear_forward(o->be, o->h, s->w2.w, ys, s->groups.offsets);
+    MT_TRY(mt_linear_experts_up(o->be, &(struct mt_experts_up_fwd_args){
+                                           .x = mt_rows(&o->xs, s->begin, s->rows),
+                                           .w = s->w1.w,
+                                           .offsets = s->groups.offsets,
+                                           .row_prob = prob_rows(&o->row_prob, s->begin, s->rows),
+                                           .gate_up = mt_rows(&o->gu, s->begin, s->rows),
+                                           .h = rows}));
+    MT_TRY(advance(o));
+    return mt_linear_forward(o->be, rows, s->w2.w, ys, s->groups.offsets);
   }
   MT_TRY(up_forward(o, s));
+  MT_TRY(advance(o));
   MT_TRY(middle_forward(o, s, &h));
   return mt_product_forward(o->be, &h, &s->w2, ys);
 }
@@ -274,60 +295,73 @@ static mt_err down_backward(struct moe *o, const struct span *s, struct mt_tenso
   struct mt_tensor ys = mt_rows(&o->ys, s->begin, s->rows);
   MT_TRY(routed_operand(o, s, dy, ys, MT_SIDE_BOTH, dys));
   if (joined(o, s) && format_of(o) == MT_Q_NONE) {
+    struct mt_tensor gu = mt_rows(&o->gu, s->begin, s->rows);
+    struct mt_tensor rows = mt_rows(&o->h, s->begin, s->rows);
     *dgu = operand(o, 1);
     *h = operand(o, 2);
     MT_TRY(mt_linear_experts_down_dgrad(
-        o->be, &(struct mt_experts_down_dgrad_args){.dy = ys,
-                                                    .w = s->w2.w,
-                                                    .offsets = s->groups.offsets,
-                                                    .gate_up = o->gu,
-                                                    .row_prob = o->row_prob,
-                                                    .dgate_up = o->gu,
-                                                    .h = o->h,
-                                                    .drow_prob = o->drow_prob}));
-    MT_TRY(mt_operand_make(o->be, dgu, o->gu, s->rows, MT_SIDE_BOTH, &s->groups));
-    return mt_operand_make(o->be, h, o->h, s->rows, MT_SIDE_COL, &s->groups);
+        o->be, &(struct mt_experts_down_dgrad_args){
+                   .dy = ys,
+                   .w = s->w2.w,
+                   .offsets = s->groups.offsets,
+                   .gate_up = gu,
+                   .row_prob = prob_rows(&o->row_prob, s->begin, s->rows),
+                   .dgate_up = gu,
+                   .h = rows,
+                   .drow_prob = prob_rows(&o->drow_prob, s->begin, s->rows)}));
+    MT_TRY(mt_operand_make(o->be, dgu, gu, s->rows, MT_SIDE_BOTH, &s->groups));
+    return mt_operand_make(o->be, h, rows, s->rows, MT_SIDE_COL, &s->groups);
   }
   MT_TRY(mt_product_dgrad(o->be, dys, &s->w2, mt_rows(&o->h, s->begin, s->rows)));
   return middle_backward(o, s, dgu, h);
 }
 
-/* Where all of a weight's gradient is made at once, its squares can be added up on the way. */
-static double *sumsq_of(const struct mt_param *w, const int32_t *offsets) {
-  return w->grad_summed && offsets ? w->grad_sumsq : NULL;
+/* Where all experts' gradients are made at once, their squares can be added up with the last of
+ * them. */
+static double *sumsq_of(const struct mt_param *w, const struct span *s) {
+  return w->grad_summed && s->groups.offsets && s->last ? w->grad_sumsq : NULL;
 }
 
-/* In: ys holds dys (or see down_backward). Out: ys holds dxs; gate_up is no longer. Between, xs
- * holds the tokens (again). */
-static mt_err mlp_backward(struct moe *o, const struct span *s, struct mt_tensor dy) {
-  struct mt_operand dys, dgu, h, x;
-  const int32_t *offsets = s->groups.offsets;
-  int accumulate = o->v->accumulate;
-  MT_TRY(down_backward(o, s, dy, &dys, &dgu, &h));
-  MT_TRY(mt_product_wgrad(o->be, &dys, &h, s->dw2, accumulate, sumsq_of(o->down, offsets)));
-  if (s->dw1.data) { /* dys has served */
-    if (!quantizes_on_the_way(o)) MT_TRY(gather(o, s->begin, s->rows, offsets));
-    MT_TRY(routed_operand(o, s, o->xn, mt_rows(&o->xs, s->begin, s->rows), MT_SIDE_COL, &x));
-    MT_TRY(mt_product_wgrad(o->be, &dgu, &x, s->dw1, accumulate, sumsq_of(o->gate_up, offsets)));
-  }
-  return mt_product_dgrad(o->be, &dgu, &s->w1, mt_rows(&o->ys, s->begin, s->rows));
+/* In: ys holds dys (or see down_backward). dgu (=) what is left to do. */
+static mt_err first_half_backward(struct moe *o, const struct span *s, struct mt_tensor dy,
+                                  struct mt_operand *dgu) {
+  struct mt_operand dys, h;
+  MT_TRY(down_backward(o, s, dy, &dys, dgu, &h));
+  MT_TRY(advance(o));
+  return mt_product_wgrad(o->be, &dys, &h, s->dw2, s->accumulate, sumsq_of(o->down, s));
 }
 
-/* again: for backward, up to ys alone, whatever lies in ys. */
-static mt_err loop_forward(struct moe *o, bool again) {
+/* dys has served: where the tokens are gathered again, it is into its memory. */
+static mt_err up_wgrad(struct moe *o, const struct span *s, const struct mt_operand *dgu) {
+  struct mt_operand x;
+  if (!s->dw1.data) return MT_OK;
+  if (!quantizes_on_the_way(o)) MT_TRY(gather(o, s->begin, s->rows));
+  MT_TRY(routed_operand(o, s, o->xn, mt_rows(&o->xs, s->begin, s->rows), MT_SIDE_COL, &x));
+  return mt_product_wgrad(o->be, dgu, &x, s->dw1, s->accumulate, sumsq_of(o->gate_up, s));
+}
+
+/* Out: ys holds dxs. */
+static mt_err up_dgrad(struct moe *o, const struct span *s, const struct mt_operand *dgu) {
+  return mt_product_dgrad(o->be, dgu, &s->w1, mt_rows(&o->ys, s->begin, s->rows));
+}
+
+/* The loop's forward, or for backward what of it was not kept: ys if outputs are weighed, else
+ * gate_up alone. read_offsets has been called. */
+static mt_err loop_forward(struct moe *o, int chunk, bool again) {
   bool scatter = scattered(o) && !again;
   if (scatter) MT_TRY(o->be->zero(o->be, o->y.data, mt_bytes(&o->y)));
-  MT_TRY(read_offsets(o));
   for (int e = 0; e < o->route.expert_count; e++) {
-    int64_t begin = o->m->host_route[e], rows = o->m->host_route[e + 1] - begin;
-    if (rows == 0) continue;
-    if (scattered(o) || again) MT_TRY(gather(o, begin, rows, NULL));
-    struct span s = expert_span(o, e);
-    MT_TRY(mlp_forward(o, &s));
+    struct span s = expert_span(o, chunk, e);
+    if (s.rows == 0) continue;
+    if (scattered(o) || again) MT_TRY(gather(o, s.begin, s.rows));
+    if (again && !o->m->acts.options.weigh_outputs)
+      MT_TRY(up_forward(o, &s));
+    else
+      MT_TRY(mlp_forward(o, &s));
     if (scatter) {
       MT_TRY(o->be->ops.scatter_add(
-          o->be, &(struct mt_scatter_add_args){.ys = mt_rows(&o->ys, begin, rows),
-                                               .row_source = o->route.row_source + begin,
+          o->be, &(struct mt_scatter_add_args){.ys = mt_rows(&o->ys, s.begin, s.rows),
+                                               .row_source = o->route.row_source + s.begin,
                                                .prob = o->prob,
                                                .top_k = o->route.top_k,
                                                .y = o->y}));
@@ -336,47 +370,160 @@ static mt_err loop_forward(struct moe *o, bool again) {
   return MT_OK;
 }
 
-static mt_err zero_expert_grad(struct moe *o, struct mt_tensor dw) {
-  if (!dw.data || o->v->accumulate) return MT_OK;
+static mt_err zero_expert_grad(struct moe *o, const struct span *s, struct mt_tensor dw) {
+  if (!dw.data || s->accumulate) return MT_OK;
   return o->be->zero(o->be, dw.data, mt_bytes(&dw));
 }
 
-static mt_err loop_backward(struct moe *o, struct mt_tensor dy, struct mt_tensor dprob,
+static mt_err expert_backward(struct moe *o, const struct span *s, struct mt_tensor dy) {
+  struct mt_operand dgu;
+  MT_TRY(first_half_backward(o, s, dy, &dgu));
+  MT_TRY(up_wgrad(o, s, &dgu));
+  return up_dgrad(o, s, &dgu);
+}
+
+/* read_offsets has been called. */
+static mt_err loop_backward(struct moe *o, int chunk, struct mt_tensor dy, struct mt_tensor dprob,
                             struct mt_tensor dxn) {
   if (scattered(o)) {
     MT_TRY(o->be->zero(o->be, dxn.data, mt_bytes(&dxn)));
     MT_TRY(o->be->zero(o->be, dprob.data, mt_bytes(&dprob)));
   }
-  MT_TRY(read_offsets(o));
   for (int e = 0; e < o->route.expert_count; e++) {
-    int64_t begin = o->m->host_route[e], rows = o->m->host_route[e + 1] - begin;
-    struct span s = expert_span(o, e);
-    if (rows == 0) {
-      MT_TRY(zero_expert_grad(o, s.dw1));
-      MT_TRY(zero_expert_grad(o, s.dw2));
+    struct span s = expert_span(o, chunk, e);
+    if (s.rows == 0) {
+      MT_TRY(zero_expert_grad(o, &s, s.dw1));
+      MT_TRY(zero_expert_grad(o, &s, s.dw2));
       continue;
     }
-    struct mt_tensor ys = mt_rows(&o->ys, begin, rows);
+    struct mt_tensor ys = mt_rows(&o->ys, s.begin, s.rows);
     if (scattered(o)) {
       MT_TRY(o->be->ops.combine_bwd(
           o->be, &(struct mt_combine_bwd_args){.dy = dy,
                                                .ys = ys,
-                                               .row_source = o->route.row_source + begin,
+                                               .row_source = o->route.row_source + s.begin,
                                                .prob = o->prob,
                                                .top_k = o->route.top_k,
                                                .dys = ys,
                                                .dprob = dprob}));
     }
-    MT_TRY(mlp_backward(o, &s, dy));
+    MT_TRY(expert_backward(o, &s, dy));
     if (scattered(o)) {
       MT_TRY(o->be->ops.scatter_add(
           o->be, &(struct mt_scatter_add_args){.ys = ys,
-                                               .row_source = o->route.row_source + begin,
+                                               .row_source = o->route.row_source + s.begin,
                                                .top_k = o->route.top_k,
                                                .y = dxn}));
     }
   }
   return MT_OK;
+}
+
+/* ---- ways to the experts and back; a chunk departs and arrives ---- */
+
+static mt_err tokens_out(struct moe *o, int chunk, enum mt_leg leg) {
+  struct mt_exchange *x = &o->m->exchange;
+  struct mt_trip trip = {&o->route, chunk, leg};
+  if (!quantizes_on_the_way(o)) MT_TRY(x->dispatch(x, o->be, &trip, &o->xn, &o->xs));
+  if (o->m->acts.options.weigh_outputs) return MT_OK;
+  return x->dispatch_prob(x, o->be, &trip, &o->prob, &o->row_prob);
+}
+
+static mt_err outputs_home(struct moe *o, int chunk, enum mt_leg leg) {
+  struct mt_exchange *x = &o->m->exchange;
+  struct mt_trip trip = {&o->route, chunk, leg};
+  const struct mt_tensor *prob = o->m->acts.options.weigh_outputs ? &o->prob : NULL;
+  return x->combine(x, o->be, &trip, &o->ys, prob, &o->y);
+}
+
+static mt_err permuted_forward(struct moe *o) {
+  bool loop = o->m->options.experts == MT_EXPERTS_LOOP;
+  int n = o->route.chunk_count;
+  MT_TRY(tokens_out(o, 0, MT_DEPART));
+  if (loop) MT_TRY(read_offsets(o));
+  for (int c = 0; c < n; c++) {
+    struct span s = chunk_span(o, c);
+    if (c + 1 < n) MT_TRY(tokens_out(o, c + 1, MT_DEPART));
+    MT_TRY(tokens_out(o, c, MT_ARRIVE));
+    if (s.rows > 0) MT_TRY(loop ? loop_forward(o, c, false) : mlp_forward(o, &s));
+    MT_TRY(outputs_home(o, c, MT_DEPART));
+    if (c > 0) MT_TRY(outputs_home(o, c - 1, MT_ARRIVE));
+  }
+  return outputs_home(o, n - 1, MT_ARRIVE);
+}
+
+/* Gradients of a layer's output, and of what its routing decides. */
+struct gradients {
+  struct mt_tensor dy, dprob, dxn;
+};
+
+static mt_err gradient_out(struct moe *o, struct gradients *g, int chunk, enum mt_leg leg) {
+  struct mt_exchange *x = &o->m->exchange;
+  struct mt_trip trip = {&o->route, chunk, leg};
+  bool weigh = o->m->acts.options.weigh_outputs;
+  if (quantizes_on_the_way(o)) return MT_OK;
+  return x->combine_bwd(x, o->be, &trip, &g->dy, weigh ? &o->prob : NULL, &o->ys,
+                        weigh ? &g->dprob : NULL);
+}
+
+static mt_err gradient_home(struct moe *o, struct gradients *g, int chunk, enum mt_leg leg) {
+  struct mt_exchange *x = &o->m->exchange;
+  struct mt_trip trip = {&o->route, chunk, leg};
+  if (!o->m->acts.options.weigh_outputs)
+    MT_TRY(x->dispatch_prob_bwd(x, o->be, &trip, &o->drow_prob, &g->dprob));
+  return x->dispatch_bwd(x, o->be, &trip, &o->ys, &g->dxn);
+}
+
+/* gate_up, where it was not kept. */
+static mt_err hidden_again(struct moe *o) {
+  bool loop = o->m->options.experts == MT_EXPERTS_LOOP;
+  if (o->m->acts.options.weigh_outputs || !mt_layer_gate_up_lost(o->m, o->route.layer))
+    return MT_OK;
+  if (loop) MT_TRY(read_offsets(o));
+  for (int c = 0; c < o->route.chunk_count; c++) {
+    struct span s = chunk_span(o, c);
+    if (s.rows == 0) continue;
+    if (!loop && !quantizes_on_the_way(o)) MT_TRY(gather(o, s.begin, s.rows));
+    MT_TRY(loop ? loop_forward(o, c, true) : up_forward(o, &s));
+  }
+  return MT_OK;
+}
+
+/* What arrived of a chunk's gradient, to where it leaves for home. Where the tokens are kept, their
+ * gradient is on its way while gate_up's is made. */
+static mt_err chunk_backward(struct moe *o, struct gradients *g, int chunk) {
+  struct span s = chunk_span(o, chunk);
+  struct mt_operand dgu;
+  bool kept = o->m->acts.options.over_ranks;
+  if (s.rows == 0) return gradient_home(o, g, chunk, MT_DEPART);
+  if (o->m->options.experts == MT_EXPERTS_LOOP) {
+    MT_TRY(loop_backward(o, chunk, g->dy, g->dprob, g->dxn));
+    return gradient_home(o, g, chunk, MT_DEPART);
+  }
+  MT_TRY(first_half_backward(o, &s, g->dy, &dgu));
+  if (!kept) MT_TRY(up_wgrad(o, &s, &dgu));
+  MT_TRY(up_dgrad(o, &s, &dgu));
+  MT_TRY(gradient_home(o, g, chunk, MT_DEPART));
+  return kept ? up_wgrad(o, &s, &dgu) : MT_OK;
+}
+
+/* From the gradient of the block's output to that of its routed tokens. Over ranks the first chunk
+ * is on its way while gate_up is made again; on one it comes into the memory of the tokens that
+ * gate_up is made of. */
+static mt_err permuted_backward(struct moe *o, struct gradients *g) {
+  bool kept = o->m->acts.options.over_ranks;
+  int n = o->route.chunk_count;
+  if (!kept) MT_TRY(hidden_again(o));
+  MT_TRY(gradient_out(o, g, 0, MT_DEPART));
+  if (kept) MT_TRY(hidden_again(o));
+  if (o->m->options.experts == MT_EXPERTS_LOOP) MT_TRY(read_offsets(o));
+  for (int c = 0; c < n; c++) {
+    if (c + 1 < n) MT_TRY(gradient_out(o, g, c + 1, MT_DEPART));
+    MT_TRY(gradient_out(o, g, c, MT_ARRIVE));
+    MT_TRY(chunk_backward(o, g, c));
+    if (c > 0) MT_TRY(gradient_home(o, g, c - 1, MT_ARRIVE));
+  }
+  return gradient_home(o, g, n - 1, MT_ARRIVE);
 }
 
 mt_err mt_moe_forward(struct mt_model *m, int layer, const struct mt_view *v) {
@@ -398,39 +545,14 @@ mt_err mt_moe_forward(struct mt_model *m, int layer, const struct mt_view *v) {
   if (m->options.z_coef > 0) r.z_sum = m->acts.z_sum;
   MT_TRY(o.be->ops.router_fwd(o.be, &r));
   MT_TRY(make_plan(&o));
-  if (scattered(&o)) return loop_forward(&o, false);
-  struct mt_exchange *x = &m->exchange;
-  if (!quantizes_on_the_way(&o)) MT_TRY(x->dispatch(x, o.be, &o.route, &o.xn, &o.xs));
-  struct span all = whole_span(&o);
-  bool weigh = m->acts.options.weigh_outputs;
-  if (!weigh) MT_TRY(x->dispatch_prob(x, o.be, &o.route, &o.prob, &o.row_prob));
-  if (m->options.experts == MT_EXPERTS_LOOP)
-    MT_TRY(loop_forward(&o, false));
-  else
-    MT_TRY(mlp_forward(&o, &all));
-  return x->combine(x, o.be, &o.route, &o.ys, weigh ? &o.prob : NULL, &o.y);
+  if (!scattered(&o)) return permuted_forward(&o);
+  MT_TRY(read_offsets(&o));
+  return loop_forward(&o, 0, false);
 }
 
-/* From the gradient of the block's output to that of its routed tokens. */
-static mt_err permuted_backward(struct moe *o, struct mt_tensor dy, struct mt_tensor dprob,
-                                struct mt_tensor dxn) {
-  struct mt_exchange *x = &o->m->exchange;
-  bool weigh = o->m->acts.options.weigh_outputs;
-  struct span all = whole_span(o);
-  if (!quantizes_on_the_way(o)) {
-    MT_TRY(x->combine_bwd(x, o->be, &o->route, &dy, weigh ? &o->prob : NULL, &o->ys,
-                          weigh ? &dprob : NULL));
-  }
-  if (o->m->options.experts == MT_EXPERTS_LOOP)
-    MT_TRY(loop_backward(o, dy, dprob, dxn));
-  else
-    MT_TRY(mlp_backward(o, &all, dy));
-  if (!weigh) MT_TRY(x->dispatch_prob_bwd(x, o->be, &o->route, &o->drow_prob, &dprob));
-  return x->dispatch_bwd(x, o->be, &o->route, &o->ys, &dxn);
-}
-
-/* What backward reads of forward and was not kept: s2, the normalised input, gate_up, and ys where
- * it is weighed. The routing was kept: tokens go where they went. */
+/* What backward reads of forward and was not kept: s2, the normalised input, and where outputs are
+ * weighed those (with gate_up; else see hidden_again). The routing was kept: tokens go where they
+ * went. */
 static mt_err forward_again(struct moe *o, int layer) {
   struct mt_model *m = o->m;
   int64_t t = o->v->tokens;
@@ -441,26 +563,26 @@ static mt_err forward_again(struct moe *o, int layer) {
   }
   MT_TRY(
       mt_norm_forward(m, s1, branch, o->norm, mt_top(o->l->s2, t), o->xn, mt_top(o->l->rstd2, t)));
-  if (m->acts.options.weigh_outputs) /* ys does not outlive its room */
-    return m->options.recompute != MT_RECOMPUTE_NONE ? loop_forward(o, true) : MT_OK;
-  if (!mt_layer_gate_up_lost(m, layer)) return MT_OK;
-  if (m->options.experts == MT_EXPERTS_LOOP) return loop_forward(o, true);
-  struct span all = whole_span(o);
-  if (!quantizes_on_the_way(o)) MT_TRY(gather(o, 0, all.rows, o->route.offsets));
-  return up_forward(o, &all);
+  /* ys does not outlive its room. */
+  if (!m->acts.options.weigh_outputs || m->options.recompute == MT_RECOMPUTE_NONE) return MT_OK;
+  MT_TRY(read_offsets(o));
+  return loop_forward(o, 0, true);
 }
 
 mt_err mt_moe_backward(struct mt_model *m, int layer, const struct mt_view *v) {
   struct moe o = moe_open(m, layer, v);
   int64_t t = v->tokens;
   struct mt_tensor ds = mt_top(m->acts.ds, t), dxn = o.y, dprob = mt_top(m->acts.dprob, t);
+  struct gradients g = {ds, dprob, dxn};
   mt_acts_enter(&m->acts, m->be, MT_ROOM_MOE);
   moe_rows(&o);
   MT_TRY(forward_again(&o, layer));
-  if (scattered(&o))
-    MT_TRY(loop_backward(&o, ds, dprob, dxn));
-  else
-    MT_TRY(permuted_backward(&o, ds, dprob, dxn));
+  if (scattered(&o)) {
+    MT_TRY(read_offsets(&o));
+    MT_TRY(loop_backward(&o, 0, ds, dprob, dxn));
+  } else {
+    MT_TRY(permuted_backward(&o, &g));
+  }
   mt_grad_ready(m, o.down);
   mt_grad_ready(m, o.gate_up);
 

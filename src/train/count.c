@@ -16,8 +16,8 @@ struct counter {
   const struct mt_machine *machine;
   double flops_per_s;
   size_t taken_bytes;
-  int64_t choices, rows; /* T K of this rank; rows that come to it */
-  int ep, experts, held;
+  int64_t tokens, top_k, rows; /* T and K of this rank; rows that come to it */
+  int ep, experts, held, chunks;
 };
 
 static mt_err reserve(struct mt_backend *be, size_t size_bytes, void **out) {
@@ -42,28 +42,45 @@ static mt_err upload(struct mt_backend *be, void *dst, const void *src, size_t s
   return MT_OK;
 }
 
-/* All that a pass reads back is the loops' offsets of rows: evenly shared ones. */
+/* Rows that come up to the end of a chunk's tokens. */
+static int64_t rows_up_to(const struct counter *c, int chunk) {
+  return c->rows * (c->tokens * chunk / c->chunks) / c->tokens;
+}
+
+/* All that a pass reads back is the loops' offsets of rows, a chunk after the other: evenly shared
+ * ones. */
 static mt_err download(struct mt_backend *be, void *dst, const void *src, size_t size_bytes) {
   const struct counter *c = be->impl;
   int32_t *offsets = dst;
   (void)src;
   memset(dst, 0, size_bytes);
-  if (size_bytes != (size_t)(c->held + 1) * sizeof *offsets) return MT_OK;
-  for (int e = 0; e <= c->held; e++) offsets[e] = (int32_t)(c->rows * e / c->held);
+  if (size_bytes != (size_t)c->chunks * (size_t)(c->held + 1) * sizeof *offsets) return MT_OK;
+  for (int k = 0; k < c->chunks; k++) {
+    int64_t rows = rows_up_to(c, k + 1) - rows_up_to(c, k);
+    for (int e = 0; e <= c->held; e++) *offsets++ = (int32_t)(rows * e / c->held);
+  }
   return MT_OK;
 }
 
-/* And over ranks the offsets of this rank's choices, then of what each rank sends here. */
+/* And over ranks each chunk's offsets of this rank's choices, then of what each rank sends here. */
 static mt_err download_later(struct mt_backend *be, void *dst, const void *src, size_t size_bytes) {
   const struct counter *c = be->impl;
   int32_t *offsets = dst;
   (void)src;
   size_t count = (size_t)c->experts + 1 + (size_t)c->ep * (size_t)(c->held + 1);
-  if (size_bytes != count * sizeof *offsets) return mt_fail(MT_EUNSUPPORTED, "counts of no plan");
-  for (int e = 0; e <= c->experts; e++) *offsets++ = (int32_t)(c->choices * e / c->experts);
-  for (int i = 0; i < c->ep; i++) {
-    int64_t rows = c->rows * (i + 1) / c->ep - c->rows * i / c->ep;
-    for (int e = 0; e <= c->held; e++) *offsets++ = (int32_t)(rows * e / c->held);
+  if (size_bytes != (size_t)c->chunks * count * sizeof *offsets)
+    return mt_fail(MT_EUNSUPPORTED, "counts of no plan");
+  for (int k = 0; k < c->chunks; k++) {
+    int64_t tokens = c->tokens * (k + 1) / c->chunks - c->tokens * k / c->chunks;
+    for (int e = 0; e <= c->experts; e++)
+      *offsets++ = (int32_t)(tokens * c->top_k * e / c->experts);
+  }
+  for (int k = 0; k < c->chunks; k++) {
+    int64_t come = rows_up_to(c, k + 1) - rows_up_to(c, k);
+    for (int i = 0; i < c->ep; i++) {
+      int64_t rows = come * (i + 1) / c->ep - come * i / c->ep;
+      for (int e = 0; e <= c->held; e++) *offsets++ = (int32_t)(rows * e / c->held);
+    }
   }
   return MT_OK;
 }
@@ -107,7 +124,9 @@ static void make_counter(struct counter *c, const struct mt_count_options *o) {
   *c = (struct counter){.inner = o->backend,
                         .machine = o->machine,
                         .flops_per_s = mt_machine_flops(o->machine, o->recipe->act),
-                        .choices = o->model.token_capacity * o->config->top_k,
+                        .tokens = o->model.token_capacity,
+                        .top_k = o->config->top_k,
+                        .chunks = o->mesh->ep > 1 && o->model.chunks > 1 ? o->model.chunks : 1,
                         .rows = o->rows,
                         .ep = o->mesh->ep,
                         .experts = o->config->experts,

@@ -54,6 +54,7 @@ static struct mt_model_options model_options(const struct mt_planner *p) {
                                    .recompute = (enum mt_recompute)o->recompute,
                                    .training = true,
                                    .skip_8bit = p->skip_8bit,
+                                   .chunks = o->ep_chunks,
                                    .token_capacity = p->token_capacity,
                                    .sequence_capacity = o->batch_size};
 }
@@ -246,9 +247,11 @@ static struct mt_plan_traffic traffic_of(const struct mt_planner *p, const struc
   double stat = (double)mt_dtype_bytes(p->recipe->stat);
   double rows = tokens * c->top_k * leaving(plan->ep) * layers * passes;
   double record = ceil((c->experts * (stat + 4) + stat + 4) / 8) * 8;
+  double chunks = p->options->ep_chunks > 1 ? p->options->ep_chunks : 1;
   double once = e->first.count.stage_bytes, last = e->last.count.stage_bytes;
   struct mt_plan_traffic t = {
-      .counts = 4.0 * ((double)c->experts / plan->ep + 1) * (plan->ep - 1) * layers * passes,
+      .counts =
+          4.0 * ((double)c->experts / plan->ep + 1) * (plan->ep - 1) * chunks * layers * passes,
       .tokens = 4 * rows * c->hidden * act,
       .probabilities = 2 * rows * stat,
       .auxiliary = (plan->dp * plan->ep - 1) * record * passes,
@@ -296,7 +299,8 @@ static void times_of(const struct mt_planner *p, const struct mt_planner_entry *
   const struct mt_machine *m = &p->machine;
   const struct mt_count *f = &e->first.count, *l = &e->last.count;
   const struct mt_plan_traffic *sent = &plan->sent;
-  double passes = plan->micro, calls = 7.0 * layers * passes;
+  int chunks = p->options->ep_chunks > 1 ? p->options->ep_chunks : 1;
+  double passes = plan->micro, calls = 7.0 * chunks * layers * passes;
   double slot =
       fmax(f->first_s + (passes - 1) * f->more_s, l->first_s + (passes - 1) * l->more_s) / passes;
   double exchange =

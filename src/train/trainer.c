@@ -131,6 +131,7 @@ static mt_err model_options(const struct run *r, struct mt_model_options *out) {
       .z_coef = r->o->router_z_loss,
       .training = true,
       .zero = r->o->zero,
+      .chunks = r->o->ep_chunks,
       .token_capacity = capacity,
       .sequence_capacity = r->o->batch_size};
   if (mt_ranks_staged(r->s.ranks)) {

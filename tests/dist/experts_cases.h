@@ -80,7 +80,8 @@ static void route_to_the_first(struct run *r) {
   }
 }
 
-enum lot { USUAL, LOPSIDED, ONE_EXPERT_EACH };
+/* UNPADDED: rows end with their tokens, which are fewer than the chunks on some ranks. */
+enum lot { USUAL, LOPSIDED, ONE_EXPERT_EACH, UNPADDED };
 
 /* A mesh's groups: the experts' and the dense parameters' over both memories, and the copies'. */
 struct groups {
@@ -127,6 +128,7 @@ static void gradients_equal_to_one(const char *recipe, struct mt_model_options o
     struct small_batch b;
     struct mt_loss loss;
     batch_of(&b, c.vocab, mt_mesh_reader(&mesh), pass);
+    if (lot == UNPADDED) b.b.token_count = b.b.valid_count;
     struct mt_pass p = {.batch = &b.b, .loss_scale = 0.05, .accumulate = pass > 0};
     OK(mt_model_train_pass(&mine.m, &p, &loss));
     got += loss.cross_entropy_sum;
@@ -159,28 +161,43 @@ static const struct mt_model_options expert_ways[] = {
      .training = true},
 };
 
+static inline struct mt_model_options in_chunks(struct mt_model_options o, int chunks) {
+  o.chunks = chunks;
+  return o;
+}
+
 /* loops: the loop over experts too. On one rank it weighs outputs, over ranks hidden activations,
  * so that other numbers are rounded; in bf16 that sends a token elsewhere now and then. */
 static void gradients_on_every_mesh(const char *recipe, bool loops, double bound,
                                     double loss_bound) {
   struct mt_config c = config();
+  const struct mt_model_options *fused = &expert_ways[0];
   for (int ep = 1; ep <= world.size; ep++) {
     struct groups g;
     if (world.size % ep != 0 || EXPERTS % ep != 0) continue;
     open_groups(&g, ep);
     for (size_t i = 0; i < sizeof expert_ways / sizeof *expert_ways; i++) {
-      if (expert_ways[i].experts == MT_EXPERTS_LOOP && !loops) continue;
-      gradients_equal_to_one(recipe, expert_ways[i], &g, USUAL, bound, loss_bound);
+      const struct mt_model_options *way = &expert_ways[i];
+      if (way->experts == MT_EXPERTS_LOOP && !loops) continue;
+      gradients_equal_to_one(recipe, *way, &g, USUAL, bound, loss_bound);
+      if (ep > 1) gradients_equal_to_one(recipe, in_chunks(*way, 4), &g, USUAL, bound, loss_bound);
     }
-    gradients_equal_to_one(recipe, expert_ways[0], &g, LOPSIDED, bound, loss_bound);
-    if (ep >= c.top_k)
-      gradients_equal_to_one(recipe, expert_ways[0], &g, ONE_EXPERT_EACH, bound, loss_bound);
+    for (int chunks = 1; chunks <= (ep > 1 ? 3 : 1); chunks += 2) {
+      struct mt_model_options way = in_chunks(*fused, chunks);
+      gradients_equal_to_one(recipe, way, &g, LOPSIDED, bound, loss_bound);
+      if (ep >= c.top_k)
+        gradients_equal_to_one(recipe, way, &g, ONE_EXPERT_EACH, bound, loss_bound);
+    }
+    if (ep > 1) {
+      struct mt_model_options most = in_chunks(*fused, MT_MAX_CHUNKS);
+      gradients_equal_to_one(recipe, most, &g, UNPADDED, bound, loss_bound);
+    }
     close_groups(&g);
   }
 }
 
-/* In 8 bits a block along the tokens has those of other ranks too: another scale, another rounding.
- */
+/* In 8 bits a block along the tokens has those of other ranks too, and not those of other chunks:
+ * another scale, another rounding. */
 static inline void gradients_in_eight_bits(const char *recipe, double bound, double loss_bound) {
   struct mt_model_options fused = {
       .experts = MT_EXPERTS_FUSED, .blocks = MT_BLOCKS_FUSED, .training = true};
@@ -188,8 +205,11 @@ static inline void gradients_in_eight_bits(const char *recipe, double bound, dou
     struct groups g;
     if (world.size % ep != 0 || EXPERTS % ep != 0) continue;
     open_groups(&g, ep);
-    gradients_equal_to_one(recipe, fused, &g, USUAL, bound, loss_bound);
-    gradients_equal_to_one(recipe, expert_ways[0], &g, LOPSIDED, bound, loss_bound);
+    for (int chunks = 1; chunks <= (ep > 1 ? 4 : 1); chunks += 3) {
+      gradients_equal_to_one(recipe, in_chunks(fused, chunks), &g, USUAL, bound, loss_bound);
+      struct mt_model_options grouped = in_chunks(expert_ways[0], chunks);
+      gradients_equal_to_one(recipe, grouped, &g, LOPSIDED, bound, loss_bound);
+    }
     close_groups(&g);
   }
 }

@@ -93,10 +93,15 @@ static void steps_on_every_mesh(const char *recipe, struct near near) {
       {.experts = MT_EXPERTS_LOOP,
        .blocks = MT_BLOCKS_FUSED,
        .recompute = MT_RECOMPUTE_MLP,
-       .training = true}};
+       .training = true,
+       .chunks = 3}};
   for (int ep = 1; ep <= world.size; ep++) {
     if (world.size % ep != 0 || EXPERTS % ep != 0) continue;
     for (int i = 0; i < (near.loops ? 2 : 1); i++) steps_equal_to_one(recipe, ways[i], ep, near);
+    if (ep == 1) continue;
+    struct mt_model_options chunked = ways[0];
+    chunked.chunks = 4;
+    steps_equal_to_one(recipe, chunked, ep, near);
   }
 }
 

@@ -125,11 +125,12 @@ static void same_memory(const struct mt_plan *plan, const struct run *mine, stru
 }
 
 static void on_mesh(const char *path, const char *precision, int ep, int pp, int zero,
-                    int recompute) {
+                    int recompute, int chunks) {
   const struct mt_plan_options o = {
       .path = path,
       .gpus = world.size,
       .ep_size = ep,
+      .ep_chunks = chunks,
       .pp_size = pp,
       .micro_batches = MICRO,
       .batch_size = SAMPLES,
@@ -156,6 +157,7 @@ static void on_mesh(const char *path, const char *precision, int ep, int pp, int
                                 .token_capacity = p.token_capacity,
                                 .sequence_capacity = SAMPLES};
   mo.zero = zero;
+  mo.chunks = chunks;
   mo.sharers = mt_ranks_sharers(&mesh);
   if (pp > 1) mo.in_flight = mt_stage_in_flight(false, mesh.pp_rank, pp, MICRO);
   struct mt_shard shard = mt_ranks_shard(&mesh);
@@ -188,8 +190,9 @@ static void plans_are_what_ranks_take(void **state) {
       for (int pp = 1; pp <= 3; pp++) {
         if (world.size % (ep * pp) != 0) continue;
         for (int zero = 0; zero <= (world.size > 1); zero++) {
-          on_mesh(path, "fp32", ep, pp, zero, recompute);
-          on_mesh(path, "bf16", ep, pp, zero, recompute);
+          on_mesh(path, "fp32", ep, pp, zero, recompute, 1);
+          on_mesh(path, "bf16", ep, pp, zero, recompute, 1);
+          if (ep > 1) on_mesh(path, "fp32", ep, pp, zero, recompute, 3 + pp);
         }
       }
     }

@@ -49,12 +49,12 @@ static void equals_one_rank(void **state) {
                 {2, "--batch-size 12"},
                 {3, "--batch-size 8"},
                 {4, "--batch-size 6 --ep-size 2"},
-                {4, "--batch-size 6 --ep-size 4 --improvement 1"},
+                {4, "--batch-size 6 --ep-size 4 --ep-chunks 2 --improvement 1"},
                 {6, "--batch-size 4 --ep-size 2"},
-                {8, "--batch-size 3 --ep-size 4"},
+                {8, "--batch-size 3 --ep-size 4 --ep-chunks 3"},
                 {2, "--batch-size 24 --pp-size 2"},
                 {4, "--batch-size 12 --pp-size 2 --improvement 0"},
-                {4, "--batch-size 12 --pp-size 2 --ep-size 2 --recompute full"},
+                {4, "--batch-size 12 --pp-size 2 --ep-size 2 --ep-chunks 4 --recompute full"},
                 {8, "--batch-size 6 --pp-size 2 --ep-size 2"},
                 {2, "--batch-size 24 --pp-size 2 --freeze *layers.0.* --freeze *embed*"},
                 {2, "--batch-size 6 --grad-accum 2 --ep-size 2 --router-aux-coef 0"},
@@ -80,7 +80,7 @@ static void equals_one_rank(void **state) {
 static void same_bits_twice(void **state) {
   (void)state;
   for (int i = 0; i < 2; i++)
-    train(4, i ? "again" : "once", "--batch-size 3 --ep-size 2 --save-every 6");
+    train(4, i ? "again" : "once", "--batch-size 3 --ep-size 2 --ep-chunks 3 --save-every 6");
   same_tensors(file("once", "checkpoint-6/moetune-state.safetensors"),
                file("again", "checkpoint-6/moetune-state.safetensors"));
   same_metrics(file("once", "metrics.jsonl"), file("again", "metrics.jsonl"), 0);
