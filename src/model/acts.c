@@ -209,7 +209,8 @@ static int64_t most(int64_t a, int64_t b) {
   return a > b ? a : b;
 }
 
-/* A stage's ends; the first of the shared buffers is one of the two turns'. */
+/* A stage's ends; the first of the shared buffers is one of the two turns', or of both where
+ * nothing goes back. */
 static mt_err stage_layout(struct mt_acts *a, const struct mt_config *c,
                            const struct mt_recipe *recipe, struct mt_arena *arena) {
   struct mt_tensor stream = mt_mat(NULL, recipe->act, a->options.token_capacity, c->hidden);
@@ -217,7 +218,7 @@ static mt_err stage_layout(struct mt_acts *a, const struct mt_config *c,
     if (!mt_acts_first_stage(a)) MT_TRY(take(arena, &a->entry[i].stream, stream));
     if (i > 0) MT_TRY(aux_layout(&a->entry[i], c, recipe, arena));
   }
-  a->turn[0] = (struct mt_stage_turn){.ds = a->ds, .aux_grads = a->aux_grads};
+  a->turn[0] = a->turn[1] = (struct mt_stage_turn){.ds = a->ds, .aux_grads = a->aux_grads};
   for (int i = 0; i < 2; i++) {
     if (!mt_acts_last_stage(a)) MT_TRY(take(arena, &a->turn[i].out, stream));
     if (i == 0 || !a->options.training) continue;

@@ -178,11 +178,24 @@ static mt_err leave(struct mt_pipeline *p, int tokens) {
   return await(p, &p->go[0]);
 }
 
-mt_err mt_pipeline_eval(struct mt_pipeline *p, const struct mt_batch *batch, struct mt_loss *loss) {
-  MT_TRY(enter(p, batch->token_count));
+/* As in forward(), but for the arrival of the next, whose length is not known yet. On a GPU the
+ * host waits for this stage's part: else the first stage would launch a whole file ahead. */
+mt_err mt_pipeline_eval(struct mt_pipeline *p, int i, const struct mt_batch *batch,
+                        struct mt_loss *loss) {
+  mt_acts_select(&p->model->acts, i);
+  MT_TRY(expect(p, i, batch->token_count));
+  MT_TRY(await(p, &p->come[i % p->slots]));
+  MT_TRY(await(p, &p->go[i % p->slots]));
+  if (i >= 2) MT_TRY(await(p, &p->go[(i - 2) % p->slots]));
   MT_TRY(mt_model_stage_eval(p->model, batch, loss));
-  MT_TRY(leave(p, batch->token_count));
-  return mt_comm_broadcast(p->host, loss, sizeof *loss, p->comm->size - 1);
+  MT_TRY(pass_on(p, i, batch->token_count));
+  return p->model->be->sync(p->model->be);
+}
+
+mt_err mt_pipeline_eval_end(struct mt_pipeline *p, struct mt_loss *total) {
+  MT_TRY(mt_phase_enter(p->model, MT_PHASE_PIPELINE));
+  MT_TRY(sent(p));
+  return mt_comm_broadcast(p->host, total, sizeof *total, p->comm->size - 1);
 }
 
 mt_err mt_pipeline_decode(struct mt_pipeline *p, struct mt_kv_cache *cache, const int32_t *ids,

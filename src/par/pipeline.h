@@ -68,8 +68,15 @@ void mt_pipeline_close(struct mt_pipeline *p); /* safe on a zeroed one */
  * same passes (batches of its own with equal content). Errors: MT_ECOMM, and a pass's. */
 mt_err mt_pipeline_run(struct mt_pipeline *p, const struct mt_pass *passes, int micro_count);
 
-/* mt_model_eval_pass over the stages: loss (=) the same on each. */
-mt_err mt_pipeline_eval(struct mt_pipeline *p, const struct mt_batch *batch, struct mt_loss *loss);
+/* Batch number i, from 0 on, of a row of batches that go forward alone, one behind the other: a
+ * stage hands on what it has made and returns, to be at the next one while later stages are at this
+ * one; of m batches a stage waits for (p-1)/(m+p-1) of the time. loss (=) on the last stage what
+ * mt_model_eval_pass says, 0 elsewhere. Errors: MT_ECOMM, and a pass's. */
+mt_err mt_pipeline_eval(struct mt_pipeline *p, int i, const struct mt_batch *batch,
+                        struct mt_loss *loss);
+/* The row's end, after which another may begin: what has left has arrived, and *total (=) on each
+ * is what the last stage has there. */
+mt_err mt_pipeline_eval_end(struct mt_pipeline *p, struct mt_loss *total);
 
 /* mt_model_decode over the stages: each has a cache of its own layers and gives the same ids; the
  * logits reach every stage that asks for them, and either all do or none. */

@@ -164,11 +164,15 @@ static mt_err believed(struct mt_ranks *r, mt_err err) {
   return !err && r ? mt_ranks_failed(r) : err;
 }
 
-mt_err mt_ranks_eval(struct mt_ranks *r, struct mt_model *m, const struct mt_batch *batch,
+mt_err mt_ranks_eval(struct mt_ranks *r, struct mt_model *m, int i, const struct mt_batch *batch,
                      struct mt_loss *loss) {
-  mt_err err = mt_ranks_staged(r) ? mt_pipeline_eval(&r->pipeline, batch, loss)
+  mt_err err = mt_ranks_staged(r) ? mt_pipeline_eval(&r->pipeline, i, batch, loss)
                                   : mt_model_eval_pass(m, batch, loss);
   return believed(r, err);
+}
+
+mt_err mt_ranks_eval_end(struct mt_ranks *r, struct mt_loss *total) {
+  return mt_ranks_staged(r) ? believed(r, mt_pipeline_eval_end(&r->pipeline, total)) : MT_OK;
 }
 
 mt_err mt_ranks_decode(struct mt_ranks *r, struct mt_model *m, struct mt_kv_cache *cache,

@@ -59,9 +59,11 @@ mt_err mt_ranks_sum_stages(struct mt_ranks *r, double *numbers, int n);
 /* Whether the model is cut into stages. r may be NULL. */
 bool mt_ranks_staged(const struct mt_ranks *r);
 /* mt_model_eval_pass, mt_model_decode and mt_model_logits of m, which may be a stage: of all stages
- * then, with the same arguments. r may be NULL: m is whole. */
-mt_err mt_ranks_eval(struct mt_ranks *r, struct mt_model *m, const struct mt_batch *batch,
+ * then, with the same arguments. r may be NULL: m is whole. Batches that are evaluated are numbered
+ * from 0 on, and each row of them has an end: mt_pipeline_eval. */
+mt_err mt_ranks_eval(struct mt_ranks *r, struct mt_model *m, int i, const struct mt_batch *batch,
                      struct mt_loss *loss);
+mt_err mt_ranks_eval_end(struct mt_ranks *r, struct mt_loss *total);
 mt_err mt_ranks_decode(struct mt_ranks *r, struct mt_model *m, struct mt_kv_cache *cache,
                        const int32_t *ids, int count, float *logits);
 mt_err mt_ranks_logits(struct mt_ranks *r, struct mt_model *m, int64_t begin, int64_t count,

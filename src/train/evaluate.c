@@ -135,7 +135,8 @@ static mt_err logits_of_ids(struct mt_session *s, const struct mt_eval_options *
                                .token_capacity = capacity,
                                .sequence_capacity = 1};
   MT_GO(mt_session_load(s, &m, NULL));
-  MT_GO(mt_ranks_eval(s->ranks, &s->model, &b, &loss));
+  MT_GO(mt_ranks_eval(s->ranks, &s->model, 0, &b, &loss));
+  MT_GO(mt_ranks_eval_end(s->ranks, &loss));
   MT_GO(mt_ranks_logits(s->ranks, &s->model, 0, n, logits));
   if (mt_session_speaks(s))
     err = write_logits(o->dump_logits, logits, n, s->checkpoint.config.vocab);

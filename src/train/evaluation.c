@@ -81,11 +81,12 @@ static void finish_routing(struct mt_routing *r, const struct mt_model *m) {
 
 /* What each rank has found, added up. */
 static mt_err add_ranks(struct mt_ranks *ranks, struct mt_routing *routing,
-                        struct mt_evaluation *out, double *sum, int64_t *correct) {
-  int64_t counts[] = {*correct, out->samples, out->targets, routing ? routing->tokens : 0};
-  MT_TRY(mt_ranks_sum(ranks, sum, 1));
+                        struct mt_evaluation *out, struct mt_loss *total) {
+  int64_t counts[] = {total->correct_count, out->samples, out->targets,
+                      routing ? routing->tokens : 0};
+  MT_TRY(mt_ranks_sum(ranks, &total->cross_entropy_sum, 1));
   MT_TRY(mt_ranks_sum_counts(ranks, counts, 4));
-  *correct = counts[0];
+  total->correct_count = counts[0];
   out->samples = counts[1];
   out->targets = counts[2];
   if (!routing) return MT_OK;
@@ -99,28 +100,28 @@ static mt_err add_ranks(struct mt_ranks *ranks, struct mt_routing *routing,
 
 mt_err mt_evaluate(struct mt_model *m, struct mt_ranks *ranks, struct mt_loader *l,
                    struct mt_routing *routing, struct mt_evaluation *out) {
-  double sum = 0;
-  int64_t correct = 0;
+  struct mt_loss total = {0};
   struct mt_batch *b;
   mt_err err;
   *out = (struct mt_evaluation){0};
   l->next = (struct mt_position){0};
   if (routing) begin_routing(routing);
-  while ((err = mt_loader_next_once(l, &b)) == MT_OK) {
+  for (int i = 0; (err = mt_loader_next_once(l, &b)) == MT_OK; i++) {
     struct mt_loss loss;
-    MT_TRY(mt_ranks_eval(ranks, m, b, &loss));
+    MT_TRY(mt_ranks_eval(ranks, m, i, b, &loss));
     if (routing) MT_TRY(add_routing(routing, m, b));
-    sum += loss.cross_entropy_sum;
-    correct += loss.correct_count;
+    total.cross_entropy_sum += loss.cross_entropy_sum;
+    total.correct_count += loss.correct_count;
     out->samples += b->sequence_count;
     out->targets += b->target_count;
   }
   if (err != MT_EEND) return err;
-  if (ranks) MT_TRY(add_ranks(ranks, routing, out, &sum, &correct));
+  MT_TRY(mt_ranks_eval_end(ranks, &total));
+  if (ranks) MT_TRY(add_ranks(ranks, routing, out, &total));
   if (routing) finish_routing(routing, m);
-  out->cross_entropy = sum / (double)out->targets;
+  out->cross_entropy = total.cross_entropy_sum / (double)out->targets;
   out->perplexity = exp(out->cross_entropy);
-  out->accuracy = (double)correct / (double)out->targets;
+  out->accuracy = (double)total.correct_count / (double)out->targets;
   return MT_OK;
 }
 

@@ -53,7 +53,8 @@ static void run_stages(const char *dir, const struct bounds *b) {
   q.ranks = &ranks;
   struct mt_batch *micro[] = {&g.batch};
   struct mt_loss loss;
-  OK(mt_pipeline_eval(&ranks.pipeline, &g.batch, &loss));
+  OK(mt_pipeline_eval(&ranks.pipeline, 0, &g.batch, &loss));
+  OK(mt_pipeline_eval_end(&ranks.pipeline, &loss));
   if (mesh.pp_rank == 1) check_logits(&g, b);
   for (size_t step = 0; step < 4; step++) {
     OK(mt_step_run(&q, micro, 1, &r));

@@ -79,7 +79,57 @@ static double bubble_of(const struct mt_mesh *mesh, const struct mt_config *c, b
   return bubble;
 }
 
+/* The same of held-out batches, which go forward alone: what all stages wait, of the time of all.
+ */
+static double eval_bubble_of(const struct mt_mesh *mesh, const struct mt_config *c, int batches,
+                             double want) {
+  const struct order o = {
+      false, {.experts = MT_EXPERTS_GROUPED, .blocks = MT_BLOCKS_FUSED, .training = true}};
+  struct run mine;
+  struct mt_ranks ranks;
+  struct small_batch b;
+  double bubble = 1e9;
+  open_stage(&mine, &ranks, mesh, c, "fp32", &o, 1);
+  small_weights(&mine.m, 3);
+  router_forward = mine.be->ops.router_fwd;
+  mine.be->ops.router_fwd = slow_forward;
+  const struct mt_clock *clock = &mine.m.acts.report->clock;
+  for (int go = 0; go < TRIES && !near_bubble(bubble, want); go++) {
+    struct mt_loss loss, total = {0};
+    OK(mt_comm_barrier(&ranks.comm[MT_GROUP_WORLD]));
+    OK(mt_phase_begin(&mine.m, MT_PHASE_EMBED));
+    for (int i = 0; i < batches; i++) {
+      small_batch(&b, c->vocab, (uint64_t)i + 1);
+      OK(mt_pipeline_eval(&ranks.pipeline, i, &b.b, &loss));
+      add_loss(&total, &loss);
+    }
+    OK(mt_pipeline_eval_end(&ranks.pipeline, &total));
+    OK(mt_phase_end(&mine.m));
+    double waited_all[2] = {(double)clock->phase_ns[MT_PHASE_PIPELINE], 0};
+    for (int p = 0; p < MT_PHASE_COUNT; p++) waited_all[1] += (double)clock->phase_ns[p];
+    OK(mt_ranks_sum_stages(&ranks, waited_all, 2));
+    double got = waited_all[0] / waited_all[1];
+    if (fabs(got - want) < fabs(bubble - want)) bubble = got;
+  }
+  mt_ranks_close(&ranks);
+  close_run(&mine);
+  return bubble;
+}
+
 /* Stages as long as each other: a layer each. */
+static void bubbles_of_evaluations(void **state) {
+  (void)state;
+  enum { M = 12 };
+  int p = world.size;
+  struct mt_config c = layered(p);
+  struct mt_mesh mesh;
+  if (p < 2 || p > 4) skip();
+  OK(mt_mesh_make(&c, world.size, world.rank, 1, p, &mesh));
+  double want = (p - 1.0) / (M + p - 1.0), got = eval_bubble_of(&mesh, &c, M, want);
+  print_message("  %d stages: bubble of an evaluation %.4f, %.4f expected\n", p, got, want);
+  if (!near_bubble(got, want)) fail_msg("bubble %.4f, not %.4f", got, want);
+}
+
 static void bubbles_are_those_of_the_order(void **state) {
   (void)state;
   enum { M = 6 };
@@ -129,5 +179,6 @@ static void what_cannot_be_is_refused(void **state) {
 
 static const struct CMUnitTest tests[] = {
     cmocka_unit_test(reference_equals_one_rank), cmocka_unit_test(float32_equals_one_rank),
-    cmocka_unit_test(bubbles_are_those_of_the_order), cmocka_unit_test(what_cannot_be_is_refused)};
+    cmocka_unit_test(bubbles_are_those_of_the_order), cmocka_unit_test(bubbles_of_evaluations),
+    cmocka_unit_test(what_cannot_be_is_refused)};
 DIST_MAIN(tests)
