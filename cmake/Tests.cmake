@@ -74,7 +74,7 @@ foreach(source ${dist_sources})
       endif()
       set_tests_properties(dist/${name}_${ranks} PROPERTIES LABELS dist TIMEOUT 1200
         SKIP_RETURN_CODE 77
-        ENVIRONMENT "MOETUNE_SHARED_GPU=1;OMP_NUM_THREADS=1;OMP_WAIT_POLICY=passive;OMPI_MCA_btl_vader_single_copy_mechanism=none;LSAN_OPTIONS=detect_leaks=0")
+        ENVIRONMENT "NCCL_NVLS_ENABLE=0;OMP_NUM_THREADS=1;OMP_WAIT_POLICY=passive;OMPI_MCA_btl_vader_single_copy_mechanism=none;LSAN_OPTIONS=detect_leaks=0")
     endforeach()
   endif()
 endforeach()

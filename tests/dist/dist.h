@@ -42,10 +42,13 @@ static inline void close_comms(struct mt_comm *host, struct mt_comm *c) {
 
 enum { DIST_SKIPPED = 77 };
 
+/* NCCL where this host has a GPU for each rank, else its substitute; MOETUNE_SHARED_GPU=1 asks for
+ * that anywhere. */
 static inline bool on_gpu(void) {
-  int device;
-  if (mt_cuda_device_count() == 0) return false;
-  OK(mt_world_gpu(&world, mt_cuda_device_count(), &device));
+  int device, gpus = mt_cuda_device_count();
+  if (gpus == 0) return false;
+  if (world.local_size > gpus) assert_int_equal(setenv("MOETUNE_SHARED_GPU", "1", 1), 0);
+  OK(mt_world_gpu(&world, gpus, &device));
   OK(mt_backend_cuda_create(&dist_be, false, device));
   return true;
 }

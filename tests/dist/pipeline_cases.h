@@ -11,6 +11,8 @@
 
 enum { STAGE_LAYERS = 5, STAGE_MICRO = 5 };
 
+static double worst_stage; /* of all comparisons of parameters so far */
+
 static struct mt_config layered(int layers) {
   struct mt_config c = config();
   c.layers = layers;
@@ -117,20 +119,6 @@ static void evaluation_is_the_same(struct run *mine, struct mt_ranks *r, struct 
   free(all);
 }
 
-/* A model without gradients has one set of buffers and still two batches on their way. */
-static void inference_is_the_same(struct run *whole, struct run *from, const struct mt_mesh *mesh,
-                                  const char *recipe, const struct order *order, struct near near) {
-  struct order o = *order;
-  struct run mine;
-  struct mt_ranks ranks;
-  o.options.training = false;
-  open_stage(&mine, &ranks, mesh, &whole->m.config, recipe, &o, 1);
-  take_weights(&mine, from);
-  evaluation_is_the_same(&mine, &ranks, whole, near);
-  mt_ranks_close(&ranks);
-  close_run(&mine);
-}
-
 static void decoding_is_the_same(struct run *mine, struct mt_ranks *r, struct run *whole,
                                  double bound) {
   static const int32_t prompt[] = {3, 1, 4, 1, 5};
@@ -154,6 +142,21 @@ static void decoding_is_the_same(struct run *mine, struct mt_ranks *r, struct ru
   mt_kv_cache_destroy(&all);
 }
 
+/* A model without gradients has one set of buffers and still two batches on their way. */
+static void inference_is_the_same(struct run *whole, struct run *from, const struct mt_mesh *mesh,
+                                  const char *recipe, const struct order *order, struct near near) {
+  struct order o = *order;
+  struct run mine;
+  struct mt_ranks ranks;
+  o.options.training = false;
+  open_stage(&mine, &ranks, mesh, &whole->m.config, recipe, &o, 1);
+  take_weights(&mine, from);
+  evaluation_is_the_same(&mine, &ranks, whole, near);
+  decoding_is_the_same(&mine, &ranks, whole, near.loss * 10);
+  mt_ranks_close(&ranks);
+  close_run(&mine);
+}
+
 /* What a stage takes is its share, and what was planned. */
 static void memory_is_the_share(const struct run *mine, const struct run *whole,
                                 struct mt_ranks *r) {
@@ -171,6 +174,17 @@ static void memory_is_the_share(const struct run *mine, const struct run *whole,
   OK(mt_ranks_sum_stage_counts(r, elements, 1));
   assert_int_equal(elements[0], elements[1]);
 }
+
+static const struct order orders[] = {
+    {false, {.experts = MT_EXPERTS_GROUPED, .blocks = MT_BLOCKS_FUSED}},
+    {true,
+     {.experts = MT_EXPERTS_GROUPED, .blocks = MT_BLOCKS_UNFUSED, .recompute = MT_RECOMPUTE_FULL}},
+    {false,
+     {.experts = MT_EXPERTS_GROUPED, .blocks = MT_BLOCKS_FUSED, .recompute = MT_RECOMPUTE_FULL}},
+    {false, {.experts = MT_EXPERTS_LOOP, .blocks = MT_BLOCKS_FUSED, .recompute = MT_RECOMPUTE_MLP}},
+    {true, {.experts = MT_EXPERTS_LOOP, .blocks = MT_BLOCKS_UNFUSED}}};
+enum { ORDERS = sizeof orders / sizeof *orders, GROUPED_ORDERS = 3 };
+static int orders_run = ORDERS;
 
 /* runs: 2 to compare their bits too. */
 static void stages_equal_to_one(const char *recipe, const struct order *order, int ep, int pp,
@@ -202,36 +216,28 @@ static void stages_equal_to_one(const char *recipe, const struct order *order, i
     if (run == 1) assert_memory_equal(&got, &again, sizeof got);
     messages_are_those_of_the_formulas(&mine, &ranks);
     double off = parameters_off(&mine, &whole, &before);
+    if (off > worst_stage) worst_stage = off;
     if (!(off <= near.parameters)) fail_msg("parameters are off by %.2g of what they moved", off);
-    if (run + 1 == runs) {
+    if (run + 1 == runs && near.exact) { /* else their weights differ by now */
       evaluation_is_the_same(&mine, &ranks, &whole, near);
       decoding_is_the_same(&mine, &ranks, &whole, near.loss * 10);
-      memory_is_the_share(&mine, &before, &ranks);
     }
+    if (run + 1 == runs) memory_is_the_share(&mine, &before, &ranks);
     mt_ranks_close(&ranks);
     close_run(&mine);
   }
   take_weights(&whole, &before); /* as before its steps */
-  inference_is_the_same(&whole, &before, &mesh, recipe, &o, near);
+  if (order == orders) inference_is_the_same(&whole, &before, &mesh, recipe, &o, near);
   close_run(&whole);
   close_run(&before);
 }
 
-static const struct order orders[] = {
-    {false, {.experts = MT_EXPERTS_GROUPED, .blocks = MT_BLOCKS_FUSED}},
-    {false,
-     {.experts = MT_EXPERTS_GROUPED, .blocks = MT_BLOCKS_FUSED, .recompute = MT_RECOMPUTE_FULL}},
-    {false, {.experts = MT_EXPERTS_LOOP, .blocks = MT_BLOCKS_FUSED, .recompute = MT_RECOMPUTE_MLP}},
-    {true, {.experts = MT_EXPERTS_LOOP, .blocks = MT_BLOCKS_UNFUSED}},
-    {true,
-     {.experts = MT_EXPERTS_GROUPED, .blocks = MT_BLOCKS_UNFUSED, .recompute = MT_RECOMPUTE_FULL}}};
-
+/* Over ranks the loop over experts rounds otherwise than on one: experts_cases.h. */
 static void stages_on_every_mesh(const char *recipe, struct near near) {
   for (int pp = 2; pp <= STAGE_LAYERS; pp++) {
     for (int ep = 1; ep <= world.size; ep++) {
       if (world.size % (pp * ep) != 0 || EXPERTS % ep != 0) continue;
-      size_t count = ep == 1 ? sizeof orders / sizeof *orders : 2;
-      for (size_t i = 0; i < count; i++)
+      for (int i = 0; i < orders_run && (ep == 1 || i < GROUPED_ORDERS); i++)
         stages_equal_to_one(recipe, &orders[i], ep, pp, i % 3 == 0 ? 2 : 1, near);
     }
   }

@@ -1,7 +1,8 @@
-/* Ranks on GPUs: every call of their communicators, experts over ranks and steps, over NCCL where
- * each rank has a GPU, and over its substitute where they share one (MOETUNE_SHARED_GPU=1). */
+/* Ranks on GPUs: every call of their communicators, experts over ranks, steps and stages, over NCCL
+ * where each rank has a GPU, and over its substitute where they must share one. */
 #include "dist/comm_cases.h"
 #include "dist/experts_cases.h"
+#include "dist/pipeline_cases.h"
 #include "dist/steps_cases.h"
 
 /* bf16 against bf16: what a row gives does not depend on where it is worked out, sums over rows do.
@@ -33,6 +34,23 @@ static void steps_bf16(void **state) {
   worst_step = 0;
   steps_on_every_mesh("bf16", (struct near){1e-5, 1e-4, 1e-3, false, false});
   print_message("  off by %.1e of what moved, at most\n", worst_step);
+}
+
+/* Both orders, one a way of recomputing. */
+static void stages_float32(void **state) {
+  (void)state;
+  orders_run = 2;
+  stages_on_every_mesh("fp32", (struct near){1e-5, 5e-5, 1e-4, true, true});
+  print_message("  off by %.1e of what moved, at most\n", worst_stage);
+}
+
+/* As in test_shared: a token goes elsewhere now and then, and the steps behind it with it. */
+static void stages_bf16(void **state) {
+  (void)state;
+  worst_stage = 0;
+  steps_compared = 4;
+  stages_on_every_mesh("bf16", (struct near){1e-3, 2e-2, 0.3, false, true});
+  print_message("  off by %.1e of what moved, at most\n", worst_stage);
 }
 
 #ifdef MOETUNE_WITH_CUDA
@@ -79,5 +97,7 @@ static const struct CMUnitTest tests[] = {cmocka_unit_test(nccl_is_called_as_it_
                                           cmocka_unit_test(auxiliary_loss),
                                           cmocka_unit_test(steps_float32),
                                           cmocka_unit_test(steps_bf16),
+                                          cmocka_unit_test(stages_float32),
+                                          cmocka_unit_test(stages_bf16),
                                           cmocka_unit_test(test_time_out)};
 DIST_GPU_MAIN(tests)
