@@ -1,269 +1,121 @@
-/* Quantizing to 8 bits, by itself and joined with SwiGLU, on any GPU. A block of threads takes a
- * tile of 128 rows of one group and 128 columns: whole blocks of either format in either direction.
- * Rows are quantized from registers as they are read, columns from shared memory. */
-#include "kernels/cuda/quantize.cuh"
+/* Quantizing to 8 bits, by itself and joined with SwiGLU, on any GPU. */
+#include "kernels/cuda/quantize_tile.cuh"
 #include "kernels/cuda/swiglu.cuh"
 
-enum { TILE = MT_Q_PAD, THREADS = 256, WARPS = THREADS / 32, GROUPS_MOST = MT_OPS_MAX_EXPERTS };
+enum { GROUPS_MOST = MT_OPS_MAX_EXPERTS };
 
-/* Elements between rows of a tile in shared memory: neighbouring threads read neighbouring columns,
- * and lanes that read down a column meet few of each other's banks. */
-template <class T> constexpr int stride_of = TILE + 4 / (int)sizeof(T);
-
-struct groups {
-  const int32_t *offsets, *padded; /* NULL: one group of all rows */
-  int count;
-  int64_t rows;
-};
-
-/* Rows [row, row + rows) of the operand, in the column copy from `at` on; columns from col on. */
-struct place {
-  int64_t row, at, col;
-  int rows, cols;
-};
-
-__device__ static struct place place_of(const struct groups &g, int64_t band, int64_t col,
-                                        int64_t cols) {
-  struct place p = {band * TILE, band * TILE, col, 0, 0};
-  int64_t end = g.rows;
-  if (g.offsets) {
-    int low = 0, high = g.count; /* the group whose rows these are: the last that begins before */
-    if (p.at >= g.padded[g.count]) return p;
-    while (high - low > 1) {
-      int middle = (low + high) / 2;
-      if (g.padded[middle] <= p.at)
-        low = middle;
-      else
-        high = middle;
-    }
-    p.row = g.offsets[low] + (p.at - g.padded[low]);
-    end = g.offsets[low + 1];
-  }
-  p.rows = (int)(end - p.row < TILE ? end - p.row : TILE);
-  p.cols = (int)(cols - col < TILE ? cols - col : TILE);
-  return p;
-}
-
-/* Four elements of one row by each lane, in the blocks of a row. */
-template <bool FP8>
-__device__ void write_row(const struct mt_qtensor &q, const struct place &p, int64_t row,
-                          const float (&v)[4]) {
-  int lane = threadIdx.x % 32, first = lane * 4;
-  unsigned top = 0;
-#pragma unroll
-  for (int i = 0; i < 4; i++) top = max(top, magnitude_bits(v[i]));
-#pragma unroll
-  for (int i = FP8 ? 16 : 4; i > 0; i /= 2) top = max(top, __shfl_xor_sync(0xffffffffu, top, i));
-  unsigned byte = scale_byte<FP8>(top);
-  int64_t all = q.dim[1], block = (p.col + first) / (FP8 ? 128 : 32);
-  bool leader = FP8 ? lane == 0 : lane % 8 == 0;
-  if (leader && first < p.cols) {
-    put_scale<FP8>(q.row_scale, FP8 ? block * q.scale_ld + row : row * ((all + 31) / 32) + block,
-                   byte);
-  }
-  float by = scale_inverse(byte);
-  uint8_t *to = q.row + row * all + p.col + first;
-  uint8_t e[4];
-#pragma unroll
-  for (int i = 0; i < 4; i++) e[i] = to_e4m3(v[i] * by);
-  if (first + 4 <= p.cols && ((uintptr_t)to & 3) == 0) {
-    *(uchar4 *)to = make_uchar4(e[0], e[1], e[2], e[3]);
-    return;
-  }
-  for (int i = 0; i < 4 && first + i < p.cols; i++) to[i] = e[i];
-}
-
-/* The tile's columns in MX: two threads a column, each with 64 rows. (Two columns a lane, kept in
- * registers between scale and elements, take twice the time.) A weight ends with its rows; past
- * those of a group are zeros, whatever its scale. */
-template <class T>
-__device__ void write_columns_mx(const struct mt_qtensor &q, const struct place &p,
-                                 const T (*tile)[stride_of<T>]) {
-  int c = threadIdx.x % TILE, begin = threadIdx.x / TILE * (TILE / 2);
-  int64_t all = q.dim[1];
-  int rows = q.weight ? p.rows : TILE;
-  if (c >= p.cols) return;
-  for (int r = begin; r < begin + TILE / 2 && r < rows; r += 32) {
-    unsigned top = 0;
-#pragma unroll 8
-    for (int i = 0; i < 32; i++) top = max(top, magnitude_bits(to_float(tile[r + i][c])));
-    unsigned byte = scale_byte<false>(top);
-    float by = scale_inverse(byte);
-    ((uint8_t *)q.col_scale)[(p.at + r) / 32 * all + p.col + c] = (uint8_t)byte;
-#pragma unroll 8
-    for (int i = 0; i < 32; i++) {
-      if (r + i >= rows) break;
-      q.col[(p.at + r + i) * all + p.col + c] =
-          r + i < p.rows ? to_e4m3(to_float(tile[r + i][c]) * by) : 0;
-    }
-  }
-}
-
-/* One column of a tile turned, by a warp: `rows` elements from to on, four a lane, of which the
- * first `valid` count and others are zeros, whatever the scale. */
-template <class T>
-__device__ __forceinline__ void write_turned(const T (*tile)[stride_of<T>], int c, float by,
-                                             uint8_t *to, int rows, int valid) {
-  int first = threadIdx.x % 32 * 4;
-  uint8_t e[4];
-#pragma unroll
-  for (int i = 0; i < 4; i++)
-    e[i] = first + i < valid ? to_e4m3(to_float(tile[first + i][c]) * by) : 0;
-  if (first + 4 <= rows && ((uintptr_t)to & 3) == 0) {
-    *(uchar4 *)(to + first) = make_uchar4(e[0], e[1], e[2], e[3]);
-    return;
-  }
-  for (int i = 0; i < 4 && first + i < rows; i++) to[first + i] = e[i];
-}
-
-/* In FP8, 1 x 128 along the rows, transposed. */
-template <class T>
-__device__ void write_columns_fp8(const struct mt_qtensor &q, const struct place &p,
-                                  const T (*tile)[stride_of<T>]) {
-  int lane = threadIdx.x % 32;
-  for (int c = threadIdx.x / 32; c < p.cols; c += WARPS) {
-    unsigned top = 0;
-#pragma unroll
-    for (int i = 0; i < 4; i++) top = max(top, magnitude_bits(to_float(tile[lane * 4 + i][c])));
-#pragma unroll
-    for (int i = 16; i > 0; i /= 2) top = max(top, __shfl_xor_sync(0xffffffffu, top, i));
-    unsigned byte = scale_byte<true>(top);
-    if (lane == 0) put_scale<true>(q.col_scale, p.at / TILE * q.dim[1] + p.col + c, byte);
-    write_turned<T>(tile, c, scale_inverse(byte), q.col + (p.col + c) * q.col_rows + p.at, TILE,
-                    p.rows);
-  }
-}
-
-/* Reads a tile through the source (rows of zeros past the last), writes both copies. */
-template <class T, bool FP8, class Source>
-__global__ void __launch_bounds__(THREADS)
-    quantize_tiles(Source source, struct groups g, struct mt_qtensor q) {
-  extern __shared__ __align__(16) char raw[];
-  T(*tile)[stride_of<T>] = (T(*)[stride_of<T>])raw;
-  struct place p = place_of(g, blockIdx.y, (int64_t)blockIdx.x * TILE, q.dim[1]);
-  int lane = threadIdx.x % 32;
-  if (p.rows <= 0) return;
-  for (int r = threadIdx.x / 32; r < TILE; r += WARPS) {
-    float v[4] = {0, 0, 0, 0};
-    if (r < p.rows) {
-      source.load(p, p.row + r, lane * 4, v);
-      if (q.row) write_row<FP8>(q, p, p.row + r, v);
-    }
-    if (!q.col) continue;
-#pragma unroll
-    for (int i = 0; i < 4; i++) tile[r][lane * 4 + i] = from_float<T>(v[i]);
-  }
-  if (!q.col) return;
-  __syncthreads();
-  if (FP8)
-    write_columns_fp8<T>(q, p, tile);
-  else
-    write_columns_mx<T>(q, p, tile);
-}
-
-/* Four neighbours of a row that has `left` more from p on. */
-template <class T>
-__device__ __forceinline__ void read_four(const T *p, int64_t left, bool is_wide, float (&v)[4]) {
-  if (is_wide && left >= 4) {
-    load_floats<T, 4>(p, v);
-    return;
-  }
-  for (int i = 0; i < 4; i++) v[i] = i < left ? to_float(p[i]) : 0.0f;
-}
-
+/* Sources: of each of their tiles, four neighbours of a row, v (= where there are any). */
 template <class T> struct plain_source {
+  static constexpr int TILES = 1;
   struct mat<const T> x;
   const int32_t *row_source;
   int top_k;
   bool is_wide;
-  __device__ void load(const struct place &p, int64_t row, int first, float (&v)[4]) const {
+  __device__ void load(const struct place &p, int64_t row, int first, float (&v)[1][4]) const {
     if (row_source) row = row_source[row] / top_k;
-    if (first < p.cols) read_four<T>(row_of(x, row) + p.col + first, p.cols - first, is_wide, v);
+    if (first < p.cols) read_four<T>(row_of(x, row) + p.col + first, p.cols - first, is_wide, v[0]);
   }
 };
 
 template <class T> struct swiglu_source {
+  static constexpr int TILES = 1;
   struct mat<const T> gate_up;
   const float *row_prob;
   int64_t f;
   bool is_wide;
-  __device__ void load(const struct place &p, int64_t row, int first, float (&v)[4]) const {
+  __device__ void load(const struct place &p, int64_t row, int first, float (&v)[1][4]) const {
     if (first >= p.cols) return;
     const T *gate = row_of(gate_up, row) + p.col + first;
-    float u[4], weight = row_prob ? row_prob[row] : 1.0f;
-    read_four<T>(gate, p.cols - first, is_wide, v);
+    float g[4], u[4], weight = row_prob ? row_prob[row] : 1.0f;
+    read_four<T>(gate, p.cols - first, is_wide, g);
     read_four<T>(gate + f, p.cols - first, is_wide, u);
 #pragma unroll
-    for (int i = 0; i < 4; i++) v[i] = to_float(from_float<T>(swiglu_at<T>(v[i], u[i], weight)));
+    for (int i = 0; i < 4; i++) v[0][i] = rounded<T>(swiglu_at<T>(g[i], u[i], weight));
   }
 };
 
-/* Columns [0, F): the gate's gradient, [F, 2F): up's; or, where `again`, h. parts, with again:
- * [strips][R] what each strip adds to drow_prob. */
-template <class T> struct gradient_source {
+/* What SwiGLU's backward reads. parts: [strips][R] what each strip of F adds to drow_prob, or NULL.
+ */
+template <class T> struct gradient_inputs {
   struct mat<const T> dh, gate_up;
   const float *row_prob;
   float *parts;
   int64_t f, rows;
-  bool again, is_wide;
-  __device__ void load(const struct place &p, int64_t row, int first, float (&v)[4]) const {
-    float dot = 0, weight = row_prob ? row_prob[row] : 1.0f;
-    const T *gate = row_of(gate_up, row), *d = row_of(dh, row);
-    int64_t at = p.col + first;
-    bool up = !again && at >= f;
-    if (is_wide && first + 4 <= p.cols) { /* then F is a multiple of 4 */
-      float g[4], u[4], dy[4];
-      if (up) at -= f;
-      load_floats<T, 4>(gate + at, g);
-      load_floats<T, 4>(gate + f + at, u);
-      load_floats<T, 4>(d + at, dy);
-#pragma unroll
-      for (int i = 0; i < 4; i++)
-        v[i] = pick(swiglu_bwd_at<T>(g[i], u[i], dy[i], weight, &dot), up);
-    } else {
-      for (int i = 0; i < 4 && first + i < p.cols; i++) {
-        int64_t c = p.col + first + i;
-        up = !again && c >= f;
-        if (up) c -= f;
-        v[i] = pick(swiglu_bwd_at<T>(to_float(gate[c]), to_float(gate[f + c]), to_float(d[c]),
-                                     weight, &dot),
-                    up);
-      }
-    }
+  bool is_wide;
+  __device__ void add_part(const struct place &p, int64_t row, float dot) const {
     if (!parts) return;
     dot = warp_sum(dot);
     if (threadIdx.x % 32 == 0) parts[p.col / TILE * rows + row] = dot;
   }
-  __device__ float pick(const struct swiglu_gradient &d, bool up) const {
-    return to_float(from_float<T>(again ? d.h : up ? d.up : d.gate));
+};
+
+/* The gradients of gate and up, and h, of the same columns: everything is read once. For widths
+ * where no block is of gate and up. */
+template <class T> struct gradients_source {
+  static constexpr int TILES = 3;
+  struct gradient_inputs<T> in;
+  __device__ void load(const struct place &p, int64_t row, int first, float (&v)[3][4]) const {
+    float dot = 0, weight = in.row_prob ? in.row_prob[row] : 1.0f, g[4], u[4], dy[4];
+    if (first < p.cols) {
+      const T *gate = row_of(in.gate_up, row) + p.col + first;
+      read_four<T>(gate, p.cols - first, in.is_wide, g);
+      read_four<T>(gate + in.f, p.cols - first, in.is_wide, u);
+      read_four<T>(row_of(in.dh, row) + p.col + first, p.cols - first, in.is_wide, dy);
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        struct swiglu_gradient d = swiglu_bwd_at<T>(g[i], u[i], dy[i], weight, &dot);
+        v[0][i] = rounded<T>(d.gate), v[1][i] = rounded<T>(d.up), v[2][i] = rounded<T>(d.h);
+      }
+    }
+    in.add_part(p, row, dot);
   }
 };
 
-template <class T> constexpr size_t tile_bytes = TILE *stride_of<T> * sizeof(T);
+/* For the others: columns [0, F): the gate's gradient, [F, 2F): up's; or, where `again`, h. */
+template <class T> struct gradient_source {
+  static constexpr int TILES = 1;
+  struct gradient_inputs<T> in;
+  bool again;
+  __device__ void load(const struct place &p, int64_t row, int first, float (&v)[1][4]) const {
+    float dot = 0, weight = in.row_prob ? in.row_prob[row] : 1.0f;
+    const T *gate = row_of(in.gate_up, row), *dh = row_of(in.dh, row);
+    for (int i = 0; i < 4 && first + i < p.cols; i++) {
+      int64_t c = p.col + first + i;
+      bool up = !again && c >= in.f;
+      if (up) c -= in.f;
+      struct swiglu_gradient d = swiglu_bwd_at<T>(to_float(gate[c]), to_float(gate[in.f + c]),
+                                                  to_float(dh[c]), weight, &dot);
+      v[0][i] = rounded<T>(again ? d.h : up ? d.up : d.gate);
+    }
+    in.add_part(p, row, dot);
+  }
+};
 
 template <class T, bool FP8, class Source>
 static mt_err launch(struct mt_backend *be, const char *op, const Source &source,
-                     const struct groups &g, const struct mt_qtensor *q) {
-  int64_t strips = div_up(q->dim[1], TILE);
+                     const struct groups &g, int64_t width,
+                     const struct outputs<Source::TILES> &out) {
+  constexpr size_t shared = tiles_bytes<T, FP8, Source::TILES>;
+  bool many = out.q[0].rank == 3;
+  int64_t strips = div_up(width, TILE);
   int64_t bands = mt_q_col_rows(g.rows, g.offsets ? g.count : 1) / TILE;
-  size_t shared = q->col ? tile_bytes<T> : 0;
   auto kernel = quantize_tiles<T, FP8, Source>;
   if (strips == 0 || bands == 0) return MT_OK;
   if (bands > 65535) /* of a grid's second dimension */
     return mt_fail(MT_EUNSUPPORTED, "%s: %lld rows", op, (long long)g.rows);
   MT_TRY(mt_cuda_check(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)tile_bytes<T>),
-      op));
-  kernel<<<dim3((unsigned)strips, (unsigned)bands), THREADS, shared, mt_cuda_of(be)->stream>>>(
-      source, g, *q);
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared), op));
+  dim3 grid((unsigned)strips, (unsigned)bands, many ? (unsigned)out.q[0].dim[0] : 1);
+  kernel<<<grid, THREADS, shared, mt_cuda_of(be)->stream>>>(source, g, width, out);
   return mt_cuda_launched(op);
 }
 
 template <class T, class Source>
 static mt_err launch_by_format(struct mt_backend *be, const char *op, const Source &source,
-                               const struct groups &g, const struct mt_qtensor *q) {
-  if (q->format == MT_Q_FP8) return launch<T, true, Source>(be, op, source, g, q);
-  return launch<T, false, Source>(be, op, source, g, q);
+                               const struct groups &g, int64_t width,
+                               const struct outputs<Source::TILES> &out) {
+  if (out.q[0].format == MT_Q_FP8) return launch<T, true, Source>(be, op, source, g, width, out);
+  return launch<T, false, Source>(be, op, source, g, width, out);
 }
 
 __global__ void __launch_bounds__(GROUPS_MOST)
@@ -302,7 +154,7 @@ extern "C" mt_err mt_cuda_quantize(struct mt_backend *be, const struct mt_quanti
     struct plain_source<T> s = {
       mat_of<const T>(&a->x), a->row_source, a->top_k, fours(&a->x, 0)
     };
-    err = launch_by_format<T>(be, "quantize", s, g, &a->q);
+    err = launch_by_format<T>(be, "quantize", s, g, a->q.dim[1], {{a->q}, {0}});
   });
   return err;
 }
@@ -318,7 +170,7 @@ extern "C" mt_err mt_cuda_swiglu_quantize_fwd(struct mt_backend *be,
     struct swiglu_source<T> s = {
       mat_of<const T>(&a->gate_up), (const float *)a->row_prob.data, f, fours(&a->gate_up, f)
     };
-    err = launch_by_format<T>(be, "swiglu_quantize_fwd", s, g, &a->h);
+    err = launch_by_format<T>(be, "swiglu_quantize_fwd", s, g, f, {{a->h}, {0}});
   });
   return err;
 }
@@ -344,22 +196,30 @@ static mt_err swiglu_backward(struct mt_backend *be, const struct mt_swiglu_quan
   const char *op = "swiglu_quantize_bwd";
   int64_t f = a->dh.dim[1];
   struct groups g = {a->offsets, a->padded, a->group_count, a->dh.dim[0]};
-  struct gradient_source<T> s = {
+  struct gradient_inputs<T> in = {
     mat_of<const T>(&a->dh), mat_of<const T>(&a->gate_up),
-        (const float *)a->row_prob.data, NULL, f, g.rows, false,
-        fours(&a->gate_up, f) && fours(&a->dh, f)
+        (const float *)a->row_prob.data, parts, f, g.rows, fours(&a->gate_up, f) && fours(&a->dh, f)
   };
-  struct mt_qtensor h = a->h;
-  MT_TRY((launch_by_format<T>(be, op, s, g, &a->dgate_up)));
+  struct mt_qtensor h = a->h; /* absent, it has no copies */
+  if (f % mt_q_block(a->dgate_up.format) == 0) {
+    struct gradients_source<T> all = {
+      in
+    };
+    return launch_by_format<T>(be, op, all, g, f, {{a->dgate_up, a->dgate_up, h}, {0, f, 0}});
+  }
+  struct gradient_source<T> s = {
+    in, false
+  };
+  s.in.parts = NULL;
+  MT_TRY((launch_by_format<T>(be, op, s, g, 2 * f, {{a->dgate_up}, {0}})));
   if (h.format == MT_Q_NONE) { /* for the sake of the parts alone: nothing is written */
     if (!parts) return MT_OK;
     h = a->dgate_up;
-    h.dim[1] = f;
     h.row = h.col = NULL;
   }
   s.again = true;
-  s.parts = parts;
-  return launch_by_format<T>(be, op, s, g, &h);
+  s.in.parts = parts;
+  return launch_by_format<T>(be, op, s, g, f, {{h}, {0}});
 }
 
 extern "C" mt_err mt_cuda_swiglu_quantize_bwd(struct mt_backend *be,
@@ -381,64 +241,6 @@ extern "C" mt_err mt_cuda_swiglu_quantize_bwd(struct mt_backend *be,
   return mt_cuda_launched(op);
 }
 
-/* A weight's matrix g, tile by tile. FP8: one block a tile, and its transpose. */
-template <class T, bool FP8>
-__global__ void __launch_bounds__(THREADS)
-    quantize_weight(const T *w, int64_t ld, int64_t n, int64_t k, bool is_wide,
-                    struct mt_qtensor all) {
-  extern __shared__ __align__(16) char raw[];
-  __shared__ unsigned tops[WARPS];
-  T(*tile)[stride_of<T>] = (T(*)[stride_of<T>])raw;
-  int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  struct mt_qtensor q = all;
-  int64_t g = blockIdx.z, tall = FP8 ? (n + 127) / 128 : (n + 31) / 32,
-          broad = FP8 ? (k + 127) / 128 : (k + 31) / 32, item = FP8 ? 4 : 1;
-  struct place p = {(int64_t)blockIdx.y * TILE, (int64_t)blockIdx.y * TILE,
-                    (int64_t)blockIdx.x * TILE, 0, 0};
-  p.rows = (int)(n - p.row < TILE ? n - p.row : TILE);
-  p.cols = (int)(k - p.col < TILE ? k - p.col : TILE);
-  q.dim[0] = n, q.dim[1] = k;
-  if (q.row)
-    q.row += g * n * k, q.row_scale = (char *)q.row_scale + g * (FP8 ? tall : n) * broad * item;
-  if (q.col)
-    q.col += g * n * k, q.col_scale = (char *)q.col_scale + g * tall * (FP8 ? broad : k) * item;
-  w += g * n * ld;
-  unsigned top = 0;
-  for (int r = warp; r < TILE; r += WARPS) {
-    float v[4] = {0, 0, 0, 0};
-    if (r < p.rows && lane * 4 < p.cols)
-      read_four<T>(w + (p.row + r) * ld + p.col + lane * 4, p.cols - lane * 4, is_wide, v);
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      top = max(top, magnitude_bits(v[i]));
-      tile[r][lane * 4 + i] = from_float<T>(v[i]);
-    }
-    if (!FP8 && q.row && r < p.rows) write_row<false>(q, p, p.row + r, v);
-  }
-  if constexpr (!FP8) {
-    __syncthreads();
-    if (q.col) write_columns_mx<T>(q, p, tile);
-  } else {
-#pragma unroll
-    for (int i = 16; i > 0; i /= 2) top = max(top, __shfl_xor_sync(0xffffffffu, top, i));
-    if (lane == 0) tops[warp] = top;
-    __syncthreads();
-    for (int i = 0; i < WARPS; i++) top = max(top, tops[i]);
-    unsigned byte = scale_byte<true>(top);
-    float by = scale_inverse(byte);
-    if (threadIdx.x == 0) {
-      if (q.row) put_scale<true>(q.row_scale, blockIdx.y * broad + blockIdx.x, byte);
-      if (q.col) put_scale<true>(q.col_scale, blockIdx.x * tall + blockIdx.y, byte);
-    }
-    for (int r = warp; q.row && r < p.rows; r += WARPS) {
-      for (int c = lane; c < p.cols; c += 32)
-        q.row[(p.row + r) * k + p.col + c] = to_e4m3(to_float(tile[r][c]) * by);
-    }
-    for (int c = warp; q.col && c < p.cols; c += WARPS)
-      write_turned<T>(tile, c, by, q.col + (p.col + c) * n + p.row, p.rows, p.rows);
-  }
-}
-
 extern "C" mt_err mt_cuda_quantize_weight(struct mt_backend *be,
                                           const struct mt_quantize_weight_args *a) {
   const char *op = "quantize_weight";
@@ -447,14 +249,23 @@ extern "C" mt_err mt_cuda_quantize_weight(struct mt_backend *be,
   int64_t n = a->w.dim[a->w.rank - 2], k = a->w.dim[a->w.rank - 1];
   dim3 grid((unsigned)div_up(k, TILE), (unsigned)div_up(n, TILE),
             a->w.rank == 3 ? (unsigned)a->w.dim[0] : 1);
+  mt_err err = MT_OK;
   if (n == 0 || k == 0 || grid.z == 0) return MT_OK;
   MT_CUDA_BY_FORMAT(a->w.dtype, {
-    auto kernel = a->q.format == MT_Q_FP8 ? quantize_weight<T, true> : quantize_weight<T, false>;
-    MT_TRY(mt_cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                              (int)tile_bytes<T>),
-                         op));
-    kernel<<<grid, THREADS, tile_bytes<T>, mt_cuda_of(be)->stream>>>((const T *)a->w.data, a->w.ld,
-                                                                     n, k, fours(&a->w, 0), a->q);
+    if (a->q.format == MT_Q_FP8) {
+      constexpr int shared = (int)(TILE * TILE * sizeof(T));
+      auto kernel = quantize_weight<T>;
+      MT_TRY(mt_cuda_check(
+          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), op));
+      kernel<<<grid, THREADS, shared, mt_cuda_of(be)->stream>>>((const T *)a->w.data, a->w.ld, n, k,
+                                                                fours(&a->w, 0), a->q);
+      err = mt_cuda_launched(op);
+    } else {
+      struct plain_source<T> s = {
+        mat_of<const T>(&a->w), NULL, 1, fours(&a->w, 0)
+      };
+      err = launch<T, false>(be, op, s, {NULL, NULL, 1, n}, k, {{a->q}, {0}});
+    }
   });
-  return mt_cuda_launched(op);
+  return err;
 }

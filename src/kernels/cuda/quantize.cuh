@@ -33,6 +33,16 @@ __device__ __forceinline__ float scale_inverse(unsigned byte) {
 __device__ __forceinline__ uint8_t to_e4m3(float x) {
   return (uint8_t)__nv_cvt_float_to_fp8(x, __NV_SATFINITE, __NV_E4M3);
 }
+/* Four, the first in the lowest byte. */
+__device__ __forceinline__ uint32_t four_e4m3(float a, float b, float c, float d) {
+  uint32_t low = __nv_cvt_float2_to_fp8x2(make_float2(a, b), __NV_SATFINITE, __NV_E4M3);
+  return low | (uint32_t)__nv_cvt_float2_to_fp8x2(make_float2(c, d), __NV_SATFINITE, __NV_E4M3)
+                   << 16;
+}
+/* As T holds it. */
+template <class T> __device__ __forceinline__ float rounded(float x) {
+  return to_float(from_float<T>(x));
+}
 __device__ __forceinline__ float from_e4m3(uint8_t x) {
   __half_raw h = __nv_cvt_fp8_to_halfraw((__nv_fp8_storage_t)x, __NV_E4M3);
   return __half2float(__half(h));
