@@ -8,7 +8,7 @@
 
 #include "par/ranks.h"
 
-enum { PENDING = 64, DELAY_MS = 20, WORK_MS = 12, TRIES = 20 };
+enum { PENDING = 64, DELAY_MS = 20, WORK_MS = 12, TRIES = 60 };
 
 static double now_ms(void) {
   struct timespec t;
