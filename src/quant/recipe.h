@@ -25,6 +25,8 @@ struct mt_recipe {
   /* A parameter's gradient beside that of float32, from the same weights: cosine at least. 0: held
    * to op_tolerance's order instead. */
   double grad_cosine;
+  /* The same where forward is bf16's and backward alone has operands in 8 bits. */
+  double backward_cosine;
 };
 
 /* Parts of a model that a recipe may have in 8 bits, as bits: the projections of the attention,

@@ -1,6 +1,7 @@
 /* Training in 8 bits beside float32: every parameter's gradient at the first step, on the small
  * Mixtral of the fixtures (64 and 96 wide: FP8's last blocks are short there, half a block and
- * three quarters of one), and that the recipe's bound sees one block's wrong scale. */
+ * three quarters of one), of the whole step and of backward by itself, and that the recipe's bounds
+ * see one block's wrong scale. */
 #include "golden/model_cases.h"
 
 static const char *const recipes[] = {"mxfp8", "fp8"};
@@ -159,8 +160,65 @@ static void a_scale_of_one_block_is_seen(void **state) {
   }
 }
 
+/* Forward as bf16 has it: each product on what its operands were quantized from. */
+static struct {
+  struct mt_model *m;
+  struct mt_tensor x; /* of the last quantize */
+} unrounded;
+
+static mt_err noted(struct mt_backend *be, const struct mt_quantize_args *a) {
+  unrounded.x = a->x;
+  return right.quantize(be, a);
+}
+static mt_err spoiled_and_noted(struct mt_backend *be, const struct mt_quantize_args *a) {
+  unrounded.x = a->x;
+  return spoiled(be, a);
+}
+static mt_err forward_in_bf16(struct mt_backend *be, const struct mt_qlinear_fwd_args *a) {
+  const struct mt_params *params = &unrounded.m->params;
+  const struct mt_param *p = NULL;
+  for (int i = 0; i < params->count; i++)
+    if (params->row[i].q.row == a->w.row) p = &params->row[i];
+  assert_non_null(p);
+  struct mt_tensor w = p->master;
+  void *rounded = malloc((size_t)mt_count(&w) * sizeof(uint16_t));
+  assert_int_equal(mt_dtype_convert(rounded, MT_BF16, w.data, w.dtype, (size_t)mt_count(&w)), 0);
+  w.data = rounded, w.dtype = MT_BF16;
+  struct mt_linear_fwd_args l = {.x = unrounded.x, .w = w, .y = a->y, .offsets = a->offsets};
+  mt_err err = right.linear_fwd(be, &l);
+  free(rounded);
+  return err;
+}
+static void backward_alone(struct golden *g) {
+  unrounded.m = &g->m;
+  g->be.ops.quantize = noted;
+  g->be.ops.qlinear_fwd = forward_in_bf16;
+}
+static void spoil_backward(struct golden *g) {
+  backward_alone(g);
+  g->be.ops.quantize = spoiled_and_noted;
+}
+
+/* What the whole step is off by is forward's rounding (docs/math.md, "Eight-bit blocks"). */
+static void backwards_own_rounding_is_small(void **state) {
+  (void)state;
+  for (int i = 0; i < 2; i++) {
+    /* Each operand is quantized by itself and right before its product. */
+    struct mt_model_options o = {.experts = MT_EXPERTS_GROUPED, .blocks = MT_BLOCKS_FUSED};
+    char name[48] = "", planted[48] = "";
+    double bound = mt_recipe_find(recipes[i])->backward_cosine;
+    double c = least_cosine(recipes[i], o, backward_alone, name);
+    double bad = least_cosine(recipes[i], o, spoil_backward, planted);
+    print_message("  %-6s backward alone: least cosine %.4f of %s; a block's scale doubled: %.4f\n",
+                  recipes[i], c, name, bad);
+    if (!(c > bound)) fail_msg("%s: cosine %.4f of %s", recipes[i], c, name);
+    if (bad > bound) fail_msg("%s: a doubled scale passed", recipes[i]);
+  }
+}
+
 int main(void) {
   const struct CMUnitTest tests[] = {cmocka_unit_test(gradients_point_where_float32s_do),
-                                     cmocka_unit_test(a_scale_of_one_block_is_seen)};
+                                     cmocka_unit_test(a_scale_of_one_block_is_seen),
+                                     cmocka_unit_test(backwards_own_rounding_is_small)};
   return cmocka_run_group_tests(tests, NULL, NULL);
 }
