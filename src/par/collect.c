@@ -1,5 +1,7 @@
 #include "par/collect.h"
 
+#include <stdlib.h>
+
 struct mt_tensor mt_param_form(const struct mt_param *p, enum mt_form form) {
   switch (form) {
 #define X(form, field)                                                                             \
@@ -30,21 +32,25 @@ static bool sharded(const struct mt_model *m, enum mt_form form) {
   return form != MT_FORM_MASTER || m->recipe->act != m->recipe->state;
 }
 
-/* A stage's table and buckets. Those of another stage are made for the question. */
-struct stage {
+/* Of each stage its table and buckets: this rank's own, those of the others made when state that is
+ * cut over ranks is first asked for. */
+struct mt_stage_tables {
   struct mt_params params;
   struct mt_buckets buckets;
   bool own;
 };
 
-static mt_err open_stage(const struct mt_ranks *r, int stage, struct stage *out) {
+static mt_err open_stage(const struct mt_ranks *r, int stage, struct mt_stage_tables *out) {
   const struct mt_config *c = &r->model->config;
-  *out = (struct stage){.params = r->model->params, .buckets = r->buckets, .own = true};
-  if (stage == r->mesh.pp_rank) return MT_OK;
+  out->own = stage == r->mesh.pp_rank;
+  if (out->own) {
+    out->params = r->model->params;
+    out->buckets = r->buckets;
+    return MT_OK;
+  }
   struct mt_mesh there = mt_mesh_of(&r->mesh, c, stage * r->mesh.dp * r->mesh.ep);
   struct mt_shard shard = mt_ranks_shard(&there);
   struct mt_sharers sharers = mt_ranks_sharers(&there);
-  *out = (struct stage){0};
   MT_TRY(mt_params_build(c, &shard, &out->params));
   for (int i = 0; i < out->params.count; i++) {
     struct mt_param *p = &out->params.row[i];
@@ -53,16 +59,29 @@ static mt_err open_stage(const struct mt_ranks *r, int stage, struct stage *out)
   return mt_buckets_build(&out->params, &sharers, r->model->options.bucket_elements, &out->buckets);
 }
 
-static void close_stage(struct stage *s) {
-  if (s->own) return;
-  mt_params_free(&s->params);
-  mt_buckets_free(&s->buckets);
+void mt_ranks_end_collecting(struct mt_ranks *r) {
+  for (int i = 0; r->stages && i < r->mesh.pp; i++) {
+    if (r->stages[i].own) continue;
+    mt_params_free(&r->stages[i].params);
+    mt_buckets_free(&r->stages[i].buckets);
+  }
+  free(r->stages);
+  r->stages = NULL;
+}
+
+static mt_err open_stages(struct mt_ranks *r) {
+  mt_err err = MT_OK;
+  r->stages = calloc((size_t)r->mesh.pp, sizeof *r->stages);
+  if (!r->stages) return mt_fail(MT_ENOMEM, "tables of %d stages", r->mesh.pp);
+  for (int i = 0; !err && i < r->mesh.pp; i++) err = open_stage(r, i, &r->stages[i]);
+  if (err) mt_ranks_end_collecting(r);
+  return err;
 }
 
 /* Which of the ranks that share it keeps element `at` of the stage's row, and how many from there.
  */
-static int sharer(const struct mt_ranks *r, const struct stage *s, const struct mt_param *whole,
-                  int64_t at, int64_t *run) {
+static int sharer(const struct mt_ranks *r, const struct mt_stage_tables *s,
+                  const struct mt_param *whole, int64_t at, int64_t *run) {
   int row = (int)(mt_params_find(&s->params, whole->kind, whole->layer) - s->params.row);
   int64_t pos = s->buckets.at[row] + at, n;
   int ranks = mt_ranks_sharers(&r->mesh).count[whole->sync];
@@ -81,7 +100,7 @@ static int sharer(const struct mt_ranks *r, const struct stage *s, const struct 
 
 /* Who holds element `at` of the whole parameter's form (the first of those that do), and how many
  * follow there. */
-static mt_err holder(const struct mt_ranks *r, const struct mt_param *whole, enum mt_form form,
+static mt_err holder(struct mt_ranks *r, const struct mt_param *whole, enum mt_form form,
                      int64_t at, int *rank, int64_t *run) {
   const struct mt_mesh *m = &r->mesh;
   bool expert = whole->sync == MT_SYNC_EXPERT;
@@ -92,12 +111,10 @@ static mt_err holder(const struct mt_ranks *r, const struct mt_param *whole, enu
   if (whole->layer < 0 && whole->kind != MT_PARAM_EMBED) stage = m->pp - 1;
   *rank = stage * m->dp * m->ep + ep_rank;
   if (!sharded(r->model, form)) return MT_OK;
-  struct stage s;
-  mt_err err = open_stage(r, stage, &s);
-  if (!err) index = sharer(r, &s, whole, at - ep_rank * held, run);
-  close_stage(&s);
+  if (!r->stages) MT_TRY(open_stages(r));
+  index = sharer(r, &r->stages[stage], whole, at - ep_rank * held, run);
   *rank += expert ? index * m->ep : index;
-  return err;
+  return MT_OK;
 }
 
 /* The row of what is here; not EMBED's for a tied head. */

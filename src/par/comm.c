@@ -12,6 +12,11 @@ mt_err mt_comm_failed(struct mt_comm *c) {
   return c->failed ? c->failed(c) : MT_OK;
 }
 
+mt_err mt_comm_settle(struct mt_comm *c, double limit_s, bool *over) {
+  *over = true;
+  return c->settle ? c->settle(c, limit_s, over) : MT_OK;
+}
+
 /* Units that leave for others, of the parts that go to each. */
 static int64_t leaving(const struct mt_comm *c, const int64_t *count) {
   int64_t units = 0;

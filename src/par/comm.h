@@ -65,6 +65,7 @@ struct mt_comm {
   mt_err (*test)(struct mt_comm *c, struct mt_transfer *t, bool *done); /* or NULL */
   mt_err (*set_out)(struct mt_comm *c); /* or NULL: messages set out when they are started */
   mt_err (*failed)(struct mt_comm *c);  /* or NULL: wait has told */
+  mt_err (*settle)(struct mt_comm *c, double limit_s, bool *over); /* or NULL: nothing to settle */
   void (*destroy)(struct mt_comm *c);
   void *impl;
 };
@@ -75,6 +76,12 @@ void mt_comm_destroy(struct mt_comm *c); /* safe on a zeroed one */
 /* What has gone wrong since with transfers that have been waited for: MT_ECOMM. Once the work that
  * used them is done and this says MT_OK, they have arrived. */
 mt_err mt_comm_failed(struct mt_comm *c);
+
+/* For who ends with transfers under way: once it returns, no buffer of theirs is touched any more,
+ * since they are over, or have been given up after limit_s. *over (=) says which. Errors: MT_ECOMM
+ * where one is not over and cannot be given up (MPI's); its buffers must be let be until the
+ * process ends. */
+mt_err mt_comm_settle(struct mt_comm *c, double limit_s, bool *over);
 
 /* The calls, counted; what has nothing to move, or nobody to move it to, does not reach the table.
  * Host buffers for self and MPI. Each waits unless t is given. */

@@ -291,6 +291,28 @@ static mt_err mpi_wait(struct mt_comm *c, struct mt_transfer *t) {
   return MT_OK;
 }
 
+/* Calls of many ranks cannot be cancelled, and a message that is on its way not for certain. */
+static mt_err mpi_settle(struct mt_comm *c, double limit_s, bool *over) {
+  struct group *g = group_of(c);
+  double begin = now_s();
+  for (;;) {
+    int under_way = 0;
+    for (int i = 0; i < g->slot_count; i++) {
+      struct slot *s = g->slot[i];
+      int done = 0;
+      if (s->used && MPI_Test(&s->request, &done, MPI_STATUS_IGNORE) != MPI_SUCCESS) done = 1;
+      if (done) s->used = false;
+      under_way += s->used;
+    }
+    *over = under_way == 0;
+    if (*over) return MT_OK;
+    if (now_s() - begin > limit_s)
+      return mt_fail(MT_ECOMM, "%s group, member %d of %d: %d transfers are still under way",
+                     c->name, c->rank, c->size, under_way);
+    nanosleep(&(struct timespec){.tv_nsec = 100000}, NULL);
+  }
+}
+
 static void mpi_destroy(struct mt_comm *c) {
   struct group *g = group_of(c);
   if (!g) return;
@@ -319,6 +341,7 @@ mt_err mt_world_group(const struct mt_world *w, const struct mt_mesh *mesh, enum
                       .barrier = mpi_barrier,
                       .wait = mpi_wait,
                       .test = mpi_test,
+                      .settle = mpi_settle,
                       .destroy = mpi_destroy,
                       .impl = g};
   mt_err err = MT_ENOMEM;

@@ -375,13 +375,13 @@ static mt_err device_wait(struct mt_comm *c, struct mt_transfer *t) {
 }
 
 /* Whether all that was launched is done; a run that ends well has waited for it. */
-static bool comes_to_rest(struct group *g) {
+static bool comes_to_rest(struct group *g, double limit_s) {
   double begin = now_s();
   for (;;) {
     pthread_mutex_lock(&g->lock);
     land(g);
     bool rests = g->next - g->first == (g->message_count > 0) && !g->failed;
-    bool late = g->failed || now_s() - begin > REST_S;
+    bool late = g->failed || now_s() - begin > limit_s;
     pthread_mutex_unlock(&g->lock);
     if (rests || late) return rests;
     sleep_ms(1);
@@ -390,17 +390,29 @@ static bool comes_to_rest(struct group *g) {
 
 /* Who ends because of an error must not wait for peers that do not come: they learn of it only when
  * this one is gone. */
-static void device_destroy(struct mt_comm *c) {
+static mt_err device_settle(struct mt_comm *c, double limit_s, bool *over) {
   struct group *g = group_of(c);
-  if (!g) return;
-  bool rests = comes_to_rest(g);
-  if (g->watched) {
+  *over = comes_to_rest(g, limit_s);
+  if (g->watched) { /* which may be giving up */
     pthread_mutex_lock(&g->lock);
     g->stop = true;
     pthread_mutex_unlock(&g->lock);
     pthread_join(g->watcher, NULL);
+    g->watched = false;
   }
-  if (g->comm) (void)(rests ? g->api.CommDestroy(g->comm) : g->api.CommAbort(g->comm));
+  if (*over) return MT_OK;
+  pthread_mutex_lock(&g->lock);
+  give_up(c, "ended with transfers under way");
+  pthread_mutex_unlock(&g->lock);
+  return MT_OK;
+}
+
+static void device_destroy(struct mt_comm *c) {
+  struct group *g = group_of(c);
+  bool over;
+  if (!g) return;
+  (void)device_settle(c, REST_S, &over);
+  if (g->comm) (void)g->api.CommDestroy(g->comm);
   for (int i = 0; i < FLIGHTS; i++) {
     if (g->flight[i].done) (void)cudaEventDestroy(g->flight[i].done);
   }
@@ -518,6 +530,7 @@ mt_err mt_comm_device(struct mt_comm *host, struct mt_backend *be, struct mt_com
                       .wait = device_wait,
                       .set_out = flush,
                       .failed = failed,
+                      .settle = device_settle,
                       .destroy = device_destroy};
   struct group *g = calloc(1, sizeof *g);
   *out = (struct mt_comm){0};

@@ -1,10 +1,13 @@
 #include "par/ranks.h"
 
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "par/exchange.h"
 #include "par/nccl.h"
+
+enum { SETTLE_S = 5 }; /* as long as who fails alone gives the others to come: mt_world_end */
 
 struct mt_shard mt_ranks_shard(const struct mt_mesh *mesh) {
   return (struct mt_shard){.expert_begin = (int)mesh->expert_begin,
@@ -40,12 +43,34 @@ static size_t squares_bytes(const struct mt_ranks *r) {
   return (1 + (size_t)(readers > stages ? readers : stages)) * sizeof(double);
 }
 
+static mt_err settle_one(struct mt_comm *c, double *limit_s) {
+  bool over;
+  mt_err err = mt_comm_settle(c, *limit_s, &over);
+  if (!over) *limit_s = 0; /* whoever does not come here does not come elsewhere */
+  return err;
+}
+
+void mt_ranks_settle(struct mt_ranks *r) {
+  char why[1024];
+  double limit_s = SETTLE_S;
+  mt_err err = MT_OK;
+  snprintf(why, sizeof why, "%s", mt_error_message());
+  (void)settle_one(&r->gpu_back, &limit_s); /* these can be given up */
+  for (int g = 0; g < MT_GROUP_COUNT; g++) (void)settle_one(&r->gpu[g], &limit_s);
+  for (int g = 0; !err && g < MT_GROUP_COUNT; g++) err = settle_one(&r->comm[g], &limit_s);
+  for (int s = 0; !err && s < MT_SYNC_COUNT; s++) err = settle_one(&r->late[s], &limit_s);
+  if (err) mt_world_abort(r->world, *why ? why : mt_error_message());
+  (void)mt_fail(MT_OK, "%s", why);
+}
+
 void mt_ranks_close(struct mt_ranks *r) {
+  mt_ranks_settle(r);
   if (r->model) mt_exchange_close(r->model);
   mt_pipeline_close(&r->pipeline);
   if (r->squares) r->model->be->mem_free(r->model->be, r->squares, squares_bytes(r));
   mt_sum_free(&r->sum);
   mt_ranks_end_overlap(r);
+  mt_ranks_end_collecting(r);
   mt_buckets_free(&r->buckets);
   for (int sync = 0; sync < MT_SYNC_COUNT; sync++) mt_comm_destroy(&r->late[sync]);
   mt_comm_destroy(&r->gpu_back);
@@ -57,12 +82,24 @@ void mt_ranks_close(struct mt_ranks *r) {
   *r = (struct mt_ranks){0};
 }
 
+/* Groups whose tensors need a communicator of their own on a GPU. */
+static bool has_tensors(enum mt_group group, int size) {
+  return group != MT_GROUP_WORLD && size > 1;
+}
+
+int mt_ranks_gpu_comms(const struct mt_mesh *mesh) {
+  int n = mesh->pp > 1; /* what goes back in the pipeline */
+  for (int g = 0; g < MT_GROUP_COUNT; g++)
+    n += has_tensors((enum mt_group)g, mt_mesh_group(mesh, (enum mt_group)g).count);
+  return n;
+}
+
 /* Communicators for what is in the backend's memory: where that is the host's, the ones there are.
  */
 static mt_err open_tensor_comms(struct mt_ranks *r, struct mt_backend *be) {
   for (int g = 0; g < MT_GROUP_COUNT; g++) {
     r->tensor[g] = &r->comm[g];
-    if (!be->memory_used || g == MT_GROUP_WORLD || r->comm[g].size == 1) continue;
+    if (!be->memory_used || !has_tensors((enum mt_group)g, r->comm[g].size)) continue;
     MT_TRY(mt_comm_device(&r->comm[g], be, &r->gpu[g]));
     r->tensor[g] = &r->gpu[g];
   }

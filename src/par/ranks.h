@@ -21,9 +21,10 @@ struct mt_ranks {
   struct mt_comm gpu_back;                /* of the pipeline, for what goes back */
   struct mt_comm *tensor[MT_GROUP_COUNT]; /* over the backend's: those of one or the other */
   struct mt_model *model;
-  struct mt_pipeline pipeline;   /* of several stages; mesh.pp says whether */
-  const struct mt_params *whole; /* the table of all ranks' model; set by who collects */
-  struct mt_tensor *views;       /* room for the gradients that a norm reads */
+  struct mt_pipeline pipeline;    /* of several stages; mesh.pp says whether */
+  const struct mt_params *whole;  /* the table of all ranks' model; set by who collects, once */
+  struct mt_stage_tables *stages; /* collect.c's, of each stage; made when needed */
+  struct mt_tensor *views;        /* room for the gradients that a norm reads */
   struct mt_sum sum;
   double *squares;           /* backend [1 + DP EP or PP]: of this rank's parts, and of all ranks */
   struct mt_buckets buckets; /* that gradients are summed by */
@@ -41,10 +42,17 @@ mt_err mt_ranks_join(struct mt_ranks *r, struct mt_model *m);
 /* Whether transfers between GPUs have failed that a step has waited for: to be asked once it is
  * done and before its numbers are believed. Errors: MT_ECOMM. */
 mt_err mt_ranks_failed(struct mt_ranks *r);
-void mt_ranks_close(struct mt_ranks *r); /* before the model's end */
+/* For who ends, after an error with transfers under way: from here on nothing is written to or read
+ * from buffers of theirs, which may be freed then. Where MPI cannot be kept from it, all ranks are
+ * brought down with the error's message. */
+void mt_ranks_settle(struct mt_ranks *r);
+void mt_ranks_close(struct mt_ranks *r); /* settles first; before the model's end */
 
 /* What of the model this rank holds. */
 struct mt_shard mt_ranks_shard(const struct mt_mesh *mesh);
+
+/* Communicators that a rank of the mesh opens for its GPU's memory. */
+int mt_ranks_gpu_comms(const struct mt_mesh *mesh);
 
 /* How many ranks share each class of parameters. */
 struct mt_sharers mt_ranks_sharers(const struct mt_mesh *mesh);
@@ -95,10 +103,11 @@ mt_err mt_ranks_gradients(struct mt_ranks *r, double *sumsq);
  * parts from it. Nothing to do without. */
 mt_err mt_ranks_parameters(struct mt_ranks *r);
 
-/* Internal to par/: overlap.c's end of a step and of itself; where a bucket lies among gradients or
- * in what operations read. */
+/* Internal to par/: overlap.c's end of a step and of itself; collect.c's; where a bucket lies among
+ * gradients or in what operations read. */
 mt_err mt_ranks_finish(struct mt_ranks *r);
 void mt_ranks_end_overlap(struct mt_ranks *r);
+void mt_ranks_end_collecting(struct mt_ranks *r);
 char *mt_ranks_bucket(const struct mt_ranks *r, const struct mt_bucket *k, bool compute);
 
 #endif

@@ -35,6 +35,9 @@ static void open_stage(struct run *mine, struct mt_ranks *ranks, const struct mt
   open_run(mine, recipe, options, c, &shard);
   OK(mt_ranks_open(ranks, &world, mesh));
   OK(mt_ranks_join(ranks, &mine->m));
+  int comms = ranks->gpu_back.impl != NULL;
+  for (int g = 0; g < MT_GROUP_COUNT; g++) comms += ranks->gpu[g].impl != NULL;
+  assert_int_equal(comms, dist_be.memory_used ? mt_ranks_gpu_comms(mesh) : 0);
   ranks->pipeline.sequential = o->sequential;
 }
 

@@ -324,6 +324,78 @@ static void most_of_the_exchange_is_hidden(void **state) {
   chunks_are_hidden(false);
 }
 
+/* What a rank has under way when its backward breaks. */
+static struct mt_ranks *broken;
+static int freed_early, freed;
+static void (*really_free)(struct mt_backend *be, void *p, size_t size_bytes);
+
+static bool under_way(struct mt_ranks *r) {
+  bool all = true, over;
+  for (int g = 0; g < MT_GROUP_COUNT; g++) all &= !mt_comm_settle(&r->comm[g], 0, &over) && over;
+  for (int s = 0; s < MT_SYNC_COUNT; s++) all &= !mt_comm_settle(&r->late[s], 0, &over) && over;
+  return !all;
+}
+
+static void free_and_look(struct mt_backend *be, void *p, size_t size_bytes) {
+  freed++;
+  freed_early += broken && under_way(broken);
+  really_free(be, p, size_bytes);
+}
+
+static mt_err break_down(struct mt_backend *be, const struct mt_embed_bwd_args *a) {
+  (void)be, (void)a;
+  return mt_fail(MT_EDEVICE, "the embedding's gradient is lost");
+}
+
+/* The last operation of backward fails, with all other gradients on their way to a rank that has
+ * not come so far yet: no memory is freed before they are there (the sanitizers' builds would see
+ * it too), and the error's message stays. */
+static void buffers_outlast_transfers(void **state) {
+  (void)state;
+  struct mt_model_options options = {.experts = MT_EXPERTS_GROUPED,
+                                     .blocks = MT_BLOCKS_FUSED,
+                                     .training = true,
+                                     .zero = 1, /* sums that nobody sends around */
+                                     .bucket_elements = 4096};
+  struct mt_config c = config();
+  struct mt_mesh mesh;
+  struct mt_ranks r;
+  struct run mine;
+  struct small_batch b;
+  struct mt_pass pass = {.batch = &b.b, .loss_scale = 0.01, .aux_weight = 1};
+  if (world.size == 1) skip();
+  OK(mt_mesh_make(&c, world.size, world.rank, 1, 1, &mesh));
+  options.sharers = mt_ranks_sharers(&mesh);
+  struct mt_shard shard = mt_ranks_shard(&mesh);
+  open_run(&mine, "fp32", options, &c, &shard);
+  small_weights(&mine.m, 3);
+  OK(mt_ranks_open(&r, &world, &mesh));
+  OK(mt_ranks_join(&r, &mine.m));
+  batch_of(&b, c.vocab, mt_mesh_reader(&mesh), 0);
+  OK(mt_model_pass_load(&mine.m, &pass));
+  OK(mt_ranks_begin(&r));
+  mine.be->ops.embed_bwd = break_down;
+  really_free = mine.be->mem_free;
+  mine.be->mem_free = free_and_look;
+  listener = mine.m.grad_ready;
+  listener_context = mine.m.grad_ready_context;
+  if (world.rank > 0) mine.m.grad_ready = take_time;
+  assert_int_equal(mt_model_pass_launch(&mine.m, &pass), MT_EDEVICE);
+  bool waits = under_way(&r);
+  (void)break_down(NULL, NULL); /* its message again */
+  broken = &r;
+  mt_ranks_settle(&r);
+  assert_non_null(strstr(mt_error_message(), "the embedding's gradient is lost"));
+  mt_ranks_close(&r);
+  broken = NULL;
+  assert_true(freed > 0);
+  assert_int_equal(freed_early, 0);
+  if (world.rank == 0) assert_true(waits); /* or nothing has been shown */
+  close_run(&mine);
+  OK(mt_comm_barrier(&world.all));
+}
+
 static const struct CMUnitTest tests[] = {cmocka_unit_test(most_is_hidden),
-                                          cmocka_unit_test(most_of_the_exchange_is_hidden)};
+                                          cmocka_unit_test(most_of_the_exchange_is_hidden),
+                                          cmocka_unit_test(buffers_outlast_transfers)};
 DIST_MAIN(tests)

@@ -1,6 +1,6 @@
 /* Preloaded into ranks: RANKS_KILL=RANK,CALL,N,HOW kills rank RANK (HOW: KILL), stops it (STOP) or
- * lets the call fail (FAIL, of fsync) at its Nth call of a function; RANKS_COUNT=DIR writes each
- * rank's numbers of calls to DIR/count-RANK at its end. */
+ * lets the call fail (FAIL, of fsync and MPI_Ialltoallv) at its Nth call of a function;
+ * RANKS_COUNT=DIR writes each rank's numbers of calls to DIR/count-RANK at its end. */
 #include <dlfcn.h>
 #include <errno.h>
 #include <mpi.h>
@@ -57,7 +57,7 @@ int MPI_Ialltoallv(const void *a, const int b[], const int c[], MPI_Datatype d, 
   int (*real)(const void *, const int *, const int *, MPI_Datatype, void *, const int *,
               const int *, MPI_Datatype, MPI_Comm, MPI_Request *);
   *(void **)&real = next("MPI_Ialltoallv");
-  note(CALL_MPI_Ialltoallv);
+  if (note(CALL_MPI_Ialltoallv)) return MPI_ERR_OTHER;
   return real(a, b, c, d, e, f, g, h, i, j);
 }
 

@@ -112,6 +112,18 @@ static void one_ranks_error_ends_all(void **state) {
   recover("a full disk");
 }
 
+/* A call that fails on one rank in backward, with sums under way: who and what is told, and the
+ * others do not wait for their time-out's end. */
+static void one_ranks_call_ends_all(void **state) {
+  (void)state;
+  struct start s;
+  disturb("a call that fails", 1, "MPI_Ialltoallv", 3 * A_STEP + FORWARD + SUMS, "FAIL", &s);
+  if (!strstr(s.out, "moetune: error: rank 1: ") || !strstr(s.out, "all_to_all") ||
+      strstr(s.out, "Sanitizer"))
+    fail_msg("status %d: %s", s.status, s.out);
+  recover("a call that fails");
+}
+
 /* A signal to any rank, or one that the launcher hands on, ends all after the same step. */
 static void a_signal_stops_all(void **state) {
   (void)state;
@@ -130,7 +142,8 @@ static void a_signal_stops_all(void **state) {
 
 static const struct CMUnitTest tests[] = {
     cmocka_unit_test(killed_in_each_phase), cmocka_unit_test(what_hangs_is_named),
-    cmocka_unit_test(one_ranks_error_ends_all), cmocka_unit_test(a_signal_stops_all)};
+    cmocka_unit_test(one_ranks_error_ends_all), cmocka_unit_test(one_ranks_call_ends_all),
+    cmocka_unit_test(a_signal_stops_all)};
 int main(void) {
   return cmocka_run_group_tests(tests, set_up, tear_down);
 }
