@@ -50,6 +50,16 @@ static const struct mt_option rows[] = {
      .min = 0,
      .max = DBL_MAX,
      .help = "Of --memory, what drivers and libraries take beside the plan."},
+    {.flag = "comm-memory",
+     .type = MT_OPT_BYTES,
+     .offset = AT(comm_bytes),
+     .unit = "SIZE",
+     .initial = "1.1GB",
+     .min = 0,
+     .max = DBL_MAX,
+     .help = "What NCCL is assumed to take of a GPU's memory for each communicator that a rank "
+             "opens there (at most five: experts, data, dense, and two of a pipeline). The default "
+             "is what was measured with two ranks; with NCCL_BUFFSIZE and more ranks it differs."},
     {.flag = "ep-size",
      .type = MT_OPT_INT,
      .offset = AT(ep_size),
@@ -136,7 +146,8 @@ static const struct mt_option rows[] = {
      .initial = "0",
      .min = 0,
      .max = 1,
-     .help = "Share of what travels that is hidden behind computing."},
+     .help = "Share of what travels, and of the additions of sums, that is assumed to be hidden "
+             "behind computing: of all of it alike, and none by default."},
     {.group = "What is shown",
      .flag = "rows",
      .type = MT_OPT_INT,
@@ -238,8 +249,9 @@ static mt_err draw(const struct mt_planner *p, const struct mt_sweep *sweep) {
            mt_machine_flops(m, p->recipe->act) * 1e-12, m->copy_bytes * 1e-12, m->link_bytes * 1e-9,
            m->host_ranks, m->network_bytes * 1e-9, m->call_s * 1e6, m->peer_s * 1e6);
   if (o->memory_bytes) {
-    snprintf(memory, sizeof memory, "A mesh fits in %.0f GB less %.1f.",
-             (double)o->memory_bytes * 1e-9, (double)o->reserve_bytes * 1e-9);
+    snprintf(memory, sizeof memory, "A mesh fits in %.0f GB less %.1f, a communicator takes %.1f.",
+             (double)o->memory_bytes * 1e-9, (double)o->reserve_bytes * 1e-9,
+             (double)o->comm_bytes * 1e-9);
   } else {
     snprintf(memory, sizeof memory, "Memory is not bounded.");
   }

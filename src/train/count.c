@@ -278,6 +278,7 @@ static mt_err run(struct counter *c, struct mt_model *m, struct mt_optimizer *op
     MT_GO(mt_ranks_gradients(ranks, opt->grad_sumsq));
     add_rows(profile, &c->profile);
     take_rows(c, &out->sums, &out->sums_s, NULL);
+    for (int i = 0; i < ranks->buckets.count; i++) out->buckets[ranks->buckets.item[i].sync]++;
   }
   out->sums_bytes = c->taken_bytes - before;
   out->sums_places = alone ? 1 : mt_ranks_overlap_places(ranks);

@@ -185,9 +185,10 @@ struct mt_plan_options {
   const char *machine; /* "h100", "h200", "b300", or "this": measured */
   double flops, copy_bytes, link_bytes, network_bytes; /* a second; 0: the machine's */
   int host_gpus;                                       /* of a host; 0: the machine's */
-  double overlap; /* share of what travels that is hidden behind computing */
-  int rows;       /* of a list, to show */
-  int sweep;      /* up to so many ranks; 0: none */
+  double overlap;      /* share of what travels that is hidden behind computing */
+  uint64_t comm_bytes; /* that a communicator takes of its GPU's memory */
+  int rows;            /* of a list, to show */
+  int sweep;           /* up to so many ranks; 0: none */
   const char *svg;
   bool json;
 };

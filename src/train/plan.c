@@ -219,11 +219,13 @@ static struct mt_plan_memory memory_of(const struct mt_planner *p, const struct 
                              .optimizer = c->arenas.optimizer,
                              .activations = c->arenas.activations,
                              .exchange = c->rows_bytes,
-                             .sums = c->sums_bytes};
+                             .sums = c->sums_bytes,
+                             .comms = (size_t)plan->comms * (size_t)p->options->comm_bytes};
   if (plan->zero == 2)
     m.gradients =
         share(s->dense.grad, grad, plan->dp * plan->ep) + share(s->expert.grad, grad, plan->dp);
-  m.total = m.parameters + m.gradients + m.optimizer + m.activations + m.exchange + m.sums;
+  m.total =
+      m.parameters + m.gradients + m.optimizer + m.activations + m.exchange + m.sums + m.comms;
   return m;
 }
 
@@ -232,11 +234,24 @@ static double leaving(int ranks) {
   return (double)(ranks - 1) / ranks;
 }
 
-static double sum_traffic(const struct class_bytes *b, const struct mt_plan *plan, int ranks) {
+/* Of the stage that has more: a middle one has neither embedding nor head and as many layers as the
+ * first at most. */
+static double sum_traffic(const struct class_bytes *first, const struct class_bytes *last,
+                          const struct mt_plan *plan, int ranks) {
+  const struct class_bytes *b = first->grad >= last->grad ? first : last;
   double g = (double)b->grad, once = leaving(ranks);
   if (plan->zero == 0) return 2 * once * g;
   /* Parts go to their owners (of sharded gradients each micro-batch's), new weights come back. */
   return once * (g * (plan->zero == 2 ? plan->micro : 1) + (double)b->compute);
+}
+
+/* Parts leave and sums (or what operations read) come back, of every bucket that model/buckets.c
+ * cuts. */
+static int sum_calls(const struct mt_planner_entry *e, const struct mt_plan *plan,
+                     enum mt_sync sync, int ranks) {
+  int first = e->first.count.buckets[sync], last = e->last.count.buckets[sync];
+  int buckets = first > last ? first : last;
+  return ranks > 1 ? buckets * ((plan->zero == 2 ? plan->micro : 1) + 1) : 0;
 }
 
 static struct mt_plan_traffic traffic_of(const struct mt_planner *p, const struct mt_plan *plan,
@@ -255,8 +270,10 @@ static struct mt_plan_traffic traffic_of(const struct mt_planner *p, const struc
       .tokens = 4 * rows * c->hidden * act,
       .probabilities = 2 * rows * stat,
       .auxiliary = (plan->dp * plan->ep - 1) * record * passes,
-      .dense = sum_traffic(&e->first.dense, plan, plan->dp * plan->ep),
-      .experts = sum_traffic(&e->first.expert, plan, plan->dp),
+      .dense = sum_traffic(&e->first.dense, &e->last.dense, plan, plan->dp * plan->ep),
+      .experts = sum_traffic(&e->first.expert, &e->last.expert, plan, plan->dp),
+      .dense_calls = sum_calls(e, plan, MT_SYNC_DENSE, plan->dp * plan->ep),
+      .expert_calls = sum_calls(e, plan, MT_SYNC_EXPERT, plan->dp),
       .stages = (plan->pp > 2 ? once + last : fmax(once, last)) * passes,
   };
   return t;
@@ -275,23 +292,20 @@ static double travel(const struct mt_machine *m, double bytes, int ranks, int st
   return slower + calls * (m->call_s + (ranks - 1) * m->peer_s);
 }
 
-static double bucket_count(const struct class_bytes *b, const struct mt_recipe *r) {
-  return ceil((double)b->grad / (double)mt_dtype_bytes(r->grad) / MT_BUCKET_ELEMENTS);
-}
-
-/* What runs once a step beside the passes: sums, their additions, the update. */
+/* What runs once a step beside the passes: sums, their additions and the norm, which waits for the
+ * slowest stage; the update. */
 static void step_end(const struct mt_planner *p, const struct mt_planner_entry *e,
                      struct mt_plan *plan) {
   const struct mt_machine *m = &p->machine;
-  const struct class_bytes *d = &e->first.dense, *x = &e->first.expert;
-  int readers = plan->dp * plan->ep;
+  const struct mt_count *f = &e->first.count, *l = &e->last.count;
+  int readers = plan->dp * plan->ep, stage = readers;
   double again = plan->zero == 2 ? plan->micro : 1;
-  double sums =
-      travel(m, plan->sent.dense, readers, 1, 2 * again * bucket_count(d, p->recipe)) +
-      travel(m, plan->sent.experts, plan->dp, plan->ep, 2 * again * bucket_count(x, p->recipe)) +
-      again * e->first.count.sums_s;
-  plan->time.sums = sums * (1 - p->options->overlap);
-  plan->time.update = e->first.count.update_s;
+  double sums = travel(m, plan->sent.dense, readers, 1, plan->sent.dense_calls) +
+                travel(m, plan->sent.experts, plan->dp, plan->ep, plan->sent.expert_calls) +
+                again * fmax(f->sums_s, l->sums_s);
+  double norm = travel(m, 0, readers, 1, 1) + travel(m, 0, plan->pp, stage, 1);
+  plan->time.sums = (sums + norm) * (1 - p->options->overlap);
+  plan->time.update = fmax(f->update_s, l->update_s);
 }
 
 static void times_of(const struct mt_planner *p, const struct mt_planner_entry *e,
@@ -321,6 +335,7 @@ mt_err mt_plan_mesh(struct mt_planner *p, struct mt_plan *plan) {
   const struct mt_plan_options *o = p->options;
   MT_TRY(mt_mesh_make(&p->config, plan->gpus, 0, plan->ep, plan->pp, &mesh));
   plan->dp = mesh.dp;
+  plan->comms = wants_cuda(o) ? mt_ranks_gpu_comms(&mesh) : 0;
   MT_TRY(entry_of(p, plan, &e));
   int layers = (int)(mesh.layer_end - mesh.layer_begin);
   plan->memory = memory_of(p, plan, &e.first);

@@ -18,6 +18,7 @@ struct mt_count {
   double first_s, more_s, sums_s, update_s; /* without what travels */
   double ends_s;                            /* embedding and head, within a pass */
   double stage_bytes;                       /* that a stage sends, a micro-batch */
+  int buckets[MT_SYNC_COUNT];               /* that gradients of each class are summed in */
 };
 
 struct mt_count_options {
@@ -44,6 +45,7 @@ struct mt_plan_memory {
   size_t parameters, gradients, optimizer, activations;
   size_t exchange; /* rows of other ranks, and their staging */
   size_t sums;     /* parts of a bucket of gradients */
+  size_t comms;    /* of the GPU's communicators themselves: options.comm_bytes each, assumed */
   size_t total;
 };
 
@@ -52,6 +54,7 @@ struct mt_plan_traffic {
   double counts, tokens, probabilities, auxiliary; /* of the exchange, all layers and passes */
   double dense, experts;                           /* sums of gradients, and what follows them */
   double stages;                                   /* hidden states and their gradients */
+  int dense_calls, expert_calls;                   /* that sums are made of */
 };
 
 struct mt_plan_time {
@@ -60,6 +63,7 @@ struct mt_plan_time {
 
 struct mt_plan {
   int gpus, ep, pp, dp, zero, recompute, micro;
+  int comms; /* that a rank opens for its GPU's memory; 0 on a CPU, where MPI's serve */
   struct mt_plan_memory memory;
   struct mt_plan_traffic sent;
   struct mt_plan_time time;

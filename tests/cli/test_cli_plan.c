@@ -131,6 +131,73 @@ static void mixtral_on_eight_gpus(void **state) {
   json_decref(all);
 }
 
+/* What stands beside the arenas on GPUs is what the options say, for each communicator of the mesh:
+ * experts, data, dense, and two of a pipeline. */
+static void communicators_take_memory(void **state) {
+  (void)state;
+  static const struct {
+    const char *gpus, *ep, *pp;
+    int comms;
+  } meshes[] = {{"1", "1", "1", 0}, {"8", "8", "1", 2}, {"8", "1", "1", 2},
+                {"8", "2", "1", 3}, {"8", "1", "8", 2}, {"8", "2", "2", 5}};
+  for (size_t i = 0; i < sizeof meshes / sizeof *meshes; i++) {
+    double total[3];
+    static const char *const each[] = {"0", "3GB"};
+    for (int k = 0; k < 2; k++) {
+      CLI(&r, "plan", MIXTRAL, "--gpus", meshes[i].gpus, "--ep-size", meshes[i].ep, "--pp-size",
+          meshes[i].pp, "--max-seq-length", "64", "--comm-memory", each[k], "--json");
+      json_t *all = parsed();
+      const json_t *plan = json_object_get(all, "plan");
+      total[k] = memory(plan, "total");
+      assert_int_equal((int)number(plan, "communicators"), meshes[i].comms);
+      assert_true(memory(plan, "communicators") == k * 3e9 * meshes[i].comms);
+      json_decref(all);
+    }
+    assert_true(total[1] - total[0] == 3e9 * meshes[i].comms);
+  }
+  CLI(&r, "plan", TINY, "--gpus", "2", "--ep-size", "2", "--device", "cpu", "--json"); /* MPI's */
+  json_t *all = parsed();
+  assert_int_equal((int)number(json_object_get(all, "plan"), "communicators"), 0);
+  json_decref(all);
+  CLI(&r, "plan", MIXTRAL, "--gpus", "8", "--ep-size", "2", "--max-seq-length", "64");
+  assert_int_equal(r.status, 0);
+  assert_non_null(strstr(r.out, "  3 communicators, assumed           3300000000 "));
+}
+
+/* Buckets end where a layer does (model/buckets.h): of Mixtral's 32 layers each has 42 M dense and,
+ * of one expert, 176 M elements; embedding and head 131 M each; the last norm. Two calls each. */
+static void calls_are_counted(void **state) {
+  (void)state;
+  const int dense = 32 * 6 + 2 * 16 + 1, experts = 32 * 21;
+  CLI(&r, "plan", MIXTRAL, "--gpus", "16", "--ep-size", "8", "--max-seq-length", "64", "--json");
+  json_t *all = parsed();
+  const json_t *plan = json_object_get(all, "plan");
+  assert_int_equal((int)number(plan, "dense_sum_calls"), 2 * dense);
+  assert_int_equal((int)number(plan, "expert_sum_calls"), 2 * experts);
+  json_decref(all);
+}
+
+/* The first of two stages learns nothing: the step ends when the last has summed and updated. */
+static void the_slowest_stage_counts(void **state) {
+  (void)state;
+  double ms[2][2];
+  for (int frozen = 0; frozen < 2; frozen++) {
+    const char *const none[] = {"--json", "--json", "--json"};
+    const char *const first[] = {"--freeze=model.embed*", "--freeze=model.layers.[0-9].*",
+                                 "--freeze=model.layers.1[0-5].*"};
+    const char *const *w = frozen ? first : none;
+    CLI(&r, "plan", MIXTRAL, "--gpus", "4", "--pp-size", "2", "--device", "cpu", "--max-seq-length",
+        "64", "--json", w[0], w[1], w[2]);
+    json_t *all = parsed();
+    const json_t *plan = json_object_get(all, "plan"), *times = json_object_get(plan, "ms");
+    ms[frozen][0] = number(times, "sums");
+    ms[frozen][1] = number(times, "update");
+    json_decref(all);
+  }
+  assert_true(ms[0][0] > 0 && ms[0][1] > 0);
+  assert_true(ms[1][0] == ms[0][0] && ms[1][1] == ms[0][1]);
+}
+
 /* What nobody asked for is what training has. */
 static void only_what_trains_is_listed(void **state) {
   (void)state;
@@ -284,6 +351,9 @@ int main(void) {
   const struct CMUnitTest tests[] = {
       cmocka_unit_test(memory_is_what_inspect_says),
       cmocka_unit_test(mixtral_on_eight_gpus),
+      cmocka_unit_test(communicators_take_memory),
+      cmocka_unit_test(calls_are_counted),
+      cmocka_unit_test(the_slowest_stage_counts),
       cmocka_unit_test(only_what_trains_is_listed),
       cmocka_unit_test(words),
       cmocka_unit_test(what_is_wrong_is_named),

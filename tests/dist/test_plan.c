@@ -77,6 +77,12 @@ static void same_traffic(const struct mt_plan *plan, struct mt_ranks *r) {
   const struct mt_plan_traffic *t = &plan->sent;
   int64_t sent[] = {dense->sent[MT_COMM_ALL_TO_ALL].bytes, data->sent[MT_COMM_ALL_TO_ALL].bytes,
                     r->late[MT_SYNC_EXPERT].sent[MT_COMM_ALL_GATHER].bytes};
+  int calls = 2 * (int)dense->sent[MT_COMM_ALL_TO_ALL].calls,
+      expert_calls = 2 * (int)data->sent[MT_COMM_ALL_TO_ALL].calls;
+  if (calls > t->dense_calls || expert_calls > t->expert_calls ||
+      (r->mesh.pp == 1 && (calls != t->dense_calls || expert_calls != t->expert_calls)))
+    fail_msg("sums in %d and %d calls, planned %d and %d", calls, expert_calls, t->dense_calls,
+             t->expert_calls);
   if (r->mesh.pp > 1) { /* whose layers and parameters are fewer elsewhere */
     int64_t bytes = r->comm[MT_GROUP_PIPE].sent[MT_COMM_SEND].bytes;
     if ((double)bytes > t->stages) same_bytes("stages", t->stages, (double)bytes);
