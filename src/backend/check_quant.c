@@ -61,6 +61,30 @@ mt_err mt_check_quantize(const struct mt_quantize_args *a) {
   return want_q(op, "q", &a->q, 0, groups_of(a->offsets, a->group_count), 2, r, a->x.dim[1], 1);
 }
 
+static mt_err want_records(const char *op, const void *records, enum mt_qformat format) {
+  MT_TRY(mt_check_present(op, "records", records));
+  if (format != MT_Q_MXFP8 && format != MT_Q_FP8)
+    return mt_fail(MT_EUNSUPPORTED, "%s: 8-bit format %d", op, (int)format);
+  if ((uintptr_t)records % 16 == 0) return MT_OK;
+  return mt_fail(MT_ESHAPE, "%s: records begin at no multiple of 16", op);
+}
+
+mt_err mt_check_pack_rows(const struct mt_pack_rows_args *a) {
+  const char *op = "pack_rows";
+  MT_TRY(want_records(op, a->records, a->format));
+  if (a->row_count < 0 || (a->row_source && a->top_k < 1))
+    return mt_fail(MT_ESHAPE, "%s: %lld rows, top %d", op, (long long)a->row_count, a->top_k);
+  M2(x, REQUIRED, MT_DTYPE_COUNT, a->row_source ? ANY_ROWS : a->row_count, a->x.dim[1]);
+  return MT_OK;
+}
+
+mt_err mt_check_unpack_rows(const struct mt_unpack_rows_args *a) {
+  const char *op = "unpack_rows";
+  MT_TRY(want_records(op, a->records, a->format));
+  M2(xs, REQUIRED, MT_DTYPE_COUNT, ANY_ROWS, a->xs.dim[1]);
+  return MT_OK;
+}
+
 mt_err mt_check_quantize_weight(const struct mt_quantize_weight_args *a) {
   const char *op = "quantize_weight";
   const int64_t *d = a->w.dim;

@@ -69,6 +69,8 @@ enum { MT_OPS_MAX_EXPERTS = 512, MT_OPS_MAX_TOP_K = 16 };
   X(experts_down_dgrad)                                                                            \
   X(pad_offsets)                                                                                   \
   X(quantize)                                                                                      \
+  X(pack_rows)                                                                                     \
+  X(unpack_rows)                                                                                   \
   X(quantize_weight)                                                                               \
   X(qlinear_fwd)                                                                                   \
   X(qlinear_dgrad)                                                                                 \
@@ -432,6 +434,27 @@ struct mt_quantize_args {
   const int32_t *offsets, *padded;
   int group_count;
   struct mt_qtensor q; /* [R,C] (=) */
+};
+
+/* records[r] (=) x[row_source[r] / top_k] (or x[r]) as a record of mt_q_record_bytes; those with -1
+ * are left as they are. */
+struct mt_pack_rows_args {
+  struct mt_tensor x;        /* act [T,C]; any ld */
+  const int32_t *row_source; /* [R] device, or NULL: then T is R */
+  int top_k;
+  int64_t row_count; /* R */
+  enum mt_qformat format;
+  uint8_t *records; /* [R] (=), aligned to 16 */
+};
+
+/* xs[r] (=) record source[r] (or r) as numbers: element times scale, which is exact in act down to
+ * 2^-133. Quantized again they give the same numbers, and but for blocks whose largest magnitude
+ * was in (1.75, 1.8125] 2^e the same bytes (docs/math.md). */
+struct mt_unpack_rows_args {
+  const uint8_t *records;
+  const int32_t *source; /* [R] device, or NULL */
+  enum mt_qformat format;
+  struct mt_tensor xs; /* act [R,C] (=); any ld */
 };
 
 struct mt_quantize_weight_args {

@@ -59,6 +59,11 @@ static inline int64_t mt_q_col_rows(int64_t rows, int64_t groups) {
   int64_t held = groups < rows ? groups : rows; /* groups that have rows, at most */
   return (rows + held * (MT_Q_PAD - 1)) / MT_Q_PAD * MT_Q_PAD;
 }
+/* A row on its way between ranks: its C elements as the row copy has them, the scales of their
+ * blocks as e8m0 bytes, and zeros up to a multiple of 16 bytes. */
+static inline int64_t mt_q_record_bytes(enum mt_qformat format, int64_t cols) {
+  return (cols + mt_q_blocks(format, cols) + 15) / 16 * 16;
+}
 /* Matrix g of a weight of rank 3. */
 static inline struct mt_qtensor mt_q_slice(const struct mt_qtensor *q, int64_t g) {
   struct mt_qtensor s = *q;

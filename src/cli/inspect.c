@@ -57,6 +57,7 @@ static const struct mt_option rows[] = {
      .max = 65536,
      .help = "With --mesh: ranks over which the experts of a layer are spread."},
     MT_ROW_EP_CHUNKS(S),
+    MT_ROW_DISPATCH_PRECISION(S),
     {.flag = "pp-size",
      .type = MT_OPT_INT,
      .offset = AT(pp_size),

@@ -69,6 +69,7 @@ static const struct mt_option rows[] = {
      .max = MT_MAX_EXPERTS,
      .help = "Ranks that share out each layer's experts."},
     MT_ROW_EP_CHUNKS(S),
+    MT_ROW_DISPATCH_PRECISION(S),
     {.flag = "pp-size",
      .type = MT_OPT_INT,
      .offset = AT(pp_size),

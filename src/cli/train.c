@@ -182,6 +182,7 @@ static const struct mt_option rows[] = {
     MT_ROW_GRAPHS(S),
     MT_ROWS_RANKS(S, ),
     MT_ROW_EP_CHUNKS(S),
+    MT_ROW_DISPATCH_PRECISION(S),
     {.flag = "pp-schedule",
      .type = MT_OPT_CHOICE,
      .offset = AT(pp_schedule),

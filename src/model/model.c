@@ -152,8 +152,22 @@ static mt_err check_widths(const struct mt_model *m) {
   return MT_OK;
 }
 
+/* Tokens that travel in 8 bits are multiplied as they are. */
+static mt_err check_dispatch(const struct mt_model *m) {
+  static const char *const names[] = {"act", "8bit", "8bit-both"};
+  const struct mt_recipe *r = m->recipe;
+  if (m->options.dispatch == MT_DISPATCH_ACT ||
+      mt_eight_bits(r, MT_8BIT_EXPERTS, m->options.skip_8bit))
+    return MT_OK;
+  return mt_fail(MT_EUNSUPPORTED,
+                 "--dispatch-precision %s with precision %s%s: the experts take no 8-bit tokens",
+                 names[m->options.dispatch], r->precision,
+                 r->qformat == MT_Q_NONE ? "" : " and --fp8-skip experts");
+}
+
 static mt_err plan(struct mt_model *m) {
   MT_TRY(check_widths(m));
+  MT_TRY(check_dispatch(m));
   m->options.shard = mt_shard_of(&m->config, &m->options.shard);
   if (m->options.in_flight < 1) m->options.in_flight = 1;
   if (m->options.chunks < 1) m->options.chunks = 1;

@@ -34,6 +34,11 @@ enum mt_phase {
 _Static_assert((int)MT_PHASE_COUNT <= (int)MT_CLOCK_PHASES, "the clock has room for all");
 const char *mt_phase_name(enum mt_phase phase);
 
+/* What tokens travel as to experts on other ranks, where those multiply in 8 bits: as activations;
+ * forward in 8 bits, as the experts' first product takes them; and backward the gradients of the
+ * outputs likewise. What comes back is activations. */
+enum mt_dispatch_precision { MT_DISPATCH_ACT, MT_DISPATCH_8BIT, MT_DISPATCH_8BIT_BOTH };
+
 struct mt_model_options {
   enum mt_experts_strategy experts;
   enum mt_blocks_strategy blocks;
@@ -55,6 +60,7 @@ struct mt_model_options {
   /* Where experts are spread over ranks: chunks that a micro-batch's tokens travel in, so that the
    * experts work on one while others are on their way (exchange.h); 0: one. */
   int chunks;
+  enum mt_dispatch_precision dispatch;
 };
 enum { MT_BUCKET_ELEMENTS = 8 << 20 };
 

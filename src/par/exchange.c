@@ -25,6 +25,7 @@ struct lane {
   struct mt_transfer under_way[MT_MAX_CHUNKS];
 };
 
+/* What travels in 8 bits does so as records, which lie where the rows would: they are smaller. */
 struct state {
   struct mt_backend *be;
   struct mt_comm *expert, *readers;
@@ -39,8 +40,9 @@ struct state {
   int32_t *offsets, *host_offsets;
   size_t offsets_bytes;
   struct lane tokens, probabilities;
-  const void *gathered[MT_MAX_CHUNKS]; /* tokens that lie at home already, or NULL */
-  char *records;                       /* backend: all readers' numbers of the auxiliary loss */
+  enum mt_qformat token_format, gradient_format; /* of what goes out; MT_Q_NONE: as it is */
+  const void *gathered[MT_MAX_CHUNKS];           /* tokens that lie at home already, or NULL */
+  char *records; /* backend: all readers' numbers of the auxiliary loss */
   size_t record_bytes;
   int32_t *valid_count; /* backend [1]: of all readers */
 };
@@ -105,13 +107,27 @@ static mt_err stage(struct state *s, struct lane *lane, const struct mt_route *r
   return MT_OK;
 }
 
-/* This rank's choices, gathered where they leave from. */
+/* A chunk's choices of `from`, gathered where they leave from. */
+static mt_err gather_rows(struct state *s, const struct mt_route *route, int chunk,
+                          const struct mt_tensor *from, enum mt_qformat format,
+                          struct mt_tensor home) {
+  struct mt_tensor mine = token_rows(from, route, chunk, 1);
+  const int32_t *source = of_tokens(route->row_source, route, chunk);
+  if (format == MT_Q_NONE || home.dim[0] == 0)
+    return reorder(s->be, mine, source, route->top_k, home);
+  return s->be->ops.pack_rows(s->be, &(struct mt_pack_rows_args){.x = mine,
+                                                                 .row_source = source,
+                                                                 .top_k = route->top_k,
+                                                                 .row_count = home.dim[0],
+                                                                 .format = format,
+                                                                 .records = home.data});
+}
+
 static mt_err gather(struct state *s, const struct mt_route *route, int chunk,
                      const struct mt_tensor *tokens, struct mt_tensor *home) {
   MT_TRY(stage(s, &s->tokens, route, chunk, tokens->dtype, tokens->dim[1], home));
   if (s->gathered[chunk] == tokens->data) return MT_OK;
-  return reorder(s->be, token_rows(tokens, route, chunk, 1),
-                 of_tokens(route->row_source, route, chunk), route->top_k, *home);
+  return gather_rows(s, route, chunk, tokens, s->token_format, *home);
 }
 
 /* Everyone tells everyone the offsets of its rows for the other's experts: on the way to the host,
@@ -211,29 +227,31 @@ static mt_err plan(struct mt_exchange *x, struct mt_backend *be, struct mt_route
 /* A chunk's rows on one lane. */
 struct journey {
   struct state *s;
+  enum mt_qformat format; /* of what goes out */
   struct mt_transfer *under_way;
   const struct way *way;
   const int32_t *order, *back;
   struct mt_tensor home;
   struct mt_tensor rows; /* in the experts' order */
-  struct mt_tensor away; /* as they arrive and leave: where there is one expert, the same */
+  struct mt_tensor away; /* as they arrive and leave: of one expert the same, as they are */
 };
 
-/* rows: all of them. */
+/* rows: all of them. format: of what goes out; MT_Q_NONE on the way back. */
 static mt_err journey_of(struct state *s, struct lane *lane, const struct mt_trip *trip,
-                         struct mt_tensor rows, struct journey *j) {
+                         struct mt_tensor rows, enum mt_qformat format, struct journey *j) {
   const struct mt_route *route = trip->route;
   const struct mt_route_chunk *k = &route->chunk[trip->chunk];
   const struct ways *w = &s->plan[route->plan];
   struct mt_tensor away = rows;
   *j = (struct journey){.s = s,
+                        .format = format,
                         .under_way = &lane->under_way[trip->chunk],
                         .way = &w->chunk[trip->chunk],
                         .order = w->order + k->row_begin,
                         .back = w->back + k->row_begin,
                         .rows = mt_rows(&rows, k->row_begin, k->row_count)};
   MT_TRY(stage(s, lane, route, trip->chunk, rows.dtype, rows.dim[1], &j->home));
-  if (s->held > 1) {
+  if (s->held > 1 || format != MT_Q_NONE) {
     MT_TRY(grow(s->be, &lane->away, &lane->away_bytes, mt_bytes(&rows)));
     away.data = lane->away;
   }
@@ -242,6 +260,7 @@ static mt_err journey_of(struct state *s, struct lane *lane, const struct mt_tri
 }
 
 static size_t row_bytes(const struct journey *j) {
+  if (j->format != MT_Q_NONE) return (size_t)mt_q_record_bytes(j->format, j->home.dim[1]);
   return (size_t)j->home.dim[1] * mt_dtype_bytes(j->home.dtype);
 }
 
@@ -254,6 +273,12 @@ static mt_err leave_home(const struct journey *j) {
 
 static mt_err arrive_away(const struct journey *j) {
   MT_TRY(mt_comm_wait(j->s->expert, j->under_way));
+  if (j->format != MT_Q_NONE && j->rows.dim[0] > 0) {
+    return j->s->be->ops.unpack_rows(
+        j->s->be,
+        &(struct mt_unpack_rows_args){
+            .records = j->away.data, .source = j->order, .format = j->format, .xs = j->rows});
+  }
   return j->s->held == 1 ? MT_OK : reorder(j->s->be, j->away, j->order, 1, j->rows);
 }
 
@@ -274,7 +299,7 @@ static mt_err dispatch(struct mt_exchange *x, struct mt_backend *be, const struc
   struct state *s = state_of(x);
   struct journey j;
   (void)be;
-  MT_TRY(journey_of(s, &s->tokens, trip, *xs, &j));
+  MT_TRY(journey_of(s, &s->tokens, trip, *xs, s->token_format, &j));
   if (trip->leg == MT_ARRIVE) return arrive_away(&j);
   MT_TRY(gather(s, trip->route, trip->chunk, tokens, &j.home));
   s->gathered[trip->chunk] = NULL;
@@ -287,7 +312,7 @@ static mt_err dispatch_bwd(struct mt_exchange *x, struct mt_backend *be, const s
   const struct mt_route *route = trip->route;
   struct mt_tensor mine = token_rows(dtokens, route, trip->chunk, 1);
   struct journey j;
-  MT_TRY(journey_of(s, &s->tokens, trip, *dxs, &j));
+  MT_TRY(journey_of(s, &s->tokens, trip, *dxs, MT_Q_NONE, &j));
   if (trip->leg == MT_DEPART) return leave_away(&j);
   MT_TRY(arrive_home(&j));
   if (mine.dim[0] == 0) return MT_OK;
@@ -308,7 +333,7 @@ static mt_err dispatch_prob(struct mt_exchange *x, struct mt_backend *be,
   struct state *s = state_of(x);
   struct mt_tensor all = choices(prob);
   struct journey j;
-  MT_TRY(journey_of(s, &s->probabilities, trip, choices(row_prob), &j));
+  MT_TRY(journey_of(s, &s->probabilities, trip, choices(row_prob), MT_Q_NONE, &j));
   if (trip->leg == MT_ARRIVE) return arrive_away(&j);
   MT_TRY(reorder(be, token_rows(&all, trip->route, trip->chunk, trip->route->top_k),
                  of_tokens(trip->route->row_source, trip->route, trip->chunk), 1, j.home));
@@ -322,7 +347,7 @@ static mt_err dispatch_prob_bwd(struct mt_exchange *x, struct mt_backend *be,
   const struct mt_route *route = trip->route;
   struct mt_tensor all = choices(dprob), mine = token_rows(&all, route, trip->chunk, route->top_k);
   struct journey j;
-  MT_TRY(journey_of(s, &s->probabilities, trip, choices(drow_prob), &j));
+  MT_TRY(journey_of(s, &s->probabilities, trip, choices(drow_prob), MT_Q_NONE, &j));
   if (trip->leg == MT_DEPART) return leave_away(&j);
   MT_TRY(arrive_home(&j));
   if (mine.dim[0] == 0) return MT_OK;
@@ -339,7 +364,7 @@ static mt_err combine(struct mt_exchange *x, struct mt_backend *be, const struct
   const struct mt_route *route = trip->route;
   struct mt_tensor mine = token_rows(y, route, trip->chunk, 1);
   struct journey j;
-  MT_TRY(journey_of(s, &s->tokens, trip, *ys, &j));
+  MT_TRY(journey_of(s, &s->tokens, trip, *ys, MT_Q_NONE, &j));
   if (trip->leg == MT_DEPART) return leave_away(&j);
   MT_TRY(arrive_home(&j));
   if (mine.dim[0] == 0) return MT_OK;
@@ -355,20 +380,14 @@ static mt_err combine_bwd(struct mt_exchange *x, struct mt_backend *be, const st
                           const struct mt_tensor *dy, const struct mt_tensor *prob,
                           struct mt_tensor *ys, struct mt_tensor *dprob) {
   struct state *s = state_of(x);
-  const struct mt_route *route = trip->route;
   struct journey j;
+  (void)be;
   if (prob || dprob) {
     return mt_fail(MT_EUNSUPPORTED, "over ranks the probabilities go with the tokens");
   }
-  MT_TRY(journey_of(s, &s->tokens, trip, *ys, &j));
+  MT_TRY(journey_of(s, &s->tokens, trip, *ys, s->gradient_format, &j));
   if (trip->leg == MT_ARRIVE) return arrive_away(&j);
-  if (j.home.dim[0] > 0)
-    MT_TRY(
-        be->ops.combine_bwd(be, &(struct mt_combine_bwd_args){
-                                    .dy = token_rows(dy, route, trip->chunk, 1),
-                                    .row_source = of_tokens(route->row_source, route, trip->chunk),
-                                    .top_k = route->top_k,
-                                    .dys = j.home}));
+  MT_TRY(gather_rows(s, trip->route, trip->chunk, dy, s->gradient_format, j.home));
   return leave_home(&j);
 }
 
@@ -478,6 +497,8 @@ mt_err mt_exchange_over(struct mt_model *m, struct mt_comm *expert, struct mt_co
   s->held = held;
   s->experts = m->config.experts;
   s->chunks = m->acts.options.chunks;
+  if (m->options.dispatch != MT_DISPATCH_ACT) s->token_format = m->acts.moe_format;
+  if (m->options.dispatch == MT_DISPATCH_8BIT_BOTH) s->gradient_format = m->acts.moe_format;
   if (expert->size > 1) {
     m->exchange = (struct mt_exchange){.plan = plan,
                                        .dispatch = dispatch,

@@ -208,6 +208,7 @@ static mt_err plan_on(struct mt_backend *be, const struct mt_recipe *recipe, str
     m.sharers = mt_ranks_sharers(&s->mesh);
     m.zero = o->zero;
     m.chunks = o->ep_chunks;
+    m.dispatch = (enum mt_dispatch_precision)o->dispatch_precision;
     /* As training lays out 1F1B with as many micro-batches as there are stages, or more. */
     if (s->mesh.pp > 1)
       m.in_flight = mt_stage_in_flight(false, s->mesh.pp_rank, s->mesh.pp, s->mesh.pp);

@@ -52,6 +52,7 @@ struct mt_train_options {
   struct mt_world *world; /* the ranks that train together; NULL: this process alone */
   int ep_size;            /* of them, those that share a layer's experts */
   int ep_chunks;          /* that a micro-batch's tokens travel in */
+  int dispatch_precision; /* enum mt_dispatch_precision */
   int pp_size;            /* stages that the layers are cut into */
   int pp_schedule;        /* enum mt_pp_schedule */
   double comm_timeout_s;  /* how long they wait for each other */
@@ -141,7 +142,7 @@ struct mt_inspect_options {
   bool tensors; /* list every tensor */
   bool norms;   /* read all experts' weights, however many there are */
   int mesh;     /* show what each of so many ranks would hold; 0: not */
-  int ep_size, ep_chunks, pp_size, zero;
+  int ep_size, ep_chunks, dispatch_precision, pp_size, zero;
   int samples; /* of data, to show */
   int color;   /* enum mt_color */
   bool train_on_prompt, skip_bad_lines;
@@ -172,7 +173,7 @@ struct mt_bench_options {
 struct mt_plan_options {
   const char *path; /* a checkpoint's directory, or a config.json under any name */
   int gpus;         /* ranks */
-  int ep_size, ep_chunks, pp_size, zero, recompute;
+  int ep_size, ep_chunks, dispatch_precision, pp_size, zero, recompute;
   bool fixed_ep, fixed_pp, fixed_zero, fixed_recompute; /* given: a list leaves no choice there */
   int micro_batches;                                    /* of a rank and step */
   int batch_size, max_seq_length;

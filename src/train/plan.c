@@ -55,6 +55,7 @@ static struct mt_model_options model_options(const struct mt_planner *p) {
                                    .training = true,
                                    .skip_8bit = p->skip_8bit,
                                    .chunks = o->ep_chunks,
+                                   .dispatch = (enum mt_dispatch_precision)o->dispatch_precision,
                                    .token_capacity = p->token_capacity,
                                    .sequence_capacity = o->batch_size};
 }
@@ -254,11 +255,19 @@ static int sum_calls(const struct mt_planner_entry *e, const struct mt_plan *pla
   return ranks > 1 ? buckets * ((plan->zero == 2 ? plan->micro : 1) + 1) : 0;
 }
 
+/* Bytes of a token that leaves and comes back in both passes. */
+static double token_bytes(const struct mt_planner *p) {
+  double wide = (double)p->config.hidden * (double)mt_dtype_bytes(p->recipe->act);
+  int dispatch = p->options->dispatch_precision;
+  if (dispatch == MT_DISPATCH_ACT) return 4 * wide;
+  double record = (double)mt_q_record_bytes(p->recipe->qformat, p->config.hidden);
+  return dispatch == MT_DISPATCH_8BIT ? 3 * wide + record : 2 * (wide + record);
+}
+
 static struct mt_plan_traffic traffic_of(const struct mt_planner *p, const struct mt_plan *plan,
                                          const struct mt_planner_entry *e, int layers) {
   const struct mt_config *c = &p->config;
   double passes = plan->micro, tokens = (double)p->token_capacity;
-  double act = (double)mt_dtype_bytes(p->recipe->act);
   double stat = (double)mt_dtype_bytes(p->recipe->stat);
   double rows = tokens * c->top_k * leaving(plan->ep) * layers * passes;
   double record = ceil((c->experts * (stat + 4) + stat + 4) / 8) * 8;
@@ -267,7 +276,7 @@ static struct mt_plan_traffic traffic_of(const struct mt_planner *p, const struc
   struct mt_plan_traffic t = {
       .counts =
           4.0 * ((double)c->experts / plan->ep + 1) * (plan->ep - 1) * chunks * layers * passes,
-      .tokens = 4 * rows * c->hidden * act,
+      .tokens = rows * token_bytes(p),
       .probabilities = 2 * rows * stat,
       .auxiliary = (plan->dp * plan->ep - 1) * record * passes,
       .dense = sum_traffic(&e->first.dense, &e->last.dense, plan, plan->dp * plan->ep),

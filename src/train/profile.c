@@ -81,6 +81,10 @@ static double side(struct mt_qtensor t) {
 MEMORY(pad_offsets, 8.0 * a->group_count)
 MEMORY(quantize,
        (double)a->q.dim[0] * (double)(a->q.dim[1] * (int64_t)mt_dtype_bytes(a->x.dtype)) + q(a->q))
+MEMORY(pack_rows,
+       (double)a->row_count *((double)(a->x.dim[1] * (int64_t)mt_dtype_bytes(a->x.dtype)) +
+                              (double)mt_q_record_bytes(a->format, a->x.dim[1])))
+MEMORY(unpack_rows, b(a->xs) + (double)(a->xs.dim[0] * mt_q_record_bytes(a->format, a->xs.dim[1])))
 MEMORY(quantize_weight, b(a->w) + q(a->q))
 MEMORY(swiglu_quantize_fwd, b(a->gate_up) + q(a->h))
 MEMORY(swiglu_quantize_bwd, b(a->dh) + b(a->gate_up) + q(a->dgate_up) + (a->h.format ? q(a->h) : 0))

@@ -132,6 +132,7 @@ static mt_err model_options(const struct run *r, struct mt_model_options *out) {
       .training = true,
       .zero = r->o->zero,
       .chunks = r->o->ep_chunks,
+      .dispatch = (enum mt_dispatch_precision)r->o->dispatch_precision,
       .token_capacity = capacity,
       .sequence_capacity = r->o->batch_size};
   if (mt_ranks_staged(r->s.ranks)) {

@@ -214,6 +214,84 @@ static inline void gradients_in_eight_bits(const char *recipe, double bound, dou
   }
 }
 
+/* Bytes of tokens, outputs and all that goes with them so far. */
+static inline int64_t exchanged(const struct groups *g) {
+  return g->expert.sent[MT_COMM_ALL_TO_ALL].bytes;
+}
+
+/* Tokens that travel in 8 bits are those that the experts would have made of them: one pass gives
+ * the same loss and the same gradients, to the bit, but for those whose operand has its blocks
+ * along the tokens: of gate and up, and where gradients travel so too, of down. Those are rounded
+ * twice.
+ */
+static inline void dispatch_in_eight_bits(const char *recipe, struct mt_model_options options,
+                                          struct groups *g, enum lot lot) {
+  struct mt_config c = config();
+  if (lot == ONE_EXPERT_EACH) c.experts = g->ep;
+  c.hidden = 96, c.ffn = 160, c.head_dim = 32;
+  struct mt_mesh mesh;
+  struct run whole, run[3];
+  struct small_batch b;
+  int64_t sent[3];
+  double loss[3];
+  OK(mt_mesh_make(&c, world.size, world.rank, g->ep, 1, &mesh));
+  struct mt_shard shard = mt_ranks_shard(&mesh);
+  open_run(&whole, recipe, (struct mt_model_options){.training = true}, &c, NULL);
+  small_weights(&whole.m, 3);
+  for (int i = MT_DISPATCH_ACT; i <= MT_DISPATCH_8BIT_BOTH; i++) {
+    options.dispatch = (enum mt_dispatch_precision)i;
+    open_run(&run[i], recipe, options, &c, &shard);
+    take_weights(&run[i], &whole);
+    OK(mt_model_quantize_weights(&run[i].m));
+    OK(mt_exchange_over(&run[i].m, &g->expert, &g->tensor_dense));
+    struct mt_pass p = {.batch = &b.b, .loss_scale = 0.05};
+    struct mt_loss l;
+    batch_of(&b, c.vocab, mt_mesh_reader(&mesh), 0);
+    sent[i] = exchanged(g);
+    OK(mt_model_train_pass(&run[i].m, &p, &l));
+    sent[i] = exchanged(g) - sent[i];
+    loss[i] = l.cross_entropy_sum;
+  }
+  int64_t less = c.hidden * 2 - mt_q_record_bytes(run[0].m.recipe->qformat, c.hidden);
+  assert_true(sent[0] > sent[1] && (sent[0] - sent[1]) % less == 0);
+  assert_int_equal(sent[0] - sent[2], 2 * (sent[0] - sent[1]));
+  for (int i = 1; i <= 2; i++) {
+    assert_memory_equal(&loss[i], &loss[0], sizeof loss[0]);
+    for (int k = 0; k < run[0].m.params.count; k++) {
+      const struct mt_param *p = &run[0].m.params.row[k], *q = &run[i].m.params.row[k];
+      bool twice = p->kind == MT_PARAM_GATE_UP || (i == 2 && p->kind == MT_PARAM_DOWN);
+      double *want = values_of(&run[0], &p->grad), *got = values_of(&run[i], &q->grad);
+      double off = off_by(want, got, 0, mt_param_count(p));
+      if (twice ? !(off < 0.05) : off != 0)
+        fail_msg("rank %d: %s of %s, dispatch %d: off by %.2g", world.rank, p->name, recipe, i,
+                 off);
+      free(want);
+      free(got);
+    }
+  }
+  for (int i = 0; i < 3; i++) {
+    mt_exchange_close(&run[i].m);
+    close_run(&run[i]);
+  }
+  close_run(&whole);
+}
+
+static inline void dispatch_in_eight_bits_on_every_mesh(const char *recipe) {
+  struct mt_model_options fused = {
+      .experts = MT_EXPERTS_FUSED, .blocks = MT_BLOCKS_FUSED, .training = true};
+  for (int ep = 2; ep <= world.size; ep++) {
+    struct groups g;
+    if (world.size % ep != 0 || EXPERTS % ep != 0) continue;
+    open_groups(&g, ep);
+    dispatch_in_eight_bits(recipe, fused, &g, USUAL);
+    dispatch_in_eight_bits(recipe, in_chunks(expert_ways[1], 3), &g, USUAL);
+    dispatch_in_eight_bits(recipe, in_chunks(expert_ways[2], 2), &g, USUAL);
+    if (ep >= config().top_k)
+      dispatch_in_eight_bits(recipe, in_chunks(fused, 2), &g, ONE_EXPERT_EACH);
+    close_groups(&g);
+  }
+}
+
 /* The auxiliary loss and its gradient do not depend on who holds which tokens: every rank has the
  * same one, and it is that of all batches as one. */
 static void auxiliary_loss_is_of_all(const char *recipe, double bound) {

@@ -16,6 +16,14 @@ static const char text[] =
     "\"rms_norm_eps\":1e-5,\"rope_theta\":100.0,\"output_router_logits\":true,"
     "\"router_aux_loss_coef\":0.1}";
 
+/* Of widths that 8 bits take. */
+static const char wide[] =
+    "{\"model_type\":\"mixtral\",\"hidden_size\":64,\"intermediate_size\":32,"
+    "\"num_hidden_layers\":2,\"num_attention_heads\":4,\"num_key_value_heads\":2,\"head_dim\":16,"
+    "\"num_local_experts\":12,\"num_experts_per_tok\":12,\"vocab_size\":19,"
+    "\"rms_norm_eps\":1e-5,\"rope_theta\":100.0,\"output_router_logits\":true,"
+    "\"router_aux_loss_coef\":0.1}";
+
 /* What the backend has given out. */
 static struct {
   mt_err (*alloc)(struct mt_backend *be, size_t size_bytes, void **out);
@@ -131,12 +139,13 @@ static void same_memory(const struct mt_plan *plan, const struct run *mine, stru
 }
 
 static void on_mesh(const char *path, const char *precision, int ep, int pp, int zero,
-                    int recompute, int chunks) {
+                    int recompute, int chunks, int dispatch) {
   const struct mt_plan_options o = {
       .path = path,
       .gpus = world.size,
       .ep_size = ep,
       .ep_chunks = chunks,
+      .dispatch_precision = dispatch,
       .pp_size = pp,
       .micro_batches = MICRO,
       .batch_size = SAMPLES,
@@ -164,6 +173,7 @@ static void on_mesh(const char *path, const char *precision, int ep, int pp, int
                                 .sequence_capacity = SAMPLES};
   mo.zero = zero;
   mo.chunks = chunks;
+  mo.dispatch = (enum mt_dispatch_precision)dispatch;
   mo.sharers = mt_ranks_sharers(&mesh);
   if (pp > 1) mo.in_flight = mt_stage_in_flight(false, mesh.pp_rank, pp, MICRO);
   struct mt_shard shard = mt_ranks_shard(&mesh);
@@ -196,11 +206,20 @@ static void plans_are_what_ranks_take(void **state) {
       for (int pp = 1; pp <= 3; pp++) {
         if (world.size % (ep * pp) != 0) continue;
         for (int zero = 0; zero <= (world.size > 1); zero++) {
-          on_mesh(path, "fp32", ep, pp, zero, recompute, 1);
-          on_mesh(path, "bf16", ep, pp, zero, recompute, 1);
-          if (ep > 1) on_mesh(path, "fp32", ep, pp, zero, recompute, 3 + pp);
+          on_mesh(path, "fp32", ep, pp, zero, recompute, 1, 0);
+          on_mesh(path, "bf16", ep, pp, zero, recompute, 1, 0);
+          if (ep > 1) on_mesh(path, "fp32", ep, pp, zero, recompute, 3 + pp, 0);
         }
       }
+    }
+  }
+  temp_text(dir, "wide.json", wide);
+  OK(mt_path_join(path, dir, "wide.json"));
+  for (int ep = 2; ep <= world.size; ep++) {
+    if (world.size % ep != 0 || ALL_EXPERTS % ep != 0) continue;
+    for (int dispatch = MT_DISPATCH_ACT; dispatch <= MT_DISPATCH_8BIT_BOTH; dispatch++) {
+      on_mesh(path, "mxfp8", ep, 1, 0, MT_RECOMPUTE_MLP, 1 + dispatch, dispatch);
+      on_mesh(path, "fp8", ep, 1, 0, MT_RECOMPUTE_NONE, 1, dispatch);
     }
   }
   OK(mt_dir_remove(dir));

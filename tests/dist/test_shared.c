@@ -46,6 +46,11 @@ static void gradients_float32(void **state) {
   gradients_on_every_mesh("fp32", true, 2e-5, 2e-5);
 }
 
+static void tokens_in_eight_bits(void **state) {
+  (void)state;
+  dispatch_in_eight_bits_on_every_mesh("mxfp8");
+}
+
 static void auxiliary_loss_float32(void **state) {
   (void)state;
   auxiliary_loss_is_of_all("fp32", 1e-6);
@@ -89,6 +94,7 @@ static void ranks_need_gpus_of_their_own(void **state) {
 
 static const struct CMUnitTest tests[] = {COMM_CASES,
                                           cmocka_unit_test(gradients_float32),
+                                          cmocka_unit_test(tokens_in_eight_bits),
                                           cmocka_unit_test(auxiliary_loss_float32),
                                           cmocka_unit_test(steps_float32),
                                           cmocka_unit_test(stages_float32),

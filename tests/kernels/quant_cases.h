@@ -115,6 +115,60 @@ static void case_quantize(struct bench_case *c, const struct size *z, int acc) {
   }
 }
 
+/* Records of poison on both sides. */
+struct records {
+  uint8_t *dev, *ref;
+  size_t bytes;
+};
+static struct records records_of(struct bench_case *c, enum mt_qformat format, int64_t rows,
+                                 int64_t cols) {
+  struct records x = {.bytes = (size_t)(rows * mt_q_record_bytes(format, cols))};
+  x.dev = own_dev(c, x.bytes);
+  x.ref = own(c, x.bytes);
+  memset(x.ref, POISON, x.bytes);
+  OK(c->be->upload(c->be, x.dev, x.ref, x.bytes));
+  return x;
+}
+
+/* Way 1: gathered, with rows that come from nowhere. */
+static void case_pack_rows(struct bench_case *c, const struct size *z, int acc) {
+  for (int i = 0; i < 2; i++) {
+    struct plan p = plan_of(c, z);
+    struct dual x = A("x", 'r', 3, z->t, z->f, 0);
+    int64_t rows = acc ? z->t * z->k : z->t;
+    struct records records = records_of(c, q_formats[i], rows, z->f);
+    ARGS(pack_rows, T(x, x); N(row_count, rows); N(format, q_formats[i]); dev.records = records.dev;
+         ref.records = records.ref;)
+    if (acc) {
+      N(top_k, z->k);
+      dev.row_source = p.row_source.dev, ref.row_source = p.row_source.ref;
+    }
+    RUN(pack_rows);
+    expect_bytes(c, "records", records.dev, records.ref, records.bytes);
+  }
+}
+
+/* Way 1: in the order that the rows came from, whose other records are not read. */
+static void case_unpack_rows(struct bench_case *c, const struct size *z, int acc) {
+  for (int i = 0; i < 2; i++) {
+    struct dual x = A("x", 'r', 3, z->t, z->f, 0), xs = A("xs", 'n', 1, z->t, z->f, 0);
+    struct records records = records_of(c, q_formats[i], z->t, z->f);
+    struct dual_ints order = ints(c, z->t, NULL);
+    OK(c->ref_be.ops.pack_rows(&c->ref_be, &(struct mt_pack_rows_args){.x = x.ref,
+                                                                       .row_count = z->t,
+                                                                       .format = q_formats[i],
+                                                                       .records = records.ref}));
+    OK(c->be->upload(c->be, records.dev, records.ref, records.bytes));
+    for (int r = 0; r < z->t; r++) order.ref[r] = (int32_t)(z->t - 1 - r);
+    OK(c->be->upload(c->be, order.dev, order.ref, (size_t)z->t * sizeof(int32_t)));
+    ARGS(unpack_rows, T(xs, xs); N(format, q_formats[i]); dev.records = records.dev;
+         ref.records = records.ref;)
+    if (acc) dev.source = order.dev, ref.source = order.ref;
+    RUN(unpack_rows);
+    expect(c, &xs);
+  }
+}
+
 /* Of the master's format, way 1 of the activations'. */
 static void case_quantize_weight(struct bench_case *c, const struct size *z, int acc) {
   for (int i = 0; i < 2; i++) {

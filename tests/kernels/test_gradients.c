@@ -12,12 +12,12 @@ enum { CASES = sizeof cases / sizeof *cases };
 
 /* Inference, what comes after the gradient, and 8 bits (test_quant.c holds those against operations
  * that are here). Every other operation must have run in a case. */
-static const char *const without_gradient[] = {"kv_append", "attention_cache", "tally", "sumsq",
-                                               "adamw", "arrival_plan", "aux_join", "parts_sum",
-                                               /* What rounds to 8 bits has no derivative: */
-                                               "pad_offsets", "quantize", "quantize_weight",
-                                               "qlinear_fwd", "qlinear_dgrad", "qlinear_wgrad",
-                                               "swiglu_quantize_fwd", "swiglu_quantize_bwd"};
+static const char *const without_gradient[] = {
+    "kv_append", "attention_cache", "tally", "sumsq", "adamw", "arrival_plan", "aux_join",
+    "parts_sum",
+    /* What rounds to 8 bits has no derivative: */
+    "pad_offsets", "quantize", "pack_rows", "unpack_rows", "quantize_weight", "qlinear_fwd",
+    "qlinear_dgrad", "qlinear_wgrad", "swiglu_quantize_fwd", "swiglu_quantize_bwd"};
 
 static bool has_gradient(const char *op) {
   for (size_t i = 0; i < sizeof without_gradient / sizeof *without_gradient; i++) {

@@ -1,6 +1,7 @@
 /* Products of 8-bit operands where nothing is rounded: they must be those of the numbers
  * themselves; that the recipes' tolerances see one block's wrong scale; and blocks of other
- * things than numbers. */
+ * things than numbers; and rows that travel. */
+#include "base/fp8.h"
 #include "kernels/bed.h"
 #include "quant/linear.h"
 
@@ -201,6 +202,71 @@ static void special_blocks(struct bed *b) {
 }
 ON_EVERY_BACKEND(special_blocks)
 
+/* The row copy of an operand in float32: its numbers, whatever bytes they have. */
+static float row_number(const struct mt_qtensor *q, int64_t r, int64_t c) {
+  int64_t cols = q->dim[1], blocks = mt_q_blocks(q->format, cols), k = c / mt_q_block(q->format);
+  float scale = q->format == MT_Q_FP8
+                    ? ((const float *)q->row_scale)[k * q->scale_ld + r]
+                    : mt_e8m0_to_f32(((const uint8_t *)q->row_scale)[r * blocks + k]);
+  return mt_e4m3_to_f32(q->row[r * cols + c]) * scale;
+}
+
+/* The row copy of x, on the host. */
+static struct mt_qtensor row_copy(struct bed *b, enum mt_qformat format, struct mt_tensor x) {
+  int64_t rows = x.dim[0], cols = x.dim[1];
+  size_t bytes = mt_operand_bytes(format, rows, cols, 1, MT_SIDE_ROW);
+  struct mt_operand o = {.format = format, .memory = dev_mem(b, bytes)};
+  uint8_t *got = host_mem(b, bytes);
+  OK(mt_operand_make(&b->be, &o, x, rows, MT_SIDE_ROW, NULL));
+  OK(b->be.download(&b->be, got, o.memory, bytes));
+  o.memory = got;
+  mt_operand_shape(&o, rows, cols, MT_SIDE_ROW, NULL);
+  return o.q;
+}
+
+/* A row that travelled in 8 bits: its record has the bytes of the row copy made where it came from,
+ * and the row copy made where it arrives has the same numbers, bit for bit, whatever its blocks'
+ * largest magnitudes are; the same bytes too but for blocks whose largest magnitude was in (1.75,
+ * 1.8125] 2^e, where the scale is a half and elements twice as large. Zeros, a NaN and infinities
+ * among them. */
+static void records_arrive_as_they_left(struct bed *b) {
+  enum { R = 96, C = 160 };
+  double *v = normals(b, R * C, 1);
+  for (int64_t r = 0; r < R; r++) { /* maxima over the mantissas, from row to row */
+    for (int64_t c = 0; c < C; c += 32)
+      v[r * C + c + r % 32] = ldexp(1 + (double)(r * 5 + c / 32) / (R * 5), (int)(r % 9) - 2);
+  }
+  for (int64_t c = 0; c < C; c++) v[c] = 0;
+  v[C + 7] = NAN, v[2 * C + 7] = INFINITY, v[3 * C + 7] = -INFINITY;
+  struct mt_tensor x = act(b, v, R, C), back = act(b, NULL, R, C);
+  for (int f = 0; f < FORMATS; f++) {
+    enum mt_qformat format = formats[f].format;
+    int64_t record = mt_q_record_bytes(format, C), blocks = mt_q_blocks(format, C), others = 0;
+    uint8_t *dev = dev_mem(b, (size_t)(R * record)), *sent = host_mem(b, (size_t)(R * record));
+    DO(b, pack_rows, .x = x, .row_count = R, .format = format, .records = dev);
+    DO(b, unpack_rows, .records = dev, .format = format, .xs = back);
+    OK(b->be.download(&b->be, sent, dev, (size_t)(R * record)));
+    struct mt_qtensor left = row_copy(b, format, x), arrived = row_copy(b, format, back);
+    for (int64_t r = 0; r < R; r++) {
+      assert_memory_equal(sent + r * record, left.row + r * C, C);
+      for (int64_t k = 0; k < blocks; k++) {
+        int64_t at = format == MT_Q_FP8 ? k * left.scale_ld + r : r * blocks + k;
+        float scale = mt_e8m0_to_f32(sent[r * record + C + k]);
+        float want = format == MT_Q_FP8 ? ((const float *)left.row_scale)[at]
+                                        : mt_e8m0_to_f32(((const uint8_t *)left.row_scale)[at]);
+        assert_memory_equal(&scale, &want, sizeof scale);
+      }
+      for (int64_t c = 0; c < C; c++) {
+        float a = row_number(&left, r, c), z = row_number(&arrived, r, c);
+        if (!(a == z || (isnan(a) && isnan(z)))) fail_msg("row %d, column %d", (int)r, (int)c);
+        others += left.row[r * C + c] != arrived.row[r * C + c];
+      }
+    }
+    assert_true(others > 0 && others < R * C / 4); /* such blocks were among them */
+  }
+}
+ON_EVERY_BACKEND(records_arrive_as_they_left)
+
 /* What does not fit is refused with a message. */
 static void misfits_are_named(void **state) {
   (void)state;
@@ -229,6 +295,7 @@ int main(void) {
       cmocka_unit_test(exact_operands_give_the_numbers_products),
       cmocka_unit_test(a_scale_of_one_block_is_seen),
       cmocka_unit_test(test_special_blocks),
+      cmocka_unit_test(test_records_arrive_as_they_left),
       cmocka_unit_test(misfits_are_named),
   };
   return cmocka_run_group_tests(tests, NULL, NULL);
