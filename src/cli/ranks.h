@@ -32,10 +32,10 @@ mt_err mt_run_on_ranks(const struct mt_command *command, const void *options, do
 #define MT_ROW_DISPATCH_PRECISION(S)                                                               \
   {                                                                                                \
     .flag = "dispatch-precision", .type = MT_OPT_CHOICE,                                           \
-    .offset = offsetof(S, dispatch_precision), .unit = "WHAT", .choices = "act|8bit|8bit-both",    \
+    .offset = offsetof(S, dispatch_precision), .unit = "WHAT", .choices = "act|8bit|both",         \
     .initial = "act",                                                                              \
     .help = "With --ep-size and an 8-bit --precision, what travels to experts on other ranks. "    \
-            "act: bf16; 8bit: tokens as the experts multiply them, in half the bytes; 8bit-both: " \
+            "act: bf16; 8bit: tokens as the experts multiply them, in half the bytes; both: "      \
             "in backward the gradients of their outputs too.",                                     \
   }
 #define MT_ROWS_RANKS(S, member)                                                                   \

@@ -154,7 +154,7 @@ static mt_err check_widths(const struct mt_model *m) {
 
 /* Tokens that travel in 8 bits are multiplied as they are. */
 static mt_err check_dispatch(const struct mt_model *m) {
-  static const char *const names[] = {"act", "8bit", "8bit-both"};
+  static const char *const names[] = {"act", "8bit", "both"};
   const struct mt_recipe *r = m->recipe;
   if (m->options.dispatch == MT_DISPATCH_ACT ||
       mt_eight_bits(r, MT_8BIT_EXPERTS, m->options.skip_8bit))

@@ -37,7 +37,7 @@ const char *mt_phase_name(enum mt_phase phase);
 /* What tokens travel as to experts on other ranks, where those multiply in 8 bits: as activations;
  * forward in 8 bits, as the experts' first product takes them; and backward the gradients of the
  * outputs likewise. What comes back is activations. */
-enum mt_dispatch_precision { MT_DISPATCH_ACT, MT_DISPATCH_8BIT, MT_DISPATCH_8BIT_BOTH };
+enum mt_dispatch_precision { MT_DISPATCH_ACT, MT_DISPATCH_8BIT, MT_DISPATCH_BOTH };
 
 struct mt_model_options {
   enum mt_experts_strategy experts;

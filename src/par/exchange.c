@@ -498,7 +498,7 @@ mt_err mt_exchange_over(struct mt_model *m, struct mt_comm *expert, struct mt_co
   s->experts = m->config.experts;
   s->chunks = m->acts.options.chunks;
   if (m->options.dispatch != MT_DISPATCH_ACT) s->token_format = m->acts.moe_format;
-  if (m->options.dispatch == MT_DISPATCH_8BIT_BOTH) s->gradient_format = m->acts.moe_format;
+  if (m->options.dispatch == MT_DISPATCH_BOTH) s->gradient_format = m->acts.moe_format;
   if (expert->size > 1) {
     m->exchange = (struct mt_exchange){.plan = plan,
                                        .dispatch = dispatch,

@@ -238,7 +238,7 @@ static inline void dispatch_in_eight_bits(const char *recipe, struct mt_model_op
   struct mt_shard shard = mt_ranks_shard(&mesh);
   open_run(&whole, recipe, (struct mt_model_options){.training = true}, &c, NULL);
   small_weights(&whole.m, 3);
-  for (int i = MT_DISPATCH_ACT; i <= MT_DISPATCH_8BIT_BOTH; i++) {
+  for (int i = MT_DISPATCH_ACT; i <= MT_DISPATCH_BOTH; i++) {
     options.dispatch = (enum mt_dispatch_precision)i;
     open_run(&run[i], recipe, options, &c, &shard);
     take_weights(&run[i], &whole);

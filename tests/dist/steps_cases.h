@@ -101,7 +101,10 @@ static void steps_on_every_mesh(const char *recipe, struct near near) {
     if (ep == 1) continue;
     struct mt_model_options chunked = ways[0];
     chunked.chunks = 4;
+    int cuts_of_all = cuts_run;
+    cuts_run = 2; /* the same bits twice */
     steps_equal_to_one(recipe, chunked, ep, near);
+    cuts_run = cuts_of_all;
   }
 }
 

@@ -16,6 +16,12 @@ static void gradients(void **state) {
   print_message("  bf16: off by %.1e at most\n", worst);
 }
 
+static void tokens_in_eight_bits(void **state) {
+  (void)state;
+  dispatch_in_eight_bits_on_every_mesh("mxfp8");
+  dispatch_in_eight_bits_on_every_mesh("fp8");
+}
+
 static void auxiliary_loss(void **state) {
   (void)state;
   auxiliary_loss_is_of_all("fp32", 1e-5);
@@ -94,6 +100,7 @@ static void nccl_is_called_as_it_wants(void **state) {
 static const struct CMUnitTest tests[] = {cmocka_unit_test(nccl_is_called_as_it_wants),
                                           cmocka_unit_test(test_every_call),
                                           cmocka_unit_test(gradients),
+                                          cmocka_unit_test(tokens_in_eight_bits),
                                           cmocka_unit_test(auxiliary_loss),
                                           cmocka_unit_test(steps_float32),
                                           cmocka_unit_test(steps_bf16),

@@ -217,7 +217,7 @@ static void plans_are_what_ranks_take(void **state) {
   OK(mt_path_join(path, dir, "wide.json"));
   for (int ep = 2; ep <= world.size; ep++) {
     if (world.size % ep != 0 || ALL_EXPERTS % ep != 0) continue;
-    for (int dispatch = MT_DISPATCH_ACT; dispatch <= MT_DISPATCH_8BIT_BOTH; dispatch++) {
+    for (int dispatch = MT_DISPATCH_ACT; dispatch <= MT_DISPATCH_BOTH; dispatch++) {
       on_mesh(path, "mxfp8", ep, 1, 0, MT_RECOMPUTE_MLP, 1 + dispatch, dispatch);
       on_mesh(path, "fp8", ep, 1, 0, MT_RECOMPUTE_NONE, 1, dispatch);
     }
