@@ -161,6 +161,9 @@ static const struct mt_model_options expert_ways[] = {
      .training = true},
 };
 
+/* More ranks than that do not run every way in chunks: they are more than cores. */
+enum { FEW = 4 };
+
 static inline struct mt_model_options in_chunks(struct mt_model_options o, int chunks) {
   o.chunks = chunks;
   return o;
@@ -180,7 +183,8 @@ static void gradients_on_every_mesh(const char *recipe, bool loops, double bound
       const struct mt_model_options *way = &expert_ways[i];
       if (way->experts == MT_EXPERTS_LOOP && !loops) continue;
       gradients_equal_to_one(recipe, *way, &g, USUAL, bound, loss_bound);
-      if (ep > 1) gradients_equal_to_one(recipe, in_chunks(*way, 4), &g, USUAL, bound, loss_bound);
+      if (ep > 1 && (i == 0 || world.size <= FEW))
+        gradients_equal_to_one(recipe, in_chunks(*way, 4), &g, USUAL, bound, loss_bound);
     }
     for (int chunks = 1; chunks <= (ep > 1 ? 3 : 1); chunks += 2) {
       struct mt_model_options way = in_chunks(*fused, chunks);
@@ -284,8 +288,10 @@ static inline void dispatch_in_eight_bits_on_every_mesh(const char *recipe) {
     if (world.size % ep != 0 || EXPERTS % ep != 0) continue;
     open_groups(&g, ep);
     dispatch_in_eight_bits(recipe, fused, &g, USUAL);
-    dispatch_in_eight_bits(recipe, in_chunks(expert_ways[1], 3), &g, USUAL);
-    dispatch_in_eight_bits(recipe, in_chunks(expert_ways[2], 2), &g, USUAL);
+    if (world.size <= FEW) {
+      dispatch_in_eight_bits(recipe, in_chunks(expert_ways[1], 3), &g, USUAL);
+      dispatch_in_eight_bits(recipe, in_chunks(expert_ways[2], 2), &g, USUAL);
+    }
     if (ep >= config().top_k)
       dispatch_in_eight_bits(recipe, in_chunks(fused, 2), &g, ONE_EXPERT_EACH);
     close_groups(&g);
