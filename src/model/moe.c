@@ -19,61 +19,29 @@
  * next is on its way here and the outputs of the one before are on theirs home. A chunk's rows lie
  * together, in expert order, and run as a whole layer's would; its share of the weights' gradients
  * is added to that of the chunks before. */
-#include "model/layers.h"
-#include "quant/linear.h"
-
-/* Everything one call works on, cut to the batch. */
-struct moe {
-  struct mt_model *m;
-  struct mt_backend *be;
-  struct mt_layer_acts *l;
-  const struct mt_view *v;
-  struct mt_param *norm, *router, *gate_up, *down;
-  struct mt_route route;
-  struct mt_tensor xn, y, prob, gu, xs, ys, h;
-  struct mt_tensor row_prob, drow_prob; /* NULL data: prob weighs the outputs instead */
-};
-
-/* Rows of one call, all of one chunk: of one expert, or of all (groups of them, device offsets). */
-struct span {
-  int64_t begin, rows;
-  bool accumulate; /* to the weights' gradients */
-  bool last;       /* chunk that has rows */
-  struct mt_weight_forms w1, w2;
-  struct mt_tensor dw1, dw2;
-  struct mt_row_groups groups; /* offsets NULL: one expert */
-};
-
-static enum mt_qformat format_of(const struct moe *o) {
-  return o->m->acts.moe_format;
-}
-
-/* Operand i of the room, empty. */
-static struct mt_operand operand(const struct moe *o, int i) {
-  return (struct mt_operand){.format = format_of(o), .memory = o->m->acts.moe_operand[i]};
-}
+#include "model/experts.h"
 
 /* All experts' rows of a chunk. */
-static struct span chunk_span(const struct moe *o, int chunk) {
+static struct mt_moe_span chunk_span(const struct mt_moe *o, int chunk) {
   const struct mt_route_chunk *k = &o->route.chunk[chunk];
   int64_t ends = (int64_t)chunk * (o->route.expert_count + 1);
-  return (struct span){.begin = k->row_begin,
-                       .rows = k->row_count,
-                       .accumulate = o->v->accumulate || k->row_begin > 0,
-                       .last = k->row_begin + k->row_count == o->route.row_count,
-                       .w1 = mt_forms_of(o->gate_up),
-                       .w2 = mt_forms_of(o->down),
-                       .dw1 = o->gate_up->grad,
-                       .dw2 = o->down->grad,
-                       .groups = {.offsets = o->route.offsets + ends,
-                                  .padded = o->route.padded ? o->route.padded + ends : NULL,
-                                  .count = o->route.expert_count}};
+  return (struct mt_moe_span){.begin = k->row_begin,
+                              .rows = k->row_count,
+                              .accumulate = o->v->accumulate || k->row_begin > 0,
+                              .last = k->row_begin + k->row_count == o->route.row_count,
+                              .w1 = mt_forms_of(o->gate_up),
+                              .w2 = mt_forms_of(o->down),
+                              .dw1 = o->gate_up->grad,
+                              .dw2 = o->down->grad,
+                              .groups = {.offsets = o->route.offsets + ends,
+                                         .padded = o->route.padded ? o->route.padded + ends : NULL,
+                                         .count = o->route.expert_count}};
 }
 
 /* Those of expert e; read_offsets has been called. */
-static struct span expert_span(const struct moe *o, int chunk, int e) {
+static struct mt_moe_span expert_span(const struct mt_moe *o, int chunk, int e) {
   const int32_t *offsets = o->m->host_route + (ptrdiff_t)chunk * (o->route.expert_count + 1) + e;
-  struct span s = chunk_span(o, chunk);
+  struct mt_moe_span s = chunk_span(o, chunk);
   s.begin += offsets[0];
   s.rows = offsets[1] - offsets[0];
   s.w1 = mt_weight_slice(&s.w1, e);
@@ -84,10 +52,10 @@ static struct span expert_span(const struct moe *o, int chunk, int e) {
   return s;
 }
 
-static struct moe moe_open(struct mt_model *m, int layer, const struct mt_view *v) {
+static struct mt_moe moe_open(struct mt_model *m, int layer, const struct mt_view *v) {
   struct mt_layer_acts *l = &m->acts.layer[layer];
   int64_t t = v->tokens;
-  struct moe o = {
+  struct mt_moe o = {
       .m = m,
       .be = m->be,
       .l = l,
@@ -108,7 +76,7 @@ static struct moe moe_open(struct mt_model *m, int layer, const struct mt_view *
 }
 
 /* The rows' buffers, once their number is known. */
-static void moe_rows(struct moe *o) {
+static void moe_rows(struct mt_moe *o) {
   struct mt_acts *a = &o->m->acts;
   int64_t r = o->route.row_count;
   o->gu = mt_top(o->l->gate_up, r);
@@ -119,7 +87,7 @@ static void moe_rows(struct moe *o) {
   o->drow_prob = mt_top(a->drow_prob, r);
 }
 
-static mt_err make_plan(struct moe *o) {
+static mt_err make_plan(struct mt_moe *o) {
   struct mt_model *m = o->m;
   bool grown;
   MT_TRY(m->exchange.plan(&m->exchange, o->be, &o->route, &o->xn));
@@ -141,223 +109,29 @@ static mt_err make_plan(struct moe *o) {
 }
 
 /* Where outputs are weighed and dispatch is undone one expert at a time: with all experts here. */
-static bool scattered(const struct moe *o) {
+static bool scattered(const struct mt_moe *o) {
   return o->m->options.experts == MT_EXPERTS_LOOP && o->m->options.blocks == MT_BLOCKS_UNFUSED &&
          !o->m->acts.options.over_ranks;
 }
 
-static mt_err read_offsets(struct moe *o) {
+static mt_err read_offsets(struct mt_moe *o) {
   size_t count = (size_t)o->route.chunk_count * (size_t)(o->route.expert_count + 1);
   return o->be->download(o->be, o->m->host_route, o->route.offsets, count * sizeof(int32_t));
 }
 
-/* xs (=) the tokens of the rows, unless they have been kept. */
-static mt_err gather(struct moe *o, int64_t begin, int64_t rows) {
-  if (o->m->acts.options.over_ranks) return MT_OK;
-  return o->be->ops.dispatch_fwd(
-      o->be, &(struct mt_dispatch_fwd_args){.x = o->xn,
-                                            .row_source = o->route.row_source + begin,
-                                            .top_k = o->route.top_k,
-                                            .xs = mt_rows(&o->xs, begin, rows)});
-}
-
-/* What is under way goes on while products run. */
-static mt_err advance(struct moe *o) {
-  struct mt_exchange *x = &o->m->exchange;
-  return x->advance ? x->advance(x) : MT_OK;
-}
-
-/* Routing probabilities of some rows, where there are any. */
-static struct mt_tensor prob_rows(const struct mt_tensor *t, int64_t begin, int64_t rows) {
-  if (!t->data) return *t;
-  return mt_vec((char *)t->data + (size_t)begin * mt_dtype_bytes(t->dtype), t->dtype, rows);
-}
-
-/* SwiGLU inside its neighbours: the grouped products that it stands between, or quantizing. */
-static bool joined(const struct moe *o, const struct span *s) {
-  const struct mt_model_options *m = &o->m->options;
-  if (format_of(o) != MT_Q_NONE) return m->experts == MT_EXPERTS_FUSED;
-  return s->groups.offsets && (m->experts == MT_EXPERTS_FUSED || m->blocks == MT_BLOCKS_FUSED);
-}
-
-/* Tokens are quantized straight from where they lie, both ways: xs is no tensor then, and no dys.
- */
-static bool quantizes_on_the_way(const struct moe *o) {
-  return format_of(o) != MT_Q_NONE && o->m->options.experts == MT_EXPERTS_FUSED &&
-         !o->m->acts.options.over_ranks;
-}
-
-/* An operand of dispatched rows: gathered from `tokens`, or (already in expert order) `rows`. */
-static mt_err routed_operand(struct moe *o, const struct span *s, struct mt_tensor tokens,
-                             struct mt_tensor rows, int sides, struct mt_operand *out) {
-  struct mt_row_groups g = s->groups;
-  bool gathered = quantizes_on_the_way(o);
-  if (gathered) {
-    g.row_source = o->route.row_source;
-    g.top_k = o->route.top_k;
-  }
-  *out = operand(o, 0);
-  return mt_operand_make(o->be, out, gathered ? tokens : rows, s->rows, sides, &g);
-}
-
-static const int32_t *row_count(const struct span *s) {
-  return s->groups.offsets ? s->groups.offsets + s->groups.count : NULL;
-}
-
-/* gate_up (=) from the tokens. */
-static mt_err up_forward(struct moe *o, const struct span *s) {
-  struct mt_operand x;
-  MT_TRY(routed_operand(o, s, o->xn, mt_rows(&o->xs, s->begin, s->rows), MT_SIDE_ROW, &x));
-  return mt_product_forward(o->be, &x, &s->w1, mt_rows(&o->gu, s->begin, s->rows));
-}
-
-/* SwiGLU of gate_up as down's operand; h is its memory where that is no 8-bit one. */
-static mt_err middle_forward(struct moe *o, const struct span *s, struct mt_operand *out) {
-  struct mt_tensor gu = mt_rows(&o->gu, s->begin, s->rows), h = mt_rows(&o->h, s->begin, s->rows);
-  struct mt_tensor prob = prob_rows(&o->row_prob, s->begin, s->rows);
-  *out = operand(o, 2);
-  if (joined(o, s)) {
-    mt_operand_shape(out, s->rows, h.dim[1], MT_SIDE_ROW, &s->groups);
-    return o->be->ops.swiglu_quantize_fwd(
-        o->be, &(struct mt_swiglu_quantize_fwd_args){.gate_up = gu,
-                                                     .row_prob = prob,
-                                                     .offsets = s->groups.offsets,
-                                                     .padded = s->groups.padded,
-                                                     .group_count = s->groups.count,
-                                                     .h = out->q});
-  }
-  MT_TRY(o->be->ops.swiglu_fwd(
-      o->be, &(struct mt_swiglu_fwd_args){
-                 .gate_up = gu, .row_prob = prob, .row_count = row_count(s), .h = h}));
-  return mt_operand_make(o->be, out, h, s->rows, MT_SIDE_ROW, &s->groups);
-}
-
-/* gate_up, SwiGLU, down on the span's rows of xs, dense for one expert or grouped over all. */
-static mt_err mlp_forward(struct moe *o, const struct span *s) {
-  struct mt_tensor ys = mt_rows(&o->ys, s->begin, s->rows);
-  struct mt_tensor rows = mt_rows(&o->h, s->begin, s->rows);
-  struct mt_operand h = operand(o, 2);
-  if (joined(o, s) && format_of(o) == MT_Q_NONE) {
-    MT_TRY(mt_linear_experts_up(o->be, &(struct mt_experts_up_fwd_args){
-                                           .x = mt_rows(&o->xs, s->begin, s->rows),
-                                           .w = s->w1.w,
-                                           .offsets = s->groups.offsets,
-                                           .row_prob = prob_rows(&o->row_prob, s->begin, s->rows),
-                                           .gate_up = mt_rows(&o->gu, s->begin, s->rows),
-                                           .h = rows}));
-    MT_TRY(advance(o));
-    return mt_linear_forward(o->be, rows, s->w2.w, ys, s->groups.offsets);
-  }
-  MT_TRY(up_forward(o, s));
-  MT_TRY(advance(o));
-  MT_TRY(middle_forward(o, s, &h));
-  return mt_product_forward(o->be, &h, &s->w2, ys);
-}
-
-/* From dh, in h, to the gradient of gate and up and to h again, as the operands of what follows;
- * the former's memory is gate_up where that is no 8-bit one, the latter's h. */
-static mt_err middle_backward(struct moe *o, const struct span *s, struct mt_operand *dgu,
-                              struct mt_operand *again) {
-  struct mt_tensor gu = mt_rows(&o->gu, s->begin, s->rows), h = mt_rows(&o->h, s->begin, s->rows);
-  struct mt_tensor prob = prob_rows(&o->row_prob, s->begin, s->rows);
-  struct mt_tensor dprob = prob_rows(&o->drow_prob, s->begin, s->rows);
-  *dgu = operand(o, 1);
-  *again = operand(o, 2);
-  if (joined(o, s)) {
-    mt_operand_shape(dgu, s->rows, gu.dim[1], MT_SIDE_BOTH, &s->groups);
-    mt_operand_shape(again, s->rows, h.dim[1], MT_SIDE_COL, &s->groups);
-    return o->be->ops.swiglu_quantize_bwd(
-        o->be, &(struct mt_swiglu_quantize_bwd_args){.dh = h,
-                                                     .gate_up = gu,
-                                                     .row_prob = prob,
-                                                     .offsets = s->groups.offsets,
-                                                     .padded = s->groups.padded,
-                                                     .group_count = s->groups.count,
-                                                     .dgate_up = dgu->q,
-                                                     .h = again->q,
-                                                     .drow_prob = dprob});
-  }
-  MT_TRY(o->be->ops.swiglu_bwd(o->be, &(struct mt_swiglu_bwd_args){.dh = h,
-                                                                   .gate_up = gu,
-                                                                   .row_prob = prob,
-                                                                   .row_count = row_count(s),
-                                                                   .dgate_up = gu,
-                                                                   .h = h,
-                                                                   .drow_prob = dprob}));
-  MT_TRY(mt_operand_make(o->be, dgu, gu, s->rows, MT_SIDE_BOTH, &s->groups));
-  return mt_operand_make(o->be, again, h, s->rows, MT_SIDE_COL, &s->groups);
-}
-
-/* The operands of everything that follows, from dys, which lies in ys (or, quantized on the way, is
- * the tokens' gradient dy). */
-static mt_err down_backward(struct moe *o, const struct span *s, struct mt_tensor dy,
-                            struct mt_operand *dys, struct mt_operand *dgu, struct mt_operand *h) {
-  struct mt_tensor ys = mt_rows(&o->ys, s->begin, s->rows);
-  MT_TRY(routed_operand(o, s, dy, ys, MT_SIDE_BOTH, dys));
-  if (joined(o, s) && format_of(o) == MT_Q_NONE) {
-    struct mt_tensor gu = mt_rows(&o->gu, s->begin, s->rows);
-    struct mt_tensor rows = mt_rows(&o->h, s->begin, s->rows);
-    *dgu = operand(o, 1);
-    *h = operand(o, 2);
-    MT_TRY(mt_linear_experts_down_dgrad(
-        o->be, &(struct mt_experts_down_dgrad_args){
-                   .dy = ys,
-                   .w = s->w2.w,
-                   .offsets = s->groups.offsets,
-                   .gate_up = gu,
-                   .row_prob = prob_rows(&o->row_prob, s->begin, s->rows),
-                   .dgate_up = gu,
-                   .h = rows,
-                   .drow_prob = prob_rows(&o->drow_prob, s->begin, s->rows)}));
-    MT_TRY(mt_operand_make(o->be, dgu, gu, s->rows, MT_SIDE_BOTH, &s->groups));
-    return mt_operand_make(o->be, h, rows, s->rows, MT_SIDE_COL, &s->groups);
-  }
-  MT_TRY(mt_product_dgrad(o->be, dys, &s->w2, mt_rows(&o->h, s->begin, s->rows)));
-  return middle_backward(o, s, dgu, h);
-}
-
-/* Where all experts' gradients are made at once, their squares can be added up with the last of
- * them. */
-static double *sumsq_of(const struct mt_param *w, const struct span *s) {
-  return w->grad_summed && s->groups.offsets && s->last ? w->grad_sumsq : NULL;
-}
-
-/* In: ys holds dys (or see down_backward). dgu (=) what is left to do. */
-static mt_err first_half_backward(struct moe *o, const struct span *s, struct mt_tensor dy,
-                                  struct mt_operand *dgu) {
-  struct mt_operand dys, h;
-  MT_TRY(down_backward(o, s, dy, &dys, dgu, &h));
-  MT_TRY(advance(o));
-  return mt_product_wgrad(o->be, &dys, &h, s->dw2, s->accumulate, sumsq_of(o->down, s));
-}
-
-/* dys has served: where the tokens are gathered again, it is into its memory. */
-static mt_err up_wgrad(struct moe *o, const struct span *s, const struct mt_operand *dgu) {
-  struct mt_operand x;
-  if (!s->dw1.data) return MT_OK;
-  if (!quantizes_on_the_way(o)) MT_TRY(gather(o, s->begin, s->rows));
-  MT_TRY(routed_operand(o, s, o->xn, mt_rows(&o->xs, s->begin, s->rows), MT_SIDE_COL, &x));
-  return mt_product_wgrad(o->be, dgu, &x, s->dw1, s->accumulate, sumsq_of(o->gate_up, s));
-}
-
-/* Out: ys holds dxs. */
-static mt_err up_dgrad(struct moe *o, const struct span *s, const struct mt_operand *dgu) {
-  return mt_product_dgrad(o->be, dgu, &s->w1, mt_rows(&o->ys, s->begin, s->rows));
-}
-
 /* The loop's forward, or for backward what of it was not kept: ys if outputs are weighed, else
  * gate_up alone. read_offsets has been called. */
-static mt_err loop_forward(struct moe *o, int chunk, bool again) {
+static mt_err loop_forward(struct mt_moe *o, int chunk, bool again) {
   bool scatter = scattered(o) && !again;
   if (scatter) MT_TRY(o->be->zero(o->be, o->y.data, mt_bytes(&o->y)));
   for (int e = 0; e < o->route.expert_count; e++) {
-    struct span s = expert_span(o, chunk, e);
+    struct mt_moe_span s = expert_span(o, chunk, e);
     if (s.rows == 0) continue;
-    if (scattered(o) || again) MT_TRY(gather(o, s.begin, s.rows));
+    if (scattered(o) || again) MT_TRY(mt_experts_gather(o, s.begin, s.rows));
     if (again && !o->m->acts.options.weigh_outputs)
-      MT_TRY(up_forward(o, &s));
+      MT_TRY(mt_experts_up_forward(o, &s));
     else
-      MT_TRY(mlp_forward(o, &s));
+      MT_TRY(mt_experts_forward(o, &s));
     if (scatter) {
       MT_TRY(o->be->ops.scatter_add(
           o->be, &(struct mt_scatter_add_args){.ys = mt_rows(&o->ys, s.begin, s.rows),
@@ -370,27 +144,27 @@ static mt_err loop_forward(struct moe *o, int chunk, bool again) {
   return MT_OK;
 }
 
-static mt_err zero_expert_grad(struct moe *o, const struct span *s, struct mt_tensor dw) {
+static mt_err zero_expert_grad(struct mt_moe *o, const struct mt_moe_span *s, struct mt_tensor dw) {
   if (!dw.data || s->accumulate) return MT_OK;
   return o->be->zero(o->be, dw.data, mt_bytes(&dw));
 }
 
-static mt_err expert_backward(struct moe *o, const struct span *s, struct mt_tensor dy) {
+static mt_err expert_backward(struct mt_moe *o, const struct mt_moe_span *s, struct mt_tensor dy) {
   struct mt_operand dgu;
-  MT_TRY(first_half_backward(o, s, dy, &dgu));
-  MT_TRY(up_wgrad(o, s, &dgu));
-  return up_dgrad(o, s, &dgu);
+  MT_TRY(mt_experts_down_backward(o, s, dy, &dgu));
+  MT_TRY(mt_experts_up_wgrad(o, s, &dgu));
+  return mt_experts_up_dgrad(o, s, &dgu);
 }
 
 /* read_offsets has been called. */
-static mt_err loop_backward(struct moe *o, int chunk, struct mt_tensor dy, struct mt_tensor dprob,
-                            struct mt_tensor dxn) {
+static mt_err loop_backward(struct mt_moe *o, int chunk, struct mt_tensor dy,
+                            struct mt_tensor dprob, struct mt_tensor dxn) {
   if (scattered(o)) {
     MT_TRY(o->be->zero(o->be, dxn.data, mt_bytes(&dxn)));
     MT_TRY(o->be->zero(o->be, dprob.data, mt_bytes(&dprob)));
   }
   for (int e = 0; e < o->route.expert_count; e++) {
-    struct span s = expert_span(o, chunk, e);
+    struct mt_moe_span s = expert_span(o, chunk, e);
     if (s.rows == 0) {
       MT_TRY(zero_expert_grad(o, &s, s.dw1));
       MT_TRY(zero_expert_grad(o, &s, s.dw2));
@@ -421,31 +195,31 @@ static mt_err loop_backward(struct moe *o, int chunk, struct mt_tensor dy, struc
 
 /* ---- ways to the experts and back; a chunk departs and arrives ---- */
 
-static mt_err tokens_out(struct moe *o, int chunk, enum mt_leg leg) {
+static mt_err tokens_out(struct mt_moe *o, int chunk, enum mt_leg leg) {
   struct mt_exchange *x = &o->m->exchange;
   struct mt_trip trip = {&o->route, chunk, leg};
-  if (!quantizes_on_the_way(o)) MT_TRY(x->dispatch(x, o->be, &trip, &o->xn, &o->xs));
+  if (!mt_experts_quantize_rows(o)) MT_TRY(x->dispatch(x, o->be, &trip, &o->xn, &o->xs));
   if (o->m->acts.options.weigh_outputs) return MT_OK;
   return x->dispatch_prob(x, o->be, &trip, &o->prob, &o->row_prob);
 }
 
-static mt_err outputs_home(struct moe *o, int chunk, enum mt_leg leg) {
+static mt_err outputs_home(struct mt_moe *o, int chunk, enum mt_leg leg) {
   struct mt_exchange *x = &o->m->exchange;
   struct mt_trip trip = {&o->route, chunk, leg};
   const struct mt_tensor *prob = o->m->acts.options.weigh_outputs ? &o->prob : NULL;
   return x->combine(x, o->be, &trip, &o->ys, prob, &o->y);
 }
 
-static mt_err permuted_forward(struct moe *o) {
+static mt_err permuted_forward(struct mt_moe *o) {
   bool loop = o->m->options.experts == MT_EXPERTS_LOOP;
   int n = o->route.chunk_count;
   MT_TRY(tokens_out(o, 0, MT_DEPART));
   if (loop) MT_TRY(read_offsets(o));
   for (int c = 0; c < n; c++) {
-    struct span s = chunk_span(o, c);
+    struct mt_moe_span s = chunk_span(o, c);
     if (c + 1 < n) MT_TRY(tokens_out(o, c + 1, MT_DEPART));
     MT_TRY(tokens_out(o, c, MT_ARRIVE));
-    if (s.rows > 0) MT_TRY(loop ? loop_forward(o, c, false) : mlp_forward(o, &s));
+    if (s.rows > 0) MT_TRY(loop ? loop_forward(o, c, false) : mt_experts_forward(o, &s));
     MT_TRY(outputs_home(o, c, MT_DEPART));
     if (c > 0) MT_TRY(outputs_home(o, c - 1, MT_ARRIVE));
   }
@@ -457,16 +231,16 @@ struct gradients {
   struct mt_tensor dy, dprob, dxn;
 };
 
-static mt_err gradient_out(struct moe *o, struct gradients *g, int chunk, enum mt_leg leg) {
+static mt_err gradient_out(struct mt_moe *o, struct gradients *g, int chunk, enum mt_leg leg) {
   struct mt_exchange *x = &o->m->exchange;
   struct mt_trip trip = {&o->route, chunk, leg};
   bool weigh = o->m->acts.options.weigh_outputs;
-  if (quantizes_on_the_way(o)) return MT_OK;
+  if (mt_experts_quantize_rows(o)) return MT_OK;
   return x->combine_bwd(x, o->be, &trip, &g->dy, weigh ? &o->prob : NULL, &o->ys,
                         weigh ? &g->dprob : NULL);
 }
 
-static mt_err gradient_home(struct moe *o, struct gradients *g, int chunk, enum mt_leg leg) {
+static mt_err gradient_home(struct mt_moe *o, struct gradients *g, int chunk, enum mt_leg leg) {
   struct mt_exchange *x = &o->m->exchange;
   struct mt_trip trip = {&o->route, chunk, leg};
   if (!o->m->acts.options.weigh_outputs)
@@ -475,24 +249,24 @@ static mt_err gradient_home(struct moe *o, struct gradients *g, int chunk, enum 
 }
 
 /* gate_up, where it was not kept. */
-static mt_err hidden_again(struct moe *o) {
+static mt_err hidden_again(struct mt_moe *o) {
   bool loop = o->m->options.experts == MT_EXPERTS_LOOP;
   if (o->m->acts.options.weigh_outputs || !mt_layer_gate_up_lost(o->m, o->route.layer))
     return MT_OK;
   if (loop) MT_TRY(read_offsets(o));
   for (int c = 0; c < o->route.chunk_count; c++) {
-    struct span s = chunk_span(o, c);
+    struct mt_moe_span s = chunk_span(o, c);
     if (s.rows == 0) continue;
-    if (!loop && !quantizes_on_the_way(o)) MT_TRY(gather(o, s.begin, s.rows));
-    MT_TRY(loop ? loop_forward(o, c, true) : up_forward(o, &s));
+    if (!loop && !mt_experts_quantize_rows(o)) MT_TRY(mt_experts_gather(o, s.begin, s.rows));
+    MT_TRY(loop ? loop_forward(o, c, true) : mt_experts_up_forward(o, &s));
   }
   return MT_OK;
 }
 
 /* What arrived of a chunk's gradient, to where it leaves for home. Where the tokens are kept, their
  * gradient is on its way while gate_up's is made. */
-static mt_err chunk_backward(struct moe *o, struct gradients *g, int chunk) {
-  struct span s = chunk_span(o, chunk);
+static mt_err chunk_backward(struct mt_moe *o, struct gradients *g, int chunk) {
+  struct mt_moe_span s = chunk_span(o, chunk);
   struct mt_operand dgu;
   bool kept = o->m->acts.options.over_ranks;
   if (s.rows == 0) return gradient_home(o, g, chunk, MT_DEPART);
@@ -500,17 +274,17 @@ static mt_err chunk_backward(struct moe *o, struct gradients *g, int chunk) {
     MT_TRY(loop_backward(o, chunk, g->dy, g->dprob, g->dxn));
     return gradient_home(o, g, chunk, MT_DEPART);
   }
-  MT_TRY(first_half_backward(o, &s, g->dy, &dgu));
-  if (!kept) MT_TRY(up_wgrad(o, &s, &dgu));
-  MT_TRY(up_dgrad(o, &s, &dgu));
+  MT_TRY(mt_experts_down_backward(o, &s, g->dy, &dgu));
+  if (!kept) MT_TRY(mt_experts_up_wgrad(o, &s, &dgu));
+  MT_TRY(mt_experts_up_dgrad(o, &s, &dgu));
   MT_TRY(gradient_home(o, g, chunk, MT_DEPART));
-  return kept ? up_wgrad(o, &s, &dgu) : MT_OK;
+  return kept ? mt_experts_up_wgrad(o, &s, &dgu) : MT_OK;
 }
 
 /* From the gradient of the block's output to that of its routed tokens. Over ranks the first chunk
  * is on its way while gate_up is made again; on one it comes into the memory of the tokens that
  * gate_up is made of. */
-static mt_err permuted_backward(struct moe *o, struct gradients *g) {
+static mt_err permuted_backward(struct mt_moe *o, struct gradients *g) {
   bool kept = o->m->acts.options.over_ranks;
   int n = o->route.chunk_count;
   if (!kept) MT_TRY(hidden_again(o));
@@ -527,7 +301,7 @@ static mt_err permuted_backward(struct moe *o, struct gradients *g) {
 }
 
 mt_err mt_moe_forward(struct mt_model *m, int layer, const struct mt_view *v) {
-  struct moe o = moe_open(m, layer, v);
+  struct mt_moe o = moe_open(m, layer, v);
   int64_t t = v->tokens;
   mt_acts_enter(&m->acts, m->be, MT_ROOM_MOE);
   MT_TRY(mt_norm_forward(m, mt_top(o.l->s1, t), mt_top(m->acts.branch, t), o.norm,
@@ -553,7 +327,7 @@ mt_err mt_moe_forward(struct mt_model *m, int layer, const struct mt_view *v) {
 /* What backward reads of forward and was not kept: s2, the normalised input, and where outputs are
  * weighed those (with gate_up; else see hidden_again). The routing was kept: tokens go where they
  * went. */
-static mt_err forward_again(struct moe *o, int layer) {
+static mt_err forward_again(struct mt_moe *o, int layer) {
   struct mt_model *m = o->m;
   int64_t t = o->v->tokens;
   struct mt_tensor s1 = {0}, branch = {0};
@@ -570,7 +344,7 @@ static mt_err forward_again(struct moe *o, int layer) {
 }
 
 mt_err mt_moe_backward(struct mt_model *m, int layer, const struct mt_view *v) {
-  struct moe o = moe_open(m, layer, v);
+  struct mt_moe o = moe_open(m, layer, v);
   int64_t t = v->tokens;
   struct mt_tensor ds = mt_top(m->acts.ds, t), dxn = o.y, dprob = mt_top(m->acts.dprob, t);
   struct gradients g = {ds, dprob, dxn};
