@@ -407,12 +407,83 @@ static void names_and_usage(void **state) {
   has("malformed       1 lines, the first is line 2\n");
 }
 
+/* A row of the table of memory, as inspect and plan both print it. */
+static double row(const char *text, const char *name) {
+  char key[32];
+  snprintf(key, sizeof key, "\n%s ", name);
+  const char *at = strstr(text, key);
+  if (!at) at = strstr(text, (snprintf(key, sizeof key, "\n  %s ", name), key));
+  if (!at) fail_msg("no '%s' in:\n%s", name, text);
+  return strtod(at + strlen(key), NULL);
+}
+
+static const char *memory_of(const struct cli_result *said) {
+  const char *table = strstr(said->out, "\nmemory ");
+  if (!table) fail_msg("no memory in:\n%s%s", said->out, said->err);
+  return table;
+}
+
+/* Ranks, layers and experts of a mesh with stages, and what rank 0 would hold of them in training:
+ * its parameters by hand, all of it as `plan` says of the fullest stage, which is the first. */
+static void a_mesh_of_stages(void **state) {
+  struct fixture *f = *state;
+  static struct cli_result planned;
+  static const char *const kinds[] = {"parameters", "gradients", "optimizer", "activations"};
+  char only[MT_PATH_MAX], text[1024];
+  const char *tied = strstr(config, "\"tie"), *layers = strstr(config, "2,\"num_attention_heads");
+  assert_true(tied && layers);
+  snprintf(text, sizeof text, "%.*s5%.*s\"tie_word_embeddings\":false}", (int)(layers - config),
+           config, (int)(tied - layers - 1), layers + 1);
+  OK(mt_path_join(only, f->dir, "only"));
+  OK(mt_dir_create(only));
+  temp_text(only, "config.json", text);
+  for (int zero = 0; zero < 2; zero++) {
+    const char *z = zero ? "--zero=1" : "--zero=0";
+    CLI(&r, "inspect", only, "--mesh", "8", "--ep-size", "2", "--pp-size", "2", "--train",
+        "--device", "cpu", "--precision", "fp32", "--max-seq-length", "64", "--batch-size", "2", z);
+    assert_int_equal(r.status, 0);
+    has("\nmesh            8 ranks: 2 x data, 2 x expert, 2 x pipeline\n");
+    has("\n     0      0      0      0  0-2         0-1\n"
+        "     1      0      1      0  0-2         2-3\n"
+        "     2      1      0      0  0-2         0-1\n"
+        "     3      1      1      0  0-2         2-3\n"
+        "     4      0      0      1  3-4         0-1\n"
+        "     5      0      1      1  3-4         2-3\n"
+        "     6      1      0      1  3-4         0-1\n"
+        "     7      1      1      1  3-4         2-3\n");
+    has("  of rank 0\n");
+    CLI(&planned, "plan", only, "--gpus", "8", "--ep-size", "2", "--pp-size", "2", "--device",
+        "cpu", "--precision", "fp32", "--max-seq-length", "64", "--batch-size", "2",
+        "--micro-batches", "2", z);
+    const char *memory = memory_of(&planned);
+    for (int k = 0; k < 4; k++) {
+      double is = row(memory_of(&r), kinds[k]), want = row(memory, kinds[k]);
+      if (is != want) fail_msg("zero %d: %s: %.0f, planned %.0f", zero, kinds[k], is, want);
+    }
+    /* Norms, attention, router and two of four experts of three layers, and the embedding; each
+     * begins at a multiple of a cache line or more. */
+    enum { LAYER = 2 * 16 + 2 * 16 * 16 + 2 * 8 * 16 + 4 * 16 + 2 * 3 * 24 * 16, ROWS = 3 * 8 + 1 };
+    double elements = 32000 * 16 + 3 * LAYER, bytes = row(memory_of(&r), "parameters");
+    if (bytes < 4 * elements || bytes > 4 * elements + ROWS * 512.0)
+      fail_msg("%.0f bytes for %.0f parameters", bytes, elements);
+  }
+  double cut = row(memory_of(&r), "optimizer");
+  CLI(&r, "inspect", only, "--mesh", "2", "--pp-size", "2", "--train", "--device", "cpu",
+      "--precision", "fp32", "--zero", "0");
+  assert_true(cut < 0.5 * row(memory_of(&r), "optimizer")); /* of four ranks that share it */
+  CLI(&r, "inspect", only, "--mesh", "8", "--pp-size", "8", "--train", "--device", "cpu");
+  assert_int_not_equal(r.status, 0); /* five layers */
+  CLI(&r, "inspect", f->model, "--mesh", "2", "--pp-size", "2", "--train", "--device", "cpu");
+  assert_int_not_equal(r.status, 0);
+  assert_non_null(strstr(r.err, "tie_word_embeddings"));
+}
+
 #define T(f) cmocka_unit_test_setup_teardown(f, open_fixture, close_fixture)
 int main(void) {
   const struct CMUnitTest tests[] = {
       T(a_checkpoint),   T(checksums), T(expert_norms),    T(packed_is_the_same),
       T(a_config_alone), T(why_not),   T(hostile_tensors), T(data),
-      T(colours),        T(terminals), T(names_and_usage),
+      T(colours),        T(terminals), T(names_and_usage), T(a_mesh_of_stages),
   };
   return cmocka_run_group_tests(tests, NULL, NULL);
 }
