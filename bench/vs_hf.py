@@ -76,7 +76,8 @@ def synchronize(device):
     if device == "cuda":
         import torch
 
-        torch.cuda.synchronize()
+        for i in range(torch.cuda.device_count()):
+            torch.cuda.synchronize(i)
 
 
 def times_of(device, work, count):
@@ -190,13 +191,40 @@ def why_not(e):
     return f"{type(e).__name__}: {e}".split("\n")[0][:160]
 
 
+def random_ids(a, samples, length):
+    import torch
+
+    generator = torch.Generator().manual_seed(2)
+    return torch.randint(0, a.vocab, (samples, length), generator=generator)
+
+
+def adamw(model):
+    """As moetune's ladder and bench have it; states in the parameters' format."""
+    import torch
+
+    return torch.optim.AdamW(model.parameters(), lr=1e-5, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, fused=True)
+
+
+def train_step(model, run, optimizer, micro, clip):
+    """One step on micro-batches of ids, each weighted alike; returns the last one's loss."""
+    import torch
+
+    optimizer.zero_grad(set_to_none=True)
+    for ids in micro:
+        loss = run(input_ids=ids, labels=ids, use_cache=False).loss
+        (loss / len(micro) if len(micro) > 1 else loss).backward()
+    if clip:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    return loss
+
+
 def hf_work(a, model, run, optimizer, work, compiled):
     """One batch shape with each of the asked ways of clipping; puts a row for each."""
     import torch
 
     samples, length = work
-    generator = torch.Generator().manual_seed(2)
-    ids = torch.randint(0, a.vocab, (samples, length), generator=generator).to(a.device)
+    ids = random_ids(a, samples, length).to(a.device)
     if a.device == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -205,12 +233,7 @@ def hf_work(a, model, run, optimizer, work, compiled):
 
         def step():
             nonlocal last
-            optimizer.zero_grad(set_to_none=True)
-            last = run(input_ids=ids, labels=ids, use_cache=False).loss
-            last.backward()
-            if clip:
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
+            last = train_step(model, run, optimizer, [ids], clip)
 
         warm = times_of(a.device, step, max(1, a.warmup if first_ms is None else 1))
         first_ms = warm[0] if first_ms is None else first_ms
@@ -237,9 +260,7 @@ def hf_worker(a, name):
         attention, note = choose_attention(a, works)
         model = transformers.MixtralForCausalLM(mixtral_config(a, experts, attention)).train()
     model.set_experts_implementation(experts)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=1e-5, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, fused=True
-    )
+    optimizer = adamw(model)
     formats = sorted({str(p.dtype) for p in model.parameters()})
     count = sum(p.numel() for p in model.parameters())
     put(note={**note, "experts": model.config._experts_implementation, "parameters": count, "formats": formats,
