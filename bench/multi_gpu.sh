@@ -1,137 +1,232 @@
 #!/bin/bash
-# Everything that wants several GPUs of one host, in one run:
-#   bench/multi_gpu.sh [GPUS] [OUT_DIR]        GPUS: 2 (default), 4 or 8
-# What a part says and its exit status go to OUT_DIR/PART.log; a part that fails stops none. PARTS in
-# the environment names those to run: bandwidth tests equality kill ladder
+# Everything that wants several GPUs of one host, in one run of less than ten minutes:
+#   bench/multi_gpu.sh [GPUS] [OUT_DIR] [PART...]     GPUS: 2 (default), 4 or 8
+# Parts: bandwidth ladder hf equality kill (all of these by default), and tests. Each runs alone too;
+# what it says and its exit status go to OUT_DIR/PART.log, its table to the screen; one that fails
+# stops none, and makes the exit status 1.
 #   BUILD=build/release   where moetune, bench's comm and the tests are (ninja comm test_gpu_ranks)
+#   PYTHON=python3        that has torch, transformers and accelerate
+#   TOTAL=570             seconds for all parts; what comes later is cut off
+#   DEVICE=cpu            tries the parts on small sizes without a GPU (all but bandwidth and tests)
 #   DRY_RUN=1             prints the commands alone
 set -u
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit 1
 gpus=${1:-2}
 out=${2:-runs/multi_gpu}
+shift $(($# < 2 ? $# : 2))
+case $gpus in
+2 | 4 | 8) ;;
+*) echo "usage: bench/multi_gpu.sh [2|4|8] [OUT_DIR] [PART...]" >&2 && exit 2 ;;
+esac
+read -ra wanted <<<"${PARTS:-bandwidth ladder hf equality kill}"
+[ $# = 0 ] || wanted=("$@")
 build=${BUILD:-build/release}
+python=${PYTHON:-python3}
+device=${DEVICE:-cuda}
+deadline=${TOTAL:-570}
 moetune=$build/moetune
-parts=${PARTS:-bandwidth tests equality kill ladder}
+failed=0
 mkdir -p "$out"
 export NCCL_NVLS_ENABLE=0 OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
+[ "$device" = cuda ] || export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 
-ranks() { # N COMMAND...
-  local n=$1
-  shift
-  echo mpirun -n "$n" --bind-to none --oversubscribe --mca btl_vader_single_copy_mechanism none "$@"
+ranks() { # N: sets `launch`, the launcher of N ranks
+  launch=(mpirun -n "$1" --bind-to none --oversubscribe --mca btl_vader_single_copy_mechanism none)
+  [ "$1" != 1 ] || launch=()
 }
 
 run() { # PART SECONDS COMMAND...: appends to the part's log
-  local part=$1 limit=$2
+  local part=$1 limit=$2 left=$((deadline - SECONDS))
   shift 2
   echo "+ $*" | tee -a "$out/$part.log"
   [ -z "${DRY_RUN:-}" ] || return 0
-  timeout -k 5 "$limit" "$@" >>"$out/$part.log" 2>&1
-  local status=$?
-  echo "  exit status $status" | tee -a "$out/$part.log"
+  [ "$limit" -le "$left" ] || limit=$left
+  local status=124 begin=$SECONDS
+  if [ "$limit" -gt 0 ]; then
+    timeout -k 5 "$limit" "$@" >>"$out/$part.log" 2>&1
+    status=$?
+  fi
+  echo "  exit status $status after $((SECONDS - begin)) s" | tee -a "$out/$part.log"
+  [ $status = 0 ] || failed=1
   return $status
 }
 
-small=(train --model models/tiny --data data/jargon.train.jsonl --device cuda --graphs off
-  --max-seq-length 192 --warmup-steps 0 --lr 5e-4 --eval-every 0 --log-every 1 --samples 0)
-
 # 1. All-to-all and sums as moetune's communicators reach them, beside NCCL's own.
 bandwidth() {
-  run bandwidth 90 $(ranks 2 "$build/comm" 1024)
-  [ "$gpus" = 2 ] || run bandwidth 90 $(ranks "$gpus" "$build/comm" 1024)
+  [ "$device" = cuda ] || { echo "bandwidth wants GPUs" && return; }
+  for n in 2 4 8; do # beside two always
+    [ "$n" = 2 ] || [ "$n" = "$gpus" ] || continue
+    ranks "$n"
+    run bandwidth 90 "${launch[@]}" "$build/comm" 1024
+  done
 }
 
-# Every call of the communicators, gradients and steps against one GPU; NCCL, and its substitute.
+# Every call of the communicators, gradients, steps and stages against one GPU; NCCL, its substitute.
 tests() {
+  [ "$device" = cuda ] || { echo "tests want GPUs" && return; }
   run tests 60 "$build/test_gpu_ranks"
-  run tests 90 $(ranks 2 "$build/test_gpu_ranks")
-  [ "$gpus" = 2 ] || run tests 120 $(ranks "$gpus" "$build/test_gpu_ranks")
-  MOETUNE_SHARED_GPU=1 CUDA_VISIBLE_DEVICES=0 run tests 90 $(ranks 4 "$build/test_gpu_ranks")
+  for n in 2 4 8; do
+    [ "$n" -le "$gpus" ] || continue
+    ranks "$n"
+    run tests 150 "${launch[@]}" "$build/test_gpu_ranks"
+  done
+  ranks 4
+  MOETUNE_SHARED_GPU=1 CUDA_VISIBLE_DEVICES=0 run tests 90 "${launch[@]}" "$build/test_gpu_ranks"
 }
 
-# 3. Twenty steps of a small model with the same global batches on every mesh: losses within bf16's
-# rounding of one GPU's, and the same bits twice.
-mesh() { # NAME RANKS OPTIONS...
-  local name=$1 n=$2
-  shift 2
-  run equality 60 $(ranks "$n" "$moetune" "${small[@]}" --train-steps 20 --out "$out/$name" \
-    --batch-size $((16 / n)) "$@")
+# 2. Every rung at Mixtral-8x7B's width on the same global tokens: with bf16 states on all layers that
+# are asked for, and with float32 states, which rung 3's 8-bit recipe has, on as many as 80 GB hold.
+config=models/mixtral-8x7b.json
+length=8192
+steps=(--warmup-steps 2 --train-steps 6)
+case $gpus in
+2) layers=4 layers_fp32=4 ;;
+4) layers=8 layers_fp32=6 ;;
+8) layers=32 layers_fp32=8 ;;
+esac
+if [ "$device" = cpu ]; then
+  config=$out/small.json length=32 layers=4 layers_fp32=4
+  steps=(--warmup-steps 1 --train-steps 2)
+  cat >"$config" <<'J'
+{"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "hidden_size": 64,
+ "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
+ "num_local_experts": 8, "num_experts_per_tok": 2, "vocab_size": 128,
+ "max_position_embeddings": 4096, "rms_norm_eps": 1e-05, "rope_theta": 1000000.0,
+ "tie_word_embeddings": false, "hidden_act": "silu", "router_aux_loss_coef": 0.02}
+J
+fi
+climb() { # STATES LAYERS
+  ranks "$gpus"
+  run ladder 150 "${launch[@]}" "$moetune" ladder --random "$config" --layers "$2" --batch-size 1 \
+    --max-seq-length "$length" --ep-size "$gpus" --device "$device" --precision bf16 --optim-state "$1" \
+    --recompute mlp "${steps[@]}" --svg "$out/ladder-$1.svg"
+}
+ladder() {
+  climb bf16 "$layers"
+  climb fp32 "$layers_fp32"
+}
+
+# transformers' device_map="auto" on the work of the ladder with bf16 states.
+hf() {
+  local all=()
+  [ "$device" = cuda ] || all=(--gpus "$gpus")
+  run hf 150 "$python" bench/hf_device_map.py --config "$config" --layers "$layers" --batch-size 1 \
+    --max-seq-length "$length" "${steps[@]}" --device "$device" "${all[@]}"
+}
+
+# 3. Twenty steps of a small model with the same samples and micro-batches on every mesh: losses within
+# bf16's rounding of one GPU's; and twice the same bits. Its head is its own, as stages want it.
+small=(train --data data/jargon.train.jsonl --device "$device" --precision bf16 --graphs off
+  --max-seq-length 192 --warmup-steps 0 --lr 5e-4 --eval-every 0 --log-every 1 --samples 0)
+small_model() { # PART
+  [ ! -d "$out/small" ] || return 0
+  rm -rf "$out/untied" && mkdir -p "$out/untied"
+  cp models/tiny/*token* "$out/untied"
+  sed 's/"tie_word_embeddings": true/"tie_word_embeddings": false/' models/tiny/config.json >"$out/untied/config.json"
+  run "$1" 60 "$moetune" convert --init "$out/untied" --out "$out/small" --dtype bf16
+}
+mesh() { # NAME RANKS READERS OPTIONS...
+  local name=$1 readers=$3
+  ranks "$2"
+  shift 3
+  run equality 60 "${launch[@]}" "$moetune" "${small[@]}" --model "$out/small" --train-steps 20 \
+    --out "$out/$name" --batch-size $((8 / readers)) --micro-batches 2 "$@"
 }
 equality() {
   rm -rf "$out"/eq-*
-  run equality 60 "$moetune" "${small[@]}" --train-steps 20 --out "$out/eq-one" --batch-size 16
-  mesh eq-ep2 2 --ep-size 2
-  mesh eq-ep2-again 2 --ep-size 2
-  mesh eq-dp2 2
-  if [ "$gpus" = 8 ]; then
-    mesh eq-ep2-dp4 8 --ep-size 2
-    mesh eq-ep4-dp2 8 --ep-size 4
-    mesh eq-pp2-ep4 8 --pp-size 2 --ep-size 4
-  fi
-  [ -n "${DRY_RUN:-}" ] || python3 - "$out" <<'P' | tee -a "$out/equality.log"
-import json, os, sys
+  small_model equality
+  mesh eq-one 1 1
+  for again in "" -again; do
+    mesh eq-ep2"$again" 2 2 --ep-size 2
+    mesh eq-dp2"$again" 2 2
+    mesh eq-pp2"$again" 2 1 --pp-size 2
+    [ "$gpus" != 4 ] || mesh eq-pp2-ep2"$again" 4 2 --pp-size 2 --ep-size 2
+    [ "$gpus" != 8 ] || mesh eq-ep2-dp4"$again" 8 8 --ep-size 2
+    [ "$gpus" != 8 ] || mesh eq-ep8"$again" 8 8 --ep-size 8
+    [ "$gpus" != 8 ] || mesh eq-pp2-ep4"$again" 8 4 --pp-size 2 --ep-size 4
+  done
+  [ -n "${DRY_RUN:-}" ] || compare | tee -a "$out/equality.log"
+  [ -n "${DRY_RUN:-}" ] || ! grep -qw NO "$out/equality.log" || failed=1
+}
+compare() {
+  python3 - "$out" <<'P'
+import hashlib, json, os, sys
 out = sys.argv[1]
 def losses(name):
-    path = os.path.join(out, name, "metrics.jsonl")
-    if not os.path.exists(path): return None
-    rows = [json.loads(line) for line in open(path)]
-    return [r["loss"] for r in rows if "grad_norm" in r]
+    try:
+        with open(os.path.join(out, name, "metrics.jsonl")) as f:
+            return [r["loss"] for r in map(json.loads, f) if "grad_norm" in r]
+    except OSError:
+        return []
+def weights(name):
+    try:
+        with open(os.path.join(out, name, "model", "model.safetensors"), "rb") as f:
+            return hashlib.sha256(f.read()).hexdigest()
+    except OSError:
+        return None
 one = losses("eq-one")
-for name in sorted(n for n in os.listdir(out) if n.startswith("eq-") and n != "eq-one"):
-    x = losses(name)
-    if not one or not x or len(x) != len(one): print(f"{name}: has no {len(one or [])} steps"); continue
-    print(f"{name}: loss off by {max(abs(a - b) / b for a, b in zip(x, one)):.1e} of one GPU's at most")
-a, b = losses("eq-ep2"), losses("eq-ep2-again")
-print("ep 2 twice:", "the same bits" if a and a == b else "DIFFERENT")
+print(f"{'mesh':12} {'steps':>5} {'last loss':>10} {'off one GPU at most':>20} {'within 5e-3':>12}  same bits twice")
+names = [n for n in sorted(os.listdir(out)) if n.startswith("eq-") and not n.endswith("-again") and n != "eq-one"]
+for name in names:
+    x, y = losses(name), losses(name + "-again")
+    if not one or len(x) != len(one):
+        print(f"{name[3:]:12} {len(x):5d} of {len(one)} steps: NO")
+        continue
+    off = max(abs(a - b) / b for a, b in zip(x, one))
+    same = x == y and weights(name) is not None and weights(name) == weights(name + "-again")
+    print(f"{name[3:]:12} {len(x):5d} {x[-1]:10.5f} {off:20.1e} {'yes' if off < 5e-3 else 'NO':>12}  {'yes' if same else 'NO'}")
 P
 }
 
 # 4. A rank that is killed in the middle: all end with a message; the run goes on with fewer GPUs.
 kill_one() {
+  local victim='' launcher status start limit=$((deadline - SECONDS)) more=()
   rm -rf "$out/killed"
-  local command
-  command=$(ranks "$gpus" "$moetune" "${small[@]}" --train-steps 3000 --save-every 500 --keep-last 2 \
-    --out "$out/killed" --batch-size 2 --ep-size 2 --comm-timeout 20)
-  echo "+ $command, one rank killed after 8 s" | tee -a "$out/kill.log"
-  [ -z "${DRY_RUN:-}" ] || return 0
-  timeout -k 5 90 $command >>"$out/kill.log" 2>&1 &
-  local launcher=$!
-  sleep 8
-  local victim
-  victim=$(pgrep -f -- "--out $out/killed" | grep -vx "$launcher" | tail -n 1)
-  [ -z "$victim" ] || kill -9 "$victim"
-  local start=$SECONDS
-  wait $launcher
-  echo "  exit status $?, $((SECONDS - start)) s after the kill; left over: $(pgrep -cf -- "--out $out/killed")" |
-    tee -a "$out/kill.log"
-  run kill 60 $(ranks $((gpus / 2)) "$moetune" "${small[@]}" --train-steps 3000 --out "$out/killed" \
-    --batch-size 4 --resume)
+  small_model kill
+  ranks "$gpus"
+  local command=("${launch[@]}" "$moetune" "${small[@]}" --model "$out/small" --save-every 20 --keep-last 2
+    --out "$out/killed" --comm-timeout 20 --batch-size 2 --ep-size 2 --train-steps 100000)
+  echo "+ ${command[*]}, one rank killed behind its first checkpoint" | tee -a "$out/kill.log"
+  if [ -z "${DRY_RUN:-}" ]; then
+    [ "$limit" -lt 120 ] || limit=120
+    [ "$limit" -gt 0 ] || { failed=1 && return; }
+    timeout -k 5 "$limit" "${command[@]}" >>"$out/kill.log" 2>&1 &
+    launcher=$!
+    while kill -0 "$launcher" 2>/dev/null && ! ls -d "$out"/killed/checkpoint-* >/dev/null 2>&1; do sleep 0.2; done
+    sleep 1
+    victim=$(pgrep -f -- "^$moetune train .*--out $out/killed" | tail -n 1)
+    [ -z "$victim" ] || kill -9 "$victim"
+    start=$SECONDS
+    wait "$launcher"
+    status=$?
+    local took=$((SECONDS - start)) over
+    over=$(pgrep -cf -- "^$moetune train .*--out $out/killed")
+    echo "  killed ${victim:-none}; exit status $status, all gone ${took} s later, left over: $over" | tee -a "$out/kill.log"
+    { [ -n "$victim" ] && [ $status != 0 ] && [ "$took" -le 30 ] && [ "$over" = 0 ]; } || failed=1
+  fi
+  local last
+  last=$(find "$out" -path "$out/killed/checkpoint-*" -prune -name 'checkpoint-*' 2>/dev/null | sed 's/.*-//' | sort -n | tail -n 1)
+  ranks $((gpus / 2))
+  [ "$gpus" = 2 ] || more=(--ep-size 2)
+  run kill 90 "${launch[@]}" "$moetune" "${small[@]}" --model "$out/small" --out "$out/killed" --resume \
+    --batch-size 4 "${more[@]}" --train-steps $((${last:-0} + 10))
 }
 
-# 2. Every rung at Mixtral-8x7B's width on the same global tokens.
-ladder() {
-  local layers=4
-  [ "$gpus" != 8 ] || layers=32
-  cat >"$out/mixtral-8x7b.json" <<'J'
-{"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "hidden_size": 4096,
- "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
- "num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2, "vocab_size": 32000,
- "max_position_embeddings": 32768, "rms_norm_eps": 1e-05, "rope_theta": 1000000.0,
- "tie_word_embeddings": false, "hidden_act": "silu", "router_aux_loss_coef": 0.02}
-J
-  run ladder 400 $(ranks "$gpus" "$moetune" ladder --random "$out/mixtral-8x7b.json" --layers "$layers" \
-    --batch-size 1 --max-seq-length 8192 --ep-size "$gpus" --device cuda --optim-state bf16 \
-    --recompute mlp --svg "$out/ladder.svg")
-}
-
-for part in $parts; do
-  : >"$out/$part.log"
+for part in "${wanted[@]}"; do
+  begin=$SECONDS
   echo "== $part"
+  : >"$out/$part.log"
   case $part in
+  bandwidth) bandwidth ;;
+  tests) tests ;;
+  ladder) ladder ;;
+  hf) hf ;;
+  equality) equality ;;
   kill) kill_one ;;
-  bandwidth | tests | equality | ladder) $part ;;
-  *) echo "no part '$part'" >&2 ;;
+  *) echo "no part '$part': there are bandwidth ladder hf equality kill tests" >&2 && failed=1 && continue ;;
   esac
-  [ -n "${DRY_RUN:-}" ] || tail -n 25 "$out/$part.log"
+  [ -n "${DRY_RUN:-}" ] || grep -v '^+\|^step \|Loading weights' "$out/$part.log" | tail -n 25
+  echo "== $part: $((SECONDS - begin)) s"
 done
+exit $failed
