@@ -25,7 +25,7 @@ struct mt_recipe {
   /* A parameter's gradient beside that of float32, from the same weights: cosine at least. 0: held
    * to op_tolerance's order instead. */
   double grad_cosine;
-  /* The same where forward is bf16's and backward alone has operands in 8 bits. */
+  /* The same where backward's operands alone are in 8 bits. */
   double backward_cosine;
 };
 

@@ -2,7 +2,7 @@
  * Mixtral of the fixtures (64 and 96 wide: FP8's last blocks are short there, half a block and
  * three quarters of one), of the whole step and of backward by itself, and that the recipe's bounds
  * see one block's wrong scale. */
-#include "golden/model_cases.h"
+#include "golden/rounded_apart.h"
 
 static const char *const recipes[] = {"mxfp8", "fp8"};
 
@@ -160,65 +160,90 @@ static void a_scale_of_one_block_is_seen(void **state) {
   }
 }
 
-/* Forward as bf16 has it: each product on what its operands were quantized from. */
-static struct {
-  struct mt_model *m;
-  struct mt_tensor x; /* of the last quantize */
-} unrounded;
+/* The least cosine where of each weight's operands those of `rounded` are. */
+static double apart_cosine(const char *recipe, const unsigned rounded[OF_COUNT],
+                           void (*prepare)(struct golden *g), char name[48]) {
+  struct mt_model_options o = {.experts = MT_EXPERTS_GROUPED, .blocks = MT_BLOCKS_FUSED};
+  memcpy(apart_state.rounded, rounded, sizeof apart_state.rounded);
+  double c = least_cosine(recipe, o, prepare, name);
+  forget_sources();
+  return c;
+}
 
-static mt_err noted(struct mt_backend *be, const struct mt_quantize_args *a) {
-  unrounded.x = a->x;
-  return right.quantize(be, a);
-}
-static mt_err spoiled_and_noted(struct mt_backend *be, const struct mt_quantize_args *a) {
-  unrounded.x = a->x;
-  return spoiled(be, a);
-}
-static mt_err forward_in_bf16(struct mt_backend *be, const struct mt_qlinear_fwd_args *a) {
-  const struct mt_params *params = &unrounded.m->params;
-  const struct mt_param *p = NULL;
-  for (int i = 0; i < params->count; i++)
-    if (params->row[i].q.row == a->w.row) p = &params->row[i];
-  assert_non_null(p);
-  struct mt_tensor w = p->master;
-  void *rounded = malloc((size_t)mt_count(&w) * sizeof(uint16_t));
-  assert_int_equal(mt_dtype_convert(rounded, MT_BF16, w.data, w.dtype, (size_t)mt_count(&w)), 0);
-  w.data = rounded, w.dtype = MT_BF16;
-  struct mt_linear_fwd_args l = {.x = unrounded.x, .w = w, .y = a->y, .offsets = a->offsets};
-  mt_err err = right.linear_fwd(be, &l);
-  free(rounded);
-  return err;
-}
-static void backward_alone(struct golden *g) {
-  unrounded.m = &g->m;
-  g->be.ops.quantize = noted;
-  g->be.ops.qlinear_fwd = forward_in_bf16;
-}
+static const unsigned no_operand[OF_COUNT] = {0};
+static const unsigned every_operand[OF_COUNT] = {ROUND_ALL, ROUND_ALL, ROUND_ALL, ROUND_ALL};
+enum { BACKWARD = ROUND_ALL & ~(FWD_X | FWD_W) };
+static const unsigned backward_alone[OF_COUNT] = {BACKWARD, BACKWARD, BACKWARD, BACKWARD};
+
 static void spoil_backward(struct golden *g) {
-  backward_alone(g);
-  g->be.ops.quantize = spoiled_and_noted;
+  g->be.ops.quantize = spoiled;
+  round_apart(g);
 }
 
 /* What the whole step is off by is forward's rounding (docs/math.md, "Eight-bit blocks"). */
 static void backwards_own_rounding_is_small(void **state) {
   (void)state;
   for (int i = 0; i < 2; i++) {
-    /* Each operand is quantized by itself and right before its product. */
+    const char *r = recipes[i];
     struct mt_model_options o = {.experts = MT_EXPERTS_GROUPED, .blocks = MT_BLOCKS_FUSED};
     char name[48] = "", planted[48] = "";
-    double bound = mt_recipe_find(recipes[i])->backward_cosine;
-    double c = least_cosine(recipes[i], o, backward_alone, name);
-    double bad = least_cosine(recipes[i], o, spoil_backward, planted);
+    double bound = mt_recipe_find(r)->backward_cosine;
+    /* Taken apart, the step is what it was. */
+    double whole = least_cosine(r, o, NULL, name);
+    double taken = apart_cosine(r, every_operand, round_apart, name);
+    if (!(fabs(whole - taken) < 2e-3)) fail_msg("%s: %.5f in one, %.5f apart", r, whole, taken);
+    double none = apart_cosine(r, no_operand, round_apart, name);
+    if (!(none > 0.999)) fail_msg("%s: nothing is rounded, and the cosine is %.5f", r, none);
+    double c = apart_cosine(r, backward_alone, round_apart, name);
+    double bad = apart_cosine(r, backward_alone, spoil_backward, planted);
     print_message("  %-6s backward alone: least cosine %.4f of %s; a block's scale doubled: %.4f\n",
-                  recipes[i], c, name, bad);
-    if (!(c > bound)) fail_msg("%s: cosine %.4f of %s", recipes[i], c, name);
-    if (bad > bound) fail_msg("%s: a doubled scale passed", recipes[i]);
+                  r, c, name, bad);
+    if (!(c > bound)) fail_msg("%s: cosine %.4f of %s", r, c, name);
+    if (bad > bound) fail_msg("%s: a doubled scale passed", r);
+  }
+}
+
+/* The table of docs/math.md, where it is asked for. */
+static void what_each_operand_costs(void **state) {
+  (void)state;
+  static const struct {
+    const char *what;
+    unsigned rounded[OF_COUNT];
+  } rows[] = {
+#define EVERYWHERE(m) {m, m, m, m}
+      {"everything", EVERYWHERE(ROUND_ALL)},
+      {"forward", EVERYWHERE(FWD_X | FWD_W)},
+      {"forward's x", EVERYWHERE(FWD_X)},
+      {"forward's w", EVERYWHERE(FWD_W)},
+      {"forward of qkv", {FWD_X | FWD_W, 0, 0, 0}},
+      {"forward of out", {0, FWD_X | FWD_W, 0, 0}},
+      {"forward of gate and up", {0, 0, FWD_X | FWD_W, 0}},
+      {"forward of down", {0, 0, 0, FWD_X | FWD_W}},
+      {"dx's dy", EVERYWHERE(DGRAD_DY)},
+      {"dx's w", EVERYWHERE(DGRAD_W)},
+      {"dx", EVERYWHERE(DGRAD_DY | DGRAD_W)},
+      {"dw's dy", EVERYWHERE(WGRAD_DY)},
+      {"dw's x", EVERYWHERE(WGRAD_X)},
+      {"dw", EVERYWHERE(WGRAD_DY | WGRAD_X)},
+      {"backward", EVERYWHERE(BACKWARD)},
+      {"all but qkv's forward", {BACKWARD, ROUND_ALL, ROUND_ALL, ROUND_ALL}},
+      {"the experts alone", {0, 0, ROUND_ALL, ROUND_ALL}},
+#undef EVERYWHERE
+  };
+  if (!getenv("MOETUNE_TABLE")) skip();
+  for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+    for (int r = 0; r < 2; r++) {
+      char name[48] = "";
+      double c = apart_cosine(recipes[r], rows[i].rounded, round_apart, name);
+      print_message("  %-6s %-24s %.4f of %s\n", recipes[r], rows[i].what, c, name);
+    }
   }
 }
 
 int main(void) {
   const struct CMUnitTest tests[] = {cmocka_unit_test(gradients_point_where_float32s_do),
                                      cmocka_unit_test(a_scale_of_one_block_is_seen),
-                                     cmocka_unit_test(backwards_own_rounding_is_small)};
+                                     cmocka_unit_test(backwards_own_rounding_is_small),
+                                     cmocka_unit_test(what_each_operand_costs)};
   return cmocka_run_group_tests(tests, NULL, NULL);
 }
