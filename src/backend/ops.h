@@ -350,10 +350,11 @@ struct mt_aux_join_args {
 };
 
 /* out[i] = sum over p of parts[p][i], in the order of p: in float32, rounded once (F64: float64).
- */
+ * accumulate: what out held is added last, before the rounding. */
 struct mt_parts_sum_args {
   struct mt_tensor parts; /* grad [P,N] */
-  struct mt_tensor out;   /* grad [N] (=) */
+  struct mt_tensor out;   /* grad [N] (acc) */
+  int accumulate;
 };
 
 /* y[t] += prob[t,k] * ys[row], t*K + k = row_source[row]; the rows belong to one expert, so that

@@ -331,13 +331,16 @@ static void case_aux_join(struct bench_case *c, const struct size *z, int acc) {
   expect_ints(c, "valid_count", &valid);
 }
 
-/* `acc`: a width that 16 bytes do not divide. */
+/* Also of a width that 16 bytes do not divide. */
 static void case_parts_sum(struct bench_case *c, const struct size *z, int acc) {
-  int64_t n = (int64_t)z->h * z->f / 8 * 8 + (acc ? 3 : 0);
-  struct dual parts = G("parts", 'r', 1, z->r + 1, n, 0), out = G("out", 'n', 1, n, 0, 0);
-  ARGS(parts_sum, T(parts, parts); T(out, out);)
-  RUN(parts_sum);
-  expect(c, &out);
+  for (int odd = 0; odd < 2; odd++) {
+    int64_t n = (int64_t)z->h * z->f / 8 * 8 + (odd ? 3 : 0);
+    struct dual parts = G("parts", 'r', 1, z->r + 1, n, 0);
+    struct dual out = G("out", acc ? 'r' : 'n', 1, n, 0, 0);
+    ARGS(parts_sum, T(parts, parts); T(out, out); N(accumulate, acc);)
+    RUN(parts_sum);
+    expect(c, &out);
+  }
 }
 
 #define PLAN_ROWS   dev.row_source = p.row_source.dev, ref.row_source = p.row_source.ref

@@ -57,6 +57,7 @@ mt_err mt_cpu_parts_sum(struct mt_backend *be, const struct mt_parts_sum_args *a
   struct mt_tensor piece = mt_vec(NULL, a->out.dtype, WIDTH);
   MT_TRY(mt_cpu_format("parts_sum", &piece));
   int64_t n = a->out.dim[0];
+  struct mt_tensor result = mt_mat(a->out.data, a->out.dtype, 1, n);
 #pragma omp parallel for num_threads(be->thread_count) schedule(static)
   for (int64_t at = 0; at < n; at += WIDTH) {
     float buffer[WIDTH], sum[WIDTH];
@@ -65,6 +66,11 @@ mt_err mt_cpu_parts_sum(struct mt_backend *be, const struct mt_parts_sum_args *a
       struct mt_tensor part = mt_cols(&a->parts, at, width);
       const float *x = cpu_read(&part, p, width, buffer);
       for (int64_t i = 0; i < width; i++) sum[i] = p ? sum[i] + x[i] : x[i];
+    }
+    if (a->accumulate) {
+      struct mt_tensor old = mt_cols(&result, at, width);
+      const float *x = cpu_read(&old, 0, width, buffer);
+      for (int64_t i = 0; i < width; i++) sum[i] = x[i] + sum[i];
     }
     if (a->out.dtype == MT_F32) {
       memcpy((float *)a->out.data + at, sum, (size_t)width * sizeof *sum);

@@ -91,7 +91,8 @@ extern "C" mt_err mt_cuda_aux_join(struct mt_backend *be, const struct mt_aux_jo
 
 template <class G, int V>
 __global__ void __launch_bounds__(SUM_THREADS)
-    sum_parts(struct mat<const G> parts, int count, G *__restrict__ out, int64_t n) {
+    sum_parts(struct mat<const G> parts, int count, G *__restrict__ out, int64_t n,
+              int accumulate) {
   int64_t i = ((int64_t)blockIdx.x * SUM_THREADS + threadIdx.x) * V;
   if (i >= n) return;
   float sum[V];
@@ -102,6 +103,12 @@ __global__ void __launch_bounds__(SUM_THREADS)
     load_floats<G, V>(row_of(parts, p) + i, x);
 #pragma unroll
     for (int j = 0; j < V; j++) sum[j] += x[j];
+  }
+  if (accumulate) {
+    float old[V];
+    load_floats<G, V>(out + i, old);
+#pragma unroll
+    for (int j = 0; j < V; j++) sum[j] = old[j] + sum[j];
   }
   store_row<G, V>(out + i, sum);
 }
@@ -116,7 +123,7 @@ extern "C" mt_err mt_cuda_parts_sum(struct mt_backend *be, const struct mt_parts
     MT_CUDA_BY_WIDTH(rows_wide(&a->parts) && rows_wide(&a->out), {
       sum_parts<G, V><<<(unsigned)div_up(n, (int64_t)SUM_THREADS * V), SUM_THREADS, 0,
                         mt_cuda_of(be)->stream>>>(mat_of<const G>(&a->parts), (int)a->parts.dim[0],
-                                                  (G *)a->out.data, n);
+                                                  (G *)a->out.data, n, a->accumulate);
     });
   });
   return mt_cuda_launched("parts_sum");

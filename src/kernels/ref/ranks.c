@@ -53,7 +53,7 @@ mt_err mt_ref_parts_sum(struct mt_backend *be, const struct mt_parts_sum_args *a
   for (int64_t i = 0; i < a->out.dim[0]; i++) {
     double sum = ref_get(&a->parts, 0, i);
     for (int64_t p = 1; p < a->parts.dim[0]; p++) sum += ref_get(&a->parts, p, i);
-    ref_put(&a->out, i, sum);
+    ref_put(&a->out, i, a->accumulate ? ref_at(&a->out, i) + sum : sum);
   }
   return MT_OK;
 }
