@@ -297,7 +297,8 @@ static void many_segments(struct bed *b, struct outputs *o) {
 }
 
 /* Given the same bits and the same norm, the same bits: in float32, and where what is kept is
- * rounded at random. Sizes and places where accesses are wide and where they are not. */
+ * rounded at random, also of parts of a parameter. Sizes and places where accesses are wide and
+ * where they are not. */
 static void updates_to_the_bit(struct bed *b, struct outputs *o) {
   enum { N = 200000 };
   static const int64_t sizes[] = {100000, 8192, 1, 7, 8, 8193, 33333};
@@ -323,7 +324,8 @@ static void updates_to_the_bit(struct bed *b, struct outputs *o) {
                                               .m = part[2],
                                               .v = part[3],
                                               .decay = i % 2,
-                                              .tensor = (uint32_t)(3 * i)};
+                                              .tensor = (uint32_t)(3 * i),
+                                              .first = i % 3 * (128 + ((int64_t)1 << 36))};
       at += sizes[i];
     }
     for (int step = 1; step <= 3; step++) {

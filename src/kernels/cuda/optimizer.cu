@@ -149,12 +149,15 @@ struct update_list {
   bf16 *compute[UPDATE_SEGMENTS]; /* or NULL */
   int64_t n[UPDATE_SEGMENTS];
   int64_t first_tile[UPDATE_SEGMENTS + 1];
+  uint64_t
+      first_block[UPDATE_SEGMENTS]; /* of random bits, which count from the parameter's begin */
   uint32_t tensor[UPDATE_SEGMENTS];
   uint8_t decay[UPDATE_SEGMENTS], is_bf16[UPDATE_SEGMENTS], is_wide[UPDATE_SEGMENTS];
 };
 static_assert(sizeof(struct update_list) <= 4096 && sizeof(struct sum_list) <= 4096,
               "what the parameters of a kernel hold on every chip and driver");
-static_assert(UPDATE_TILE % MT_ROUND_BLOCK == 0, "a tile begins with a block of random bits");
+static_assert(UPDATE_TILE % MT_ROUND_BLOCK == 0 && 128 % MT_ROUND_BLOCK == 0,
+              "tiles and segments begin with a block of random bits");
 
 /* T: the format of weight, moments and gradient. */
 template <class T> struct update_segment {
@@ -163,14 +166,15 @@ template <class T> struct update_segment {
   bf16 *compute;
   float keep;
   uint32_t tensor;
+  uint64_t first_block;
 };
 
 template <class T>
 __device__ __forceinline__ struct update_segment<T> segment_of(const struct update_list &l,
                                                                const struct update &u, int e) {
-  return {(T *)l.w[e],       (T *)l.m[e],  (T *)l.v[e],
-          (const T *)l.g[e], l.compute[e], l.decay[e] ? u.keep : 1.0f,
-          l.tensor[e]};
+  return {(T *)l.w[e],       (T *)l.m[e],     (T *)l.v[e],
+          (const T *)l.g[e], l.compute[e],    l.decay[e] ? u.keep : 1.0f,
+          l.tensor[e],       l.first_block[e]};
 }
 
 /* V elements as they are kept: float32 is, bfloat16 is rounded at random by a block's words. V is
@@ -211,7 +215,7 @@ __device__ __forceinline__ void adamw_at(const struct update_segment<T> &s, cons
     mt_adamw_one(&w[j], &m[j], &v[j], to_float(pg.x[j]), s.keep, u.scale, u.factors);
   }
   uint32_t r[4] = {};
-  uint64_t block = (uint64_t)i / MT_ROUND_BLOCK;
+  uint64_t block = s.first_block + (uint64_t)i / MT_ROUND_BLOCK;
   int at = (int)(i % MT_ROUND_BLOCK);
   constexpr bool rounded = sizeof(T) == sizeof(bf16);
   if (rounded)
@@ -338,7 +342,7 @@ adamw_words(const struct update_segment<bf16> &s, const struct update &u, int64_
   }
   if (!adamw_fast<8>(w, m, v, g, s.keep, u.scale, u.factors)) return false;
   uint32_t r[4];
-  uint64_t block = (uint64_t)i / MT_ROUND_BLOCK;
+  uint64_t block = s.first_block + (uint64_t)i / MT_ROUND_BLOCK;
   mt_rounding_bits(u.seed, s.tensor, MT_ROUND_WEIGHT, u.step, block, &r[0], &r[1], &r[2], &r[3]);
   round_fast<8>(r, MT_ROUND_WEIGHT, w, ow);
   mt_rounding_bits(u.seed, s.tensor, MT_ROUND_M, u.step, block, &r[0], &r[1], &r[2], &r[3]);
@@ -453,10 +457,6 @@ static mt_err adamw_formats(const struct mt_adamw_segment *s) {
   if (s->compute.data && s->compute.dtype != MT_BF16) {
     return mt_fail(MT_EUNSUPPORTED, "adamw: a rounded copy in %s", mt_dtype_name(s->compute.dtype));
   }
-  /* The random bits count from the parameter's beginning, which these kernels take for the
-   * segment's. */
-  if (s->first && s->master.dtype == MT_BF16)
-    return mt_fail(MT_EUNSUPPORTED, "adamw: a part of a parameter whose state is BF16");
   return mt_cuda_format("adamw", &s->master);
 }
 
@@ -469,6 +469,7 @@ static void list_segment(struct update_list *l, const struct mt_adamw_segment *s
   l->compute[i] = (bf16 *)s->compute.data;
   l->n[i] = s->master.dim[0];
   l->first_tile[i + 1] = l->first_tile[i] + div_up(l->n[i], UPDATE_TILE);
+  l->first_block[i] = (uint64_t)s->first / MT_ROUND_BLOCK;
   l->tensor[i] = s->tensor;
   l->decay[i] = s->decay != 0;
   l->is_bf16[i] = s->master.dtype == MT_BF16;
