@@ -86,7 +86,7 @@ static const struct mt_option rows[] = {
      .min = 0,
      .max = 2,
      .help = "What the ranks share out that hold the same parameter: 1 moments and master "
-             "weights; 2 gradients too, which plan alone knows: training has 0 and 1."},
+             "weights; 2 gradients too."},
     MT_ROW_RECOMPUTE(S),
     {.flag = "micro-batches",
      .type = MT_OPT_INT,

@@ -17,9 +17,10 @@ mt_err mt_run_on_ranks(const struct mt_command *command, const void *options, do
 #define MT_ROW_ZERO(S)                                                                             \
   {                                                                                                \
     .flag = "zero", .type = MT_OPT_INT, .offset = offsetof(S, zero), .unit = "LEVEL",              \
-    .initial = "0", .min = 0, .max = 1,                                                            \
+    .initial = "0", .min = 0, .max = 2,                                                            \
     .help = "What ranks that share a parameter cut among them instead of each keeping all of it: " \
-            "1: the optimizer's state. The results are the same.",                                 \
+            "1: the optimizer's state (the results are the same), 2: gradients too, which then "   \
+            "travel once a micro-batch.",                                                          \
   }
 #define MT_ROW_EP_CHUNKS(S)                                                                        \
   {                                                                                                \

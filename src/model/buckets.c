@@ -57,10 +57,62 @@ static int list(const struct mt_params *p, const struct mt_buckets *b, int64_t m
   return n;
 }
 
+/* Rows of a class that share buckets, as backward comes to them: in the table's order, reversed. */
+struct rows {
+  int first, last, number, place;
+  int layers; /* so far */
+};
+
+/* The group behind g, of which number is -1 and first the table's end to begin with. */
+static bool next_rows(const struct mt_params *p, enum mt_sync sync, struct rows *g) {
+  int last = g->first - 1;
+  while (last >= 0 && !in_class(p, last, sync)) last--;
+  if (last < 0) return false;
+  int layer = p->row[last].layer;
+  g->first = g->last = last;
+  g->number++;
+  for (int i = last - 1; layer >= 0 && i >= 0; i--) {
+    if (in_class(p, i, sync) && p->row[i].layer == layer) g->first = i;
+  }
+  if (layer >= 0)
+    g->place = MT_PLACE_LAYERS + g->layers++ % 2;
+  else
+    g->place = p->row[last].kind == MT_PARAM_FINAL_NORM ? MT_PLACE_NORM : MT_PLACE_ENDS;
+  return true;
+}
+
+/* A place is as large as the largest group that has it. */
+static void lay_ring(const struct mt_params *p, struct mt_buckets *b, enum mt_sync sync) {
+  int64_t size[MT_PLACE_COUNT] = {0}, begin[MT_PLACE_COUNT] = {0};
+  for (struct rows g = {.first = p->count, .number = -1}; next_rows(p, sync, &g);) {
+    int64_t n = b->at[g.last] + mt_bucket_round(mt_param_count(&p->row[g.last])) - b->at[g.first];
+    if (n > size[g.place]) size[g.place] = n;
+  }
+  for (int i = 0; i < MT_PLACE_COUNT; i++) {
+    begin[i] = b->ring[sync];
+    b->ring[sync] += size[i];
+  }
+  for (struct rows g = {.first = p->count, .number = -1}; next_rows(p, sync, &g);) {
+    for (int i = g.first; i <= g.last; i++)
+      b->ring_at[i] = begin[g.place] + b->at[i] - b->at[g.first];
+    for (int i = 0; i < b->count; i++) {
+      struct mt_bucket *k = &b->item[i];
+      if (k->sync != sync || k->first < g.first || k->last > g.last) continue;
+      k->group = g.number;
+      k->place = g.place;
+    }
+  }
+}
+
 mt_err mt_buckets_build(const struct mt_params *p, const struct mt_sharers *sharers, int64_t most,
                         struct mt_buckets *out) {
-  *out = (struct mt_buckets){.at = calloc((size_t)p->count + 1, sizeof *out->at)};
-  if (!out->at) return mt_fail(MT_ENOMEM, "buckets of %d parameters", p->count);
+  size_t rows = (size_t)p->count + 1;
+  *out = (struct mt_buckets){.at = calloc(rows, sizeof *out->at),
+                             .ring_at = calloc(rows, sizeof *out->ring_at)};
+  if (!out->at || !out->ring_at) {
+    mt_buckets_free(out);
+    return mt_fail(MT_ENOMEM, "buckets of %d parameters", p->count);
+  }
   for (int i = 0; i < p->count; i++) {
     enum mt_sync sync = p->row[i].sync;
     out->at[i] = out->total[sync];
@@ -81,12 +133,14 @@ mt_err mt_buckets_build(const struct mt_params *p, const struct mt_sharers *shar
     k->state = out->owned[k->sync];
     out->owned[k->sync] += k->owned;
   }
+  for (int sync = 0; sync < MT_SYNC_COUNT; sync++) lay_ring(p, out, (enum mt_sync)sync);
   return MT_OK;
 }
 
 void mt_buckets_free(struct mt_buckets *b) {
   free(b->item);
   free(b->at);
+  free(b->ring_at);
   *b = (struct mt_buckets){0};
 }
 

@@ -4,7 +4,13 @@
  * stretch in the order of the table. It is cut into buckets, none of which reaches from one layer
  * into another, and a bucket into one part for each of the ranks that share the class. A rank adds
  * up the gradients of its parts, and with sharded state it alone holds m, v and (where it is memory
- * of its own) the master of their elements, one part behind the other. */
+ * of its own) the master of their elements, one part behind the other.
+ *
+ * Sharded gradients: a rank keeps sums of its parts alone, and backward writes into a ring. The
+ * buckets of a layer (outside of the layers, of a row) are a group, and groups have places by a
+ * fixed rule: layers take two by turns, the head and the embedding share one, as the former is done
+ * before the latter begins. So the place of the group that backward comes to next is free once the
+ * buckets that lay there have left. */
 #ifndef MT_MODEL_BUCKETS_H
 #define MT_MODEL_BUCKETS_H
 
@@ -12,6 +18,9 @@
 
 /* No block of a quantized format reaches from one part into another. */
 enum { MT_BUCKET_UNIT = 128, MT_SYNC_COUNT = 2 };
+
+/* Places of a ring: of head and embedding, of the final norm, of layers. */
+enum { MT_PLACE_ENDS, MT_PLACE_NORM, MT_PLACE_LAYERS, MT_PLACE_COUNT = MT_PLACE_LAYERS + 2 };
 
 /* Ranks that share each class's parameters, and this one's number among them; all zero: one. */
 struct mt_sharers {
@@ -22,6 +31,7 @@ struct mt_bucket {
   enum mt_sync sync;
   int layer;            /* -1: outside of them */
   int first, last;      /* rows of the table with elements in it: of this class, learning */
+  int group, place;     /* groups of a class are numbered as backward comes to them */
   int64_t begin, count; /* elements of the class's stretch */
   int64_t own, owned;   /* this rank's part: from begin + own on */
   int64_t state;        /* where that begins in the rank's share of the class */
@@ -32,6 +42,8 @@ struct mt_buckets {
   int count;
   int64_t *at; /* of each row of the table: where it begins in its class's stretch */
   int64_t total[MT_SYNC_COUNT], owned[MT_SYNC_COUNT]; /* elements of the stretch; this rank's */
+  int64_t *ring_at;            /* of each row that learns: where it begins in its class's ring */
+  int64_t ring[MT_SYNC_COUNT]; /* elements of that */
 };
 
 /* `most`: elements of a bucket at most, rounded up to the unit. Errors: MT_ENOMEM. */

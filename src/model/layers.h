@@ -8,7 +8,8 @@
 struct mt_view {
   int64_t tokens; /* T of this batch */
   int sequences;
-  int accumulate; /* of parameter gradients */
+  int accumulate; /* of parameter gradients: dense ones, and the experts' */
+  int accumulate_experts;
 };
 
 /* The first `rows` rows of a buffer that was laid out for more. */

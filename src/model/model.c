@@ -54,6 +54,14 @@ static mt_err take_share(struct mt_arena *arena, int64_t n, enum mt_dtype dtype,
   return mt_arena_alloc(arena, mt_bytes(out), &out->data);
 }
 
+static struct mt_tensor ring_part(const struct mt_model *m, const struct mt_param *p) {
+  const struct mt_tensor *ring = &m->share[p->sync].ring;
+  struct mt_tensor t = shape_of(p, ring->dtype);
+  size_t at = (size_t)m->buckets.ring_at[p - m->params.row] * mt_dtype_bytes(ring->dtype);
+  if (ring->data) t.data = (char *)ring->data + at;
+  return t;
+}
+
 /* What of a parameter learns, but for what operations read. */
 static mt_err place_state(struct mt_model *m, struct mt_param *p) {
   const struct mt_recipe *recipe = m->recipe;
@@ -62,15 +70,23 @@ static mt_err place_state(struct mt_model *m, struct mt_param *p) {
     p->master = p->compute;
   else if (!sharded)
     MT_TRY(take(&m->parameters, p, recipe->state, &p->master));
-  MT_TRY(take(&m->gradients, p, recipe->grad, &p->grad));
+  if (mt_model_grad_shared(m, p->sync))
+    p->grad = ring_part(m, p);
+  else
+    MT_TRY(take(&m->gradients, p, recipe->grad, &p->grad));
   if (sharded) return MT_OK;
   MT_TRY(take(&m->optimizer, p, recipe->state, &p->m));
   return take(&m->optimizer, p, recipe->state, &p->v);
 }
 
-static mt_err place_shares(struct mt_model *m, int sync) {
+/* What this rank keeps of a class that is cut; before its parameters, some of which lie there. */
+static mt_err place_shares(struct mt_model *m, enum mt_sync sync) {
   const struct mt_recipe *recipe = m->recipe;
   int64_t n = m->buckets.owned[sync];
+  if (mt_model_grad_shared(m, sync)) {
+    MT_TRY(take_share(&m->gradients, n, recipe->grad, &m->share[sync].grad));
+    MT_TRY(take_share(&m->gradients, m->buckets.ring[sync], recipe->grad, &m->share[sync].ring));
+  }
   if (recipe->act != recipe->state)
     MT_TRY(take_share(&m->parameters, n, recipe->state, &m->share[sync].master));
   MT_TRY(take_share(&m->optimizer, n, recipe->state, &m->share[sync].m));
@@ -105,13 +121,13 @@ static mt_err place_compute(struct mt_model *m, int sync) {
 static mt_err place(struct mt_model *m) {
   for (int sync = 0; sync < MT_SYNC_COUNT; sync++) {
     MT_TRY(place_compute(m, sync));
+    if (m->options.training && m->options.zero > 0) MT_TRY(place_shares(m, (enum mt_sync)sync));
     for (int i = 0; i < m->params.count; i++) {
       struct mt_param *p = &m->params.row[i];
       if ((int)p->sync != sync) continue;
       p->master = p->grad = p->m = p->v = (struct mt_tensor){0};
       if (m->options.training && p->learns) MT_TRY(place_state(m, p));
     }
-    if (m->options.training && m->options.zero > 0) MT_TRY(place_shares(m, sync));
   }
   const struct mt_shard *shard = &m->options.shard;
   bool over_ranks = shard->expert_end - shard->expert_begin < m->config.experts;
@@ -178,11 +194,6 @@ static mt_err plan(struct mt_model *m) {
   mt_arena_plan(&m->gradients, "gradients");
   mt_arena_plan(&m->optimizer, "optimizer");
   mt_arena_plan(&m->activations, "activations");
-  if (m->options.zero > 0 && m->recipe->qformat != MT_Q_NONE) {
-    return mt_fail(MT_EUNSUPPORTED,
-                   "--zero %d with precision %s: 8-bit weights are made of whole masters",
-                   m->options.zero, m->recipe->precision);
-  }
   if (m->options.bucket_elements <= 0) m->options.bucket_elements = MT_BUCKET_ELEMENTS;
   if (m->options.training)
     MT_TRY(
@@ -235,6 +246,7 @@ mt_err mt_model_quantize_weights(struct mt_model *m) {
     const struct mt_param *p = &m->params.row[i];
     if (p->q.format == MT_Q_NONE) continue;
     struct mt_quantize_weight_args a = {.w = p->master.data ? p->master : p->compute, .q = p->q};
+    if (!a.w.data) continue; /* its master is cut over the ranks: mt_ranks_quantize */
     MT_TRY(mt_context(m->be->ops.quantize_weight(m->be, &a), "'%s'", p->name));
   }
   return MT_OK;
@@ -326,7 +338,7 @@ static struct mt_piece piece_of(const struct mt_model *m, int row, int64_t first
   x.m = run_of(&m->share[p->sync].m, state, n);
   x.v = run_of(&m->share[p->sync].v, state, n);
   if (m->recipe->act != m->recipe->state) x.master = run_of(&m->share[p->sync].master, state, n);
-  if (m->options.zero > 1) x.grad = run_of(&m->share[p->sync].grad, state, n);
+  if (mt_model_grad_shared(m, p->sync)) x.grad = run_of(&m->share[p->sync].grad, state, n);
   return x;
 }
 

@@ -52,8 +52,8 @@ struct mt_model_options {
                                 0: one */
   struct mt_shard shard;     /* what of the model is here; all zero: all of it */
   unsigned skip_8bit;        /* parts that an 8-bit recipe leaves in its activations' format */
-  /* 1: the optimizer's state is cut over the ranks that share a parameter (buckets.h), 2: finished
-   * gradients too; 0: everyone has all of it. */
+  /* 1: the optimizer's state is cut over the ranks that share a parameter (buckets.h), 2: gradients
+   * too; 0: everyone has all of it. */
   int zero;
   struct mt_sharers sharers;
   int64_t bucket_elements; /* 0: MT_BUCKET_ELEMENTS */
@@ -83,7 +83,8 @@ struct mt_model {
   struct {
     struct mt_tensor master; /* where the state's format is another one than compute's */
     struct mt_tensor m, v;
-    struct mt_tensor grad; /* zero 2 */
+    struct mt_tensor grad; /* mt_model_grad_shared: sums of this rank's parts */
+    struct mt_tensor ring; /* likewise: where params' grad lie, see buckets.h */
   } share[MT_SYNC_COUNT];
   double *inv_freq;    /* host [D/2] */
   int32_t *host_route; /* host [chunks,E+1]: counts read back by the loop over experts */
@@ -113,8 +114,15 @@ struct mt_memory mt_model_memory(const struct mt_model *m);
 
 /* Makes the 8-bit forms of all parameters that have them from their masters, or where there are
  * none from compute: after every change of the weights, once a step and not once a pass. Nothing to
- * do in other recipes. */
+ * do in other recipes. Of masters that are cut over ranks mt_ranks_quantize makes them. */
 mt_err mt_model_quantize_weights(struct mt_model *m);
+
+/* Whether gradients of a class are cut over several ranks: backward then overwrites those of each
+ * micro-batch, whatever a pass says, in a ring (buckets.h), and who listens to grad_ready adds them
+ * up elsewhere in time. */
+static inline bool mt_model_grad_shared(const struct mt_model *m, enum mt_sync sync) {
+  return m->options.zero > 1 && m->options.sharers.count[sync] > 1;
+}
 
 /* A stretch of a learning parameter that this rank updates: all of it, or with options.zero what
  * lies in its parts of buckets. */
@@ -132,7 +140,7 @@ struct mt_pass {
   const struct mt_batch *batch;
   double loss_scale; /* 1 / targets of the global batch */
   double aux_weight; /* this micro-batch's share of the auxiliary losses: its targets over all */
-  int accumulate;    /* gradients: 0 overwrites, 1 adds */
+  int accumulate;    /* gradients: 0 overwrites, 1 adds (but see mt_model_grad_shared) */
   bool sum_squares;  /* leaves grad_sumsq of parameters that have one, and says so in grad_summed;
                         for a step's only pass, whose gradients nothing changes afterwards */
 };

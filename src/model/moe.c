@@ -27,7 +27,7 @@ static struct mt_moe_span chunk_span(const struct mt_moe *o, int chunk) {
   int64_t ends = (int64_t)chunk * (o->route.expert_count + 1);
   return (struct mt_moe_span){.begin = k->row_begin,
                               .rows = k->row_count,
-                              .accumulate = o->v->accumulate || k->row_begin > 0,
+                              .accumulate = o->v->accumulate_experts || k->row_begin > 0,
                               .last = k->row_begin + k->row_count == o->route.row_count,
                               .w1 = mt_forms_of(o->gate_up),
                               .w2 = mt_forms_of(o->down),

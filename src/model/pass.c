@@ -206,6 +206,8 @@ static mt_err launch_backward(struct mt_model *m, const struct mt_pass *pass,
                               const struct mt_view *view) {
   struct mt_acts *a = &m->acts;
   struct mt_view v = *view;
+  v.accumulate = pass->accumulate && !mt_model_grad_shared(m, MT_SYNC_DENSE);
+  v.accumulate_experts = pass->accumulate && !mt_model_grad_shared(m, MT_SYNC_EXPERT);
   if (mt_acts_last_stage(a)) MT_TRY(head(m, &v, true));
   MT_TRY(backward(m, &v));
   a->forwarded = -1;
@@ -232,7 +234,6 @@ mt_err mt_model_pass_launch(struct mt_model *m, const struct mt_pass *pass) {
   struct mt_view v = view_of(m, pass->batch);
   if (!m->options.training) return mt_fail(MT_EINVAL, "this model was built for inference");
   MT_TRY(whole(m));
-  v.accumulate = pass->accumulate;
   MT_TRY(forward(m, &v));
   return launch_backward(m, pass, &v);
 }
@@ -247,7 +248,6 @@ mt_err mt_model_stage_forward(struct mt_model *m, int micro, const struct mt_pas
 
 mt_err mt_model_stage_backward(struct mt_model *m, int micro, const struct mt_pass *pass) {
   struct mt_view v = view_of(m, pass->batch);
-  v.accumulate = pass->accumulate;
   mt_acts_select(&m->acts, micro);
   if (mt_acts_last_stage(&m->acts)) MT_TRY(mt_phase_enter(m, MT_PHASE_HEAD));
   return launch_backward(m, pass, &v);

@@ -2,9 +2,13 @@
  * and is added up and gathered as its parts arrive.
  *
  * Every rank must start the calls of a group in the same order. Buckets become ready in the order
- * of backward, which is the same everywhere; gatherings are started in that order too, whenever
- * their parts have come, and have communicators of their own, so that neither order depends on the
- * other. */
+ * of backward, which is the same everywhere. On a host gatherings are started in that order too,
+ * whenever their parts have come, and have communicators of their own, so that neither order
+ * depends on the other. Between GPUs nobody asks what has come: a bucket is added up when its place
+ * is needed by the one that many later, which is the same moment of the stream on every rank.
+ *
+ * Sharded gradients are added up in every micro-batch, to what the rank has of its parts; and the
+ * place in the ring that backward comes to next is cleared when a group has left. */
 #include <stdlib.h>
 
 #include "par/ranks.h"
@@ -22,6 +26,7 @@ struct mt_overlap {
   struct flight *flight; /* of each bucket */
   int *order;            /* buckets as they left */
   int left, added;
+  bool accumulate; /* sharded gradients: another micro-batch came before */
   /* Places for the parts of buckets that are on their way or wait to be added up. */
   void *memory;
   size_t stage_bytes;
@@ -32,7 +37,7 @@ struct mt_overlap {
 };
 
 static struct mt_comm *group_of(struct mt_ranks *r, const struct mt_bucket *k) {
-  return &r->comm[k->sync == MT_SYNC_DENSE ? MT_GROUP_DENSE : MT_GROUP_DATA];
+  return r->tensor[k->sync == MT_SYNC_DENSE ? MT_GROUP_DENSE : MT_GROUP_DATA];
 }
 
 static enum mt_dtype format(const struct mt_ranks *r) {
@@ -43,6 +48,16 @@ static char *stage_of(const struct mt_overlap *o, int stage) {
   return (char *)o->memory + (size_t)stage * o->stage_bytes;
 }
 
+/* Where this rank's part of a bucket is added up. */
+static struct mt_tensor sum_of(struct mt_ranks *r, const struct mt_bucket *k) {
+  const struct mt_model *m = r->model;
+  size_t item = mt_dtype_bytes(format(r));
+  char *at = mt_model_grad_shared(m, k->sync)
+                 ? (char *)m->share[k->sync].grad.data + (size_t)k->state * item
+                 : mt_ranks_bucket(r, k, false) + (size_t)k->own * item;
+  return mt_vec(at, format(r), k->owned);
+}
+
 /* The oldest bucket's parts have come: adds them up and sends the sums around. */
 static mt_err add_up(struct mt_ranks *r) {
   struct mt_overlap *o = r->overlap;
@@ -51,13 +66,12 @@ static mt_err add_up(struct mt_ranks *r) {
   const struct mt_bucket *k = &r->buckets.item[i];
   struct flight *f = &o->flight[i];
   struct mt_comm *c = group_of(r, k);
-  size_t item = mt_dtype_bytes(format(r));
-  char *grad = mt_ranks_bucket(r, k, false);
   if (c->size > 1) {
     MT_TRY(mt_comm_wait(c, &f->t));
-    struct mt_parts_sum_args a = {.parts =
-                                      mt_mat(stage_of(o, f->stage), format(r), c->size, k->owned),
-                                  .out = mt_vec(grad + (size_t)k->own * item, format(r), k->owned)};
+    struct mt_parts_sum_args a = {
+        .parts = mt_mat(stage_of(o, f->stage), format(r), c->size, k->owned),
+        .out = sum_of(r, k),
+        .accumulate = o->accumulate && mt_model_grad_shared(r->model, k->sync)};
     if (k->owned > 0) MT_TRY(be->ops.parts_sum(be, &a));
     o->used[f->stage] = false;
   }
@@ -66,7 +80,8 @@ static mt_err add_up(struct mt_ranks *r) {
   if (c->size == 1 || r->model->options.zero > 0) return MT_OK;
   struct mt_parts parts, places;
   mt_sum_places(o->numbers, c, k->count, &parts, &places);
-  return mt_comm_all_gather(&r->late[k->sync], grad, parts, item, &f->t);
+  return mt_comm_all_gather(&r->late[k->sync], mt_ranks_bucket(r, k, false), parts,
+                            mt_dtype_bytes(format(r)), &f->t);
 }
 
 /* Goes on with what has come. */
@@ -90,6 +105,24 @@ static int free_stage(const struct mt_overlap *o) {
   return -1;
 }
 
+/* Once a group has left, backward writes into the next one's place. */
+static mt_err make_room(struct mt_ranks *r, const struct mt_bucket *left) {
+  struct mt_overlap *o = r->overlap;
+  int place = -1;
+  for (int i = 0; i < r->buckets.count; i++) {
+    const struct mt_bucket *k = &r->buckets.item[i];
+    if (k->sync != left->sync) continue;
+    if (k->group == left->group && o->flight[i].state == WAITS) return MT_OK;
+    if (k->group == left->group + 1) place = k->place;
+  }
+  for (int i = 0; i < r->buckets.count; i++) {
+    const struct mt_bucket *k = &r->buckets.item[i];
+    if (k->sync != left->sync || k->place != place) continue;
+    while (o->flight[i].state == LEFT) MT_TRY(add_up(r));
+  }
+  return MT_OK;
+}
+
 static mt_err leave(struct mt_ranks *r, int i) {
   struct mt_overlap *o = r->overlap;
   const struct mt_bucket *k = &r->buckets.item[i];
@@ -107,7 +140,7 @@ static mt_err leave(struct mt_ranks *r, int i) {
                               item, &f->t));
   }
   o->order[o->left++] = i;
-  return MT_OK;
+  return mt_model_grad_shared(r->model, k->sync) ? make_room(r, k) : MT_OK;
 }
 
 static mt_err ready(struct mt_ranks *r, const struct mt_param *p) {
@@ -131,13 +164,13 @@ int mt_ranks_overlap_places(const struct mt_ranks *r) {
   int n = 0;
   for (int i = 0; i < r->buckets.count; i++) {
     bool dense = r->buckets.item[i].sync == MT_SYNC_DENSE;
-    n += r->comm[dense ? MT_GROUP_DENSE : MT_GROUP_DATA].size > 1;
+    n += r->tensor[dense ? MT_GROUP_DENSE : MT_GROUP_DATA]->size > 1;
   }
   return n < MT_OVERLAP_BUCKETS ? n : MT_OVERLAP_BUCKETS;
 }
 
 static mt_err open_overlap(struct mt_ranks *r) {
-  size_t n = (size_t)r->buckets.count + 1, ranks = (size_t)r->comm[MT_GROUP_DENSE].size;
+  size_t n = (size_t)r->buckets.count + 1, ranks = (size_t)r->tensor[MT_GROUP_DENSE]->size;
   struct mt_overlap *o = calloc(1, sizeof *o);
   r->overlap = o; /* which mt_ranks_end_overlap frees, however much of it there is */
   if (o) o->flight = calloc(n, sizeof *o->flight);
@@ -162,14 +195,29 @@ size_t mt_ranks_sum_bytes(const struct mt_ranks *r) {
   return r->sum.parts_bytes + (o ? (size_t)o->stages * o->stage_bytes : 0);
 }
 
-mt_err mt_ranks_begin(struct mt_ranks *r) {
+/* All that backward has finished is added up. */
+static mt_err settle(struct mt_ranks *r) {
+  struct mt_overlap *o = r->overlap;
+  r->model->grad_ready = NULL;
+  if (o->err) return o->err;
+  for (int i = r->buckets.count - 1; i >= 0; i--) {
+    if (o->flight[i].state == WAITS) MT_TRY(leave(r, i));
+  }
+  while (o->added < o->left) MT_TRY(add_up(r));
+  return MT_OK;
+}
+
+mt_err mt_ranks_begin(struct mt_ranks *r, int micro, int micro_count) {
   struct mt_model *m = r->model;
-  if (m->be->memory_used) return MT_OK;
+  bool every = m->options.zero > 1;
+  if (!every && (micro + 1 < micro_count || m->be->memory_used || r->mesh.pp > 1)) return MT_OK;
   mt_err err = r->overlap ? MT_OK : open_overlap(r);
   if (err) mt_ranks_end_overlap(r);
   MT_TRY(err);
+  if (r->begun) MT_TRY(settle(r));
   struct mt_overlap *o = r->overlap;
   o->left = o->added = 0;
+  o->accumulate = micro > 0;
   o->err = MT_OK;
   for (int i = 0; i < r->buckets.count; i++) {
     const struct mt_bucket *k = &r->buckets.item[i];
@@ -188,12 +236,7 @@ mt_err mt_ranks_begin(struct mt_ranks *r) {
 mt_err mt_ranks_finish(struct mt_ranks *r) {
   struct mt_overlap *o = r->overlap;
   r->begun = false;
-  r->model->grad_ready = NULL;
-  if (o->err) return o->err;
-  for (int i = r->buckets.count - 1; i >= 0; i--) {
-    if (o->flight[i].state == WAITS) MT_TRY(leave(r, i));
-  }
-  while (o->added < o->left) MT_TRY(add_up(r));
+  MT_TRY(settle(r));
   for (int i = 0; i < o->left; i++) {
     const struct mt_bucket *k = &r->buckets.item[o->order[i]];
     MT_TRY(mt_comm_wait(&r->late[k->sync], &o->flight[o->order[i]].t));

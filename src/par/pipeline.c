@@ -139,6 +139,7 @@ static mt_err backward(struct mt_pipeline *p, const struct mt_pass *passes, int 
   if (!p->early) MT_TRY(expect_back(p, i, passes[i].batch->token_count));
   MT_TRY(await_back(p, &p->back_come[i % 2]));
   if (p->early && next < micro_count) MT_TRY(expect_back(p, next, passes[next].batch->token_count));
+  if (p->begin) MT_TRY(p->begin(p->begin_context, i, micro_count));
   MT_TRY(mt_model_stage_backward(p->model, i, &passes[i]));
   return pass_back(p, i, passes[i].batch->token_count);
 }

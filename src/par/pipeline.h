@@ -52,6 +52,9 @@ struct mt_pipeline {
   bool early;      /* what comes is expected while a stage computes */
   bool sequential; /* set by the owner, once it is open */
   int slots;       /* in_flight + 1 */
+  /* Before each micro-batch's backward, or NULL; set by the owner. */
+  mt_err (*begin)(void *context, int micro, int micro_count);
+  void *begin_context;
   /* Under way: what comes and goes forward, by micro-batch modulo slots; and back, modulo 2. */
   struct mt_stage_message *come, *go;
   struct mt_stage_message back_come[2], back_go[2];

@@ -117,6 +117,10 @@ static mt_err open_buckets(struct mt_ranks *r, const struct mt_model *m) {
   return mt_buckets_build(&m->params, &s, m->options.bucket_elements, &r->buckets);
 }
 
+static mt_err begin_backward(void *context, int micro, int micro_count) {
+  return mt_ranks_begin(context, micro, micro_count);
+}
+
 mt_err mt_ranks_join(struct mt_ranks *r, struct mt_model *m) {
   void *squares = NULL;
   MT_TRY(open_buckets(r, m));
@@ -134,7 +138,10 @@ mt_err mt_ranks_join(struct mt_ranks *r, struct mt_model *m) {
     back = &r->gpu_back;
     MT_TRY(mt_comm_device(host, m->be, back));
   }
-  return mt_pipeline_open(&r->pipeline, m, forth, back, host);
+  MT_TRY(mt_pipeline_open(&r->pipeline, m, forth, back, host));
+  r->pipeline.begin = begin_backward;
+  r->pipeline.begin_context = r;
+  return MT_OK;
 }
 
 mt_err mt_ranks_failed(struct mt_ranks *r) {
@@ -254,6 +261,11 @@ static mt_err add_squares(struct mt_ranks *r, const struct mt_bucket *k) {
     if (to > end) to = end;
     if (p->sync != k->sync || !p->learns || from >= to) continue;
     char *data = (char *)p->grad.data + (from - at) * (int64_t)mt_dtype_bytes(p->grad.dtype);
+    if (mt_model_grad_shared(m, k->sync)) {
+      const struct mt_tensor *share = &m->share[k->sync].grad;
+      data =
+          (char *)share->data + (k->state + from - begin) * (int64_t)mt_dtype_bytes(share->dtype);
+    }
     r->views[count++] = mt_vec(data, p->grad.dtype, to - from);
   }
   if (count == 0) return MT_OK;
@@ -290,6 +302,8 @@ mt_err mt_ranks_gradients(struct mt_ranks *r, double *sumsq) {
   MT_TRY(r->model->be->zero(r->model->be, r->squares, squares_bytes(r)));
   bool begun = r->begun;
   if (begun) MT_TRY(mt_ranks_finish(r));
+  if (!begun && r->model->options.zero > 1)
+    return mt_fail(MT_EINVAL, "sharded gradients of a backward that nobody has begun");
   for (int i = 0; i < r->buckets.count; i++) {
     const struct mt_bucket *k = &r->buckets.item[i];
     if (!begun) MT_TRY(sum_bucket(r, k));
@@ -302,12 +316,72 @@ mt_err mt_ranks_gradients(struct mt_ranks *r, double *sumsq) {
   return mt_phase_enter(r->model, MT_PHASE_OPTIMIZER);
 }
 
-mt_err mt_ranks_parameters(struct mt_ranks *r) {
-  enum mt_dtype dtype = r->model->recipe->act;
-  for (int i = 0; r->model->options.zero > 0 && i < r->buckets.count; i++) {
+/* All of a row that learns, of which each rank has its parts. whole: its memory. */
+static mt_err gather_row(struct mt_ranks *r, int row, struct mt_tensor whole) {
+  const struct mt_param *p = &r->model->params.row[row];
+  int64_t at = r->buckets.at[row], end = at + mt_param_count(p);
+  for (int i = 0; i < r->buckets.count; i++) {
     const struct mt_bucket *k = &r->buckets.item[i];
-    MT_TRY(mt_sum_gather(&r->sum, sharers_of(r, k->sync), mt_ranks_bucket(r, k, true), dtype,
-                         k->count));
+    int64_t from = k->begin > at ? k->begin : at, to = k->begin + k->count;
+    if (to > end) to = end;
+    if (k->sync != p->sync || from >= to) continue;
+    char *here = (char *)whole.data + (size_t)(from - at) * mt_dtype_bytes(whole.dtype);
+    MT_TRY(mt_sum_gather_run(&r->sum, sharers_of(r, k->sync), here, whole.dtype, k->count,
+                             from - k->begin, to - from));
   }
   return MT_OK;
+}
+
+/* The own parts of a row's master into a place for all of it. */
+static mt_err put_master(struct mt_ranks *r, int row, struct mt_tensor whole) {
+  const struct mt_model *m = r->model;
+  const struct mt_tensor *share = &m->share[m->params.row[row].sync].master;
+  size_t item = mt_dtype_bytes(whole.dtype);
+  int64_t first, n, state;
+  for (int64_t from = 0; mt_buckets_run(&m->buckets, &m->params, row, from, &first, &n, &state);
+       from = first + n) {
+    MT_TRY(m->be->copy(m->be, (char *)whole.data + (size_t)first * item,
+                       (const char *)share->data + (size_t)state * item, (size_t)n * item));
+  }
+  return MT_OK;
+}
+
+/* Whether mt_model_quantize_weights finds no whole source. */
+static bool quantized_here(const struct mt_ranks *r, const struct mt_param *p) {
+  return r->model->options.zero > 0 && p->learns && p->q.format != MT_Q_NONE;
+}
+
+mt_err mt_ranks_quantize(struct mt_ranks *r) {
+  struct mt_model *m = r->model;
+  mt_acts_enter(&m->acts, m->be, MT_ROOM_ENDS);
+  for (int row = 0; row < m->params.count; row++) {
+    const struct mt_param *p = &m->params.row[row];
+    struct mt_tensor whole = p->grad;
+    if (!quantized_here(r, p)) continue;
+    if (whole.dtype != m->recipe->state)
+      return mt_fail(MT_EUNSUPPORTED, "'%s': gradient and master in two formats", p->name);
+    MT_TRY(put_master(r, row, whole));
+    MT_TRY(gather_row(r, row, whole));
+    MT_TRY(mt_context(
+        m->be->ops.quantize_weight(m->be, &(struct mt_quantize_weight_args){.w = whole, .q = p->q}),
+        "'%s'", p->name));
+  }
+  return MT_OK;
+}
+
+mt_err mt_ranks_parameters(struct mt_ranks *r) {
+  const struct mt_model *m = r->model;
+  if (m->options.zero == 0) return MT_OK;
+  /* In an 8-bit recipe some rows have nothing else, and the others are no stretch. */
+  bool by_rows = m->recipe->qformat != MT_Q_NONE;
+  for (int i = 0; by_rows && i < m->params.count; i++) {
+    const struct mt_param *p = &m->params.row[i];
+    if (p->learns && p->compute.data) MT_TRY(gather_row(r, i, p->compute));
+  }
+  for (int i = 0; !by_rows && i < r->buckets.count; i++) {
+    const struct mt_bucket *k = &r->buckets.item[i];
+    MT_TRY(mt_sum_gather(&r->sum, sharers_of(r, k->sync), mt_ranks_bucket(r, k, true),
+                         m->recipe->act, k->count));
+  }
+  return mt_ranks_quantize(r);
 }

@@ -89,19 +89,25 @@ int mt_ranks_overlap_places(const struct mt_ranks *r);
 /* Memory that sums take beside the arenas. */
 size_t mt_ranks_sum_bytes(const struct mt_ranks *r);
 
-/* Before the backward of a step's last pass: from here on each bucket's sum begins when its last
- * gradient is finished, through the model's grad_ready, which is the caller's again afterwards.
- * Where memory is not the host's nothing happens. Errors: MT_ENOMEM. */
-mt_err mt_ranks_begin(struct mt_ranks *r);
+/* Before the backward of each of a step's micro-batches: where that is the step's last one or
+ * gradients are sharded, each bucket's sum begins when its last gradient is finished, through the
+ * model's grad_ready, which is the caller's again after mt_ranks_gradients. Where memory is not the
+ * host's or the model has stages, and gradients are whole, nothing happens. A pipeline calls it by
+ * itself. Errors: MT_ENOMEM; MT_ECOMM, of the micro-batch before. */
+mt_err mt_ranks_begin(struct mt_ranks *r, int micro, int micro_count);
 
 /* After the backward of a step's last pass: every gradient (=) its sum over the ranks that hold the
- * parameter (with sharded state, of this rank's parts alone), and *sumsq (=, backend's memory) the
+ * parameter (with sharded state, of this rank's parts alone; of sharded gradients over the step's
+ * micro-batches, in the model's shares), and *sumsq (=, backend's memory) the
  * sum of squares of all gradients of the whole model. The host does not wait for the backend. */
 mt_err mt_ranks_gradients(struct mt_ranks *r, double *sumsq);
 
 /* After an update with sharded state: what operations read of every parameter (=), each rank's
- * parts from it. Nothing to do without. */
+ * parts from it. Nothing to do without. The gradients of weights in 8 bits are overwritten. */
 mt_err mt_ranks_parameters(struct mt_ranks *r);
+/* And of those in 8 bits alone, after masters have been loaded: they are made of whole masters,
+ * which come together where the gradient lies. Nothing to do without sharded state. */
+mt_err mt_ranks_quantize(struct mt_ranks *r);
 
 /* Internal to par/: overlap.c's end of a step and of itself; collect.c's; where a bucket lies among
  * gradients or in what operations read. */

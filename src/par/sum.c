@@ -58,10 +58,24 @@ mt_err mt_sum_scatter(struct mt_sum *s, struct mt_comm *c, void *grad, enum mt_d
 
 mt_err mt_sum_gather(struct mt_sum *s, struct mt_comm *c, void *grad, enum mt_dtype dtype,
                      int64_t n) {
+  return mt_sum_gather_run(s, c, grad, dtype, n, 0, n);
+}
+
+static int64_t within(int64_t x, int64_t count) {
+  return x < 0 ? 0 : x > count ? count : x;
+}
+
+mt_err mt_sum_gather_run(struct mt_sum *s, struct mt_comm *c, void *buf, enum mt_dtype dtype,
+                         int64_t n, int64_t from, int64_t count) {
   struct mt_parts parts, places;
   if (c->size == 1) return MT_OK;
   MT_TRY(cut(s, c, n, &parts, &places));
-  return mt_comm_all_gather(c, grad, parts, mt_dtype_bytes(dtype), NULL);
+  for (int p = 0; p < c->size; p++) {
+    int64_t begin = within(parts.start[p] - from, count);
+    s->numbers[p] = within(parts.start[p] + parts.count[p] - from, count) - begin;
+    s->numbers[c->size + p] = begin;
+  }
+  return mt_comm_all_gather(c, buf, parts, mt_dtype_bytes(dtype), NULL);
 }
 
 mt_err mt_sum_bucket(struct mt_sum *s, struct mt_comm *c, void *grad, enum mt_dtype dtype,

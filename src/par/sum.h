@@ -33,6 +33,10 @@ mt_err mt_sum_scatter(struct mt_sum *s, struct mt_comm *c, void *grad, enum mt_d
                       int64_t n, int64_t *own, int64_t *owned);
 mt_err mt_sum_gather(struct mt_sum *s, struct mt_comm *c, void *grad, enum mt_dtype dtype,
                      int64_t n);
+/* Gathers [from, from + count) of n elements that are cut for the members; the first of them lies
+ * at buf. */
+mt_err mt_sum_gather_run(struct mt_sum *s, struct mt_comm *c, void *buf, enum mt_dtype dtype,
+                         int64_t n, int64_t from, int64_t count);
 
 void mt_sum_free(struct mt_sum *s); /* safe on a zeroed one */
 

@@ -229,24 +229,38 @@ static mt_err run_passes(struct mt_model *m, struct mt_ranks *ranks, struct mt_p
                          int count) {
   if (ranks->mesh.pp > 1) return mt_pipeline_run(&ranks->pipeline, passes, count);
   mt_model_say_summed(m, passes[0].sum_squares);
+  if (m->options.zero > 1) MT_TRY(mt_ranks_begin(ranks, 0, 1));
   return mt_model_pass_launch(m, &passes[0]);
 }
 
+/* Additions that ran beside passes are sums', of which a step has `times` of these. */
+static void take_additions(struct counter *c, struct mt_count *out, int times) {
+  for (int i = 0; i < MT_PROFILE_OPS; i++) {
+    struct mt_profile_row *r = &c->profile.row[i];
+    if (!mt_op_name(i) || strcmp(mt_op_name(i), "parts_sum") != 0) continue;
+    out->sums.flops += r->flops / times;
+    out->sums.bytes += r->bytes / times;
+    out->sums_s += r->seconds / times;
+    *r = (struct mt_profile_row){0};
+  }
+}
+
 /* Passes that only add, then those of a step's beginning, whose first does not. */
-static mt_err count_passes(struct counter *c, struct mt_model *m, struct mt_ranks *ranks,
-                           struct mt_pass *passes, int count, struct mt_count *out,
-                           struct mt_profile *profile) {
-  size_t before = c->taken_bytes;
+static mt_err count_passes(struct counter *c, struct mt_model *m, struct mt_optimizer *opt,
+                           struct mt_ranks *ranks, struct mt_pass *passes, int count,
+                           struct mt_count *out, struct mt_profile *profile) {
   bool sum_squares = passes[0].sum_squares;
   for (int i = 0; i < count; i++) passes[i].accumulate = 1, passes[i].sum_squares = false;
   MT_TRY(run_passes(m, ranks, passes, count));
-  out->rows_bytes += c->taken_bytes - before;
+  if (ranks->begun) MT_TRY(mt_ranks_gradients(ranks, opt->grad_sumsq));
+  take_additions(c, &(struct mt_count){0}, 1);
   take_rows(c, &out->more, &out->more_s, NULL);
   out->stage_bytes = (double)ranks->comm[MT_GROUP_PIPE].sent[MT_COMM_SEND].bytes / count;
   passes[0].accumulate = 0;
   passes[0].sum_squares = sum_squares;
   MT_TRY(run_passes(m, ranks, passes, count));
   add_rows(profile, &c->profile);
+  take_additions(c, out, count);
   take_rows(c, &out->first, &out->first_s, out);
   out->more_s /= count;
   out->ends_s /= count;
@@ -254,10 +268,39 @@ static mt_err count_passes(struct counter *c, struct mt_model *m, struct mt_rank
   return MT_OK;
 }
 
+/* What brings sums or weights back: mt_ranks_parameters. */
+static void count_weights(const struct mt_model *m, struct mt_count *out) {
+  bool by_rows = m->recipe->qformat != MT_Q_NONE;
+  for (int i = 0; i < m->params.count; i++) {
+    const struct mt_param *p = &m->params.row[i];
+    int64_t n = by_rows ? mt_param_count(p) : mt_bucket_round(mt_param_count(p));
+    enum mt_dtype dtype = p->q.format == MT_Q_NONE ? m->recipe->act : m->recipe->state;
+    if (p->learns) out->weights_bytes[p->sync] += (double)n * (double)mt_dtype_bytes(dtype);
+  }
+}
+
+static void count_calls(const struct mt_model *m, const struct mt_buckets *b,
+                        struct mt_count *out) {
+  bool by_rows = m->options.zero > 0 && m->recipe->qformat != MT_Q_NONE;
+  for (int i = 0; i < b->count; i++) {
+    const struct mt_bucket *k = &b->item[i];
+    out->buckets[k->sync]++;
+    if (!by_rows) out->gathers[k->sync]++;
+    for (int row = k->first; by_rows && row <= k->last; row++) {
+      const struct mt_param *p = &m->params.row[row];
+      int64_t at = b->at[row];
+      bool here = at < k->begin + k->count && at + mt_param_count(p) > k->begin;
+      out->gathers[k->sync] += p->sync == k->sync && p->learns && here;
+    }
+  }
+}
+
 static mt_err run(struct counter *c, struct mt_model *m, struct mt_optimizer *opt,
                   struct mt_ranks *ranks, const struct mt_count_options *o, struct mt_count *out,
                   struct mt_profile *profile) {
   struct mt_batch batch = {0};
+  struct mt_work norm;
+  double norm_s;
   bool alone = o->mesh->world == 1;
   size_t before = c->taken_bytes;
   int count = o->model.in_flight > 1 ? o->model.in_flight : 1;
@@ -269,18 +312,21 @@ static mt_err run(struct counter *c, struct mt_model *m, struct mt_optimizer *op
   for (int i = 0; i < count; i++)
     passes[i] = (struct mt_pass){.batch = &batch, .sum_squares = alone};
   if (!alone) MT_GO(join(ranks, m, o->mesh));
-  out->rows_bytes = c->taken_bytes - before;
-  MT_GO(count_passes(c, m, ranks, passes, count, out, profile));
-  before = c->taken_bytes;
+  MT_GO(count_passes(c, m, opt, ranks, passes, count, out, profile));
   if (alone) {
     MT_GO(mt_optimizer_norm(opt));
   } else {
     MT_GO(mt_ranks_gradients(ranks, opt->grad_sumsq));
     add_rows(profile, &c->profile);
-    take_rows(c, &out->sums, &out->sums_s, NULL);
-    for (int i = 0; i < ranks->buckets.count; i++) out->buckets[ranks->buckets.item[i].sync]++;
+    take_additions(c, out, m->options.zero > 1 ? count : 1);
+    take_rows(c, &norm, &norm_s, NULL);
+    out->sums.flops += norm.flops;
+    out->sums.bytes += norm.bytes;
+    out->sums_s += norm_s;
+    out->sums_bytes = mt_ranks_sum_bytes(ranks);
+    count_calls(m, &ranks->buckets, out);
   }
-  out->sums_bytes = c->taken_bytes - before;
+  out->rows_bytes = c->taken_bytes - before - out->sums_bytes;
   out->sums_places = alone ? 1 : mt_ranks_overlap_places(ranks);
   MT_GO(mt_optimizer_update(opt));
   if (!alone) MT_GO(mt_ranks_parameters(ranks));
@@ -308,6 +354,7 @@ mt_err mt_count_step(const struct mt_count_options *o, struct mt_count *out,
   memcpy(params.row, o->params->row, (size_t)params.count * sizeof *params.row);
   MT_GO(mt_model_create(&m, o->config, &params, o->recipe, &c.be, &o->model));
   out->arenas = mt_model_memory(&m);
+  count_weights(&m, out);
   MT_GO(mt_optimizer_create(&opt, &m, &oo));
   MT_GO(run(&c, &m, &opt, &ranks, o, out, profile));
 done:

@@ -11,17 +11,12 @@
 #include "par/ranks.h"
 #include "train/session.h"
 
-/* Forms of a stage's parameters of one sync class, in bytes as they lie in the arenas. */
-struct class_bytes {
-  size_t compute, grad;
-};
-
 struct stage {
-  struct class_bytes dense, expert;
+  size_t dense_grad, expert_grad; /* bytes of a class's gradients, whole */
   struct mt_count count;
 };
 
-/* What was counted of meshes of one shape; ZeRO and the number of ranks only divide it. */
+/* What was counted of meshes of one shape. */
 struct mt_planner_entry {
   int ep, dp, pp, recompute, zero, sets; /* sets: micro-batches under way in the first stage */
   struct stage first, last;
@@ -112,11 +107,10 @@ static void keep_class(struct mt_params *p, enum mt_sync sync) {
   p->count = n;
 }
 
-/* By the model's own layout of rows of this class alone. A master weight, where it is memory of its
- * own, is as large as a moment: it has its shape and format. */
+/* By the model's own layout of rows of this class alone. */
 static mt_err class_of(struct mt_planner *p, const struct mt_config *c,
                        const struct mt_params *rows, const struct mt_model_options *o,
-                       enum mt_sync sync, struct class_bytes *out) {
+                       enum mt_sync sync, size_t *gradients) {
   struct mt_params some = {.count = rows->count};
   struct mt_memory all;
   mt_err err;
@@ -125,8 +119,7 @@ static mt_err class_of(struct mt_planner *p, const struct mt_config *c,
   memcpy(some.row, rows->row, (size_t)rows->count * sizeof *some.row);
   keep_class(&some, sync);
   MT_GO(mt_model_plan(c, &some, p->recipe, &p->be, o, &all));
-  size_t master = p->recipe->act == p->recipe->state ? 0 : all.optimizer / 2;
-  *out = (struct class_bytes){.compute = all.parameters - master, .grad = all.gradients};
+  *gradients = all.gradients;
 done:
   mt_params_free(&some);
   return err;
@@ -158,12 +151,12 @@ static mt_err count_stage(struct mt_planner *p, const struct mt_mesh *m,
   co.model.in_flight = m->pp > 1 ? mt_stage_in_flight(false, m->pp_rank, m->pp, e->sets) : 0;
   co.rows = (int64_t)ceil((double)(p->token_capacity * c->top_k) * o->imbalance);
   MT_GO(make_rows(p, &co.model.shard, &rows));
-  MT_GO(class_of(p, c, &rows, &co.model, MT_SYNC_DENSE, &out->dense));
-  MT_GO(class_of(p, c, &rows, &co.model, MT_SYNC_EXPERT, &out->expert));
+  MT_GO(class_of(p, c, &rows, &co.model, MT_SYNC_DENSE, &out->dense_grad));
+  MT_GO(class_of(p, c, &rows, &co.model, MT_SYNC_EXPERT, &out->expert_grad));
   co.model.zero = e->zero;
   MT_GO(mt_count_step(&co, &out->count, NULL));
   /* Beside backward, in the host's memory and without stages, several buckets are on their way. */
-  if (!wants_cuda(p->options) && m->pp == 1)
+  if (e->zero < 2 && !wants_cuda(p->options) && m->pp == 1)
     out->count.sums_bytes *= (size_t)out->count.sums_places;
 done:
   mt_params_free(&rows);
@@ -185,7 +178,7 @@ static mt_err entry_of(struct mt_planner *p, const struct mt_plan *plan,
                                .dp = plan->dp,
                                .pp = plan->pp,
                                .recompute = plan->recompute,
-                               .zero = plan->zero > 0,
+                               .zero = plan->zero,
                                .sets = plan->micro < plan->pp ? plan->micro : plan->pp};
   for (int i = 0; i < p->seen_count; i++) {
     const struct mt_planner_entry *s = &p->seen[i];
@@ -203,18 +196,9 @@ static mt_err entry_of(struct mt_planner *p, const struct mt_plan *plan,
   return MT_OK;
 }
 
-/* What the fullest of `ranks` keeps of bytes that are shared out among them. */
-static size_t share(size_t bytes, enum mt_dtype dtype, int ranks) {
-  size_t item = mt_dtype_bytes(dtype), n = bytes / item, r = (size_t)ranks;
-  size_t each = ((n + r - 1) / r + MT_BUCKET_UNIT - 1) / MT_BUCKET_UNIT * MT_BUCKET_UNIT;
-  return ranks > 1 && each * item < bytes ? each * item : bytes;
-}
-
-/* --zero 1 is laid out so; 2 will share the gradients as well. */
 static struct mt_plan_memory memory_of(const struct mt_planner *p, const struct mt_plan *plan,
                                        const struct stage *s) {
   const struct mt_count *c = &s->count;
-  enum mt_dtype grad = p->recipe->grad;
   struct mt_plan_memory m = {.parameters = c->arenas.parameters,
                              .gradients = c->arenas.gradients,
                              .optimizer = c->arenas.optimizer,
@@ -222,9 +206,6 @@ static struct mt_plan_memory memory_of(const struct mt_planner *p, const struct 
                              .exchange = c->rows_bytes,
                              .sums = c->sums_bytes,
                              .comms = (size_t)plan->comms * (size_t)p->options->comm_bytes};
-  if (plan->zero == 2)
-    m.gradients =
-        share(s->dense.grad, grad, plan->dp * plan->ep) + share(s->expert.grad, grad, plan->dp);
   m.total =
       m.parameters + m.gradients + m.optimizer + m.activations + m.exchange + m.sums + m.comms;
   return m;
@@ -235,24 +216,32 @@ static double leaving(int ranks) {
   return (double)(ranks - 1) / ranks;
 }
 
-/* Of the stage that has more: a middle one has neither embedding nor head and as many layers as the
- * first at most. */
-static double sum_traffic(const struct class_bytes *first, const struct class_bytes *last,
-                          const struct mt_plan *plan, int ranks) {
-  const struct class_bytes *b = first->grad >= last->grad ? first : last;
-  double g = (double)b->grad, once = leaving(ranks);
-  if (plan->zero == 0) return 2 * once * g;
-  /* Parts go to their owners (of sharded gradients each micro-batch's), new weights come back. */
-  return once * (g * (plan->zero == 2 ? plan->micro : 1) + (double)b->compute);
+static size_t gradients_of(const struct stage *s, enum mt_sync sync) {
+  return sync == MT_SYNC_DENSE ? s->dense_grad : s->expert_grad;
 }
 
-/* Parts leave and sums (or what operations read) come back, of every bucket that model/buckets.c
- * cuts. */
+/* Of the stage that has more: a middle one has neither embedding nor head and as many layers as the
+ * first at most. */
+static double sum_traffic(const struct mt_planner_entry *e, enum mt_sync sync,
+                          const struct mt_plan *plan, int ranks) {
+  bool first = gradients_of(&e->first, sync) >= gradients_of(&e->last, sync);
+  const struct stage *s = first ? &e->first : &e->last;
+  double g = (double)gradients_of(s, sync), weights = s->count.weights_bytes[sync];
+  double once = leaving(ranks);
+  if (plan->zero == 0) return 2 * once * g;
+  /* Parts go to their owners (of sharded gradients each micro-batch's), new weights come back. */
+  return once * (g * (plan->zero == 2 ? plan->micro : 1) + weights);
+}
+
+/* Parts leave (of sharded gradients in each micro-batch) and sums, or what operations read, come
+ * back, in calls as a run makes them. */
+static int stage_calls(const struct stage *s, const struct mt_plan *plan, enum mt_sync sync) {
+  return s->count.buckets[sync] * (plan->zero == 2 ? plan->micro : 1) + s->count.gathers[sync];
+}
 static int sum_calls(const struct mt_planner_entry *e, const struct mt_plan *plan,
                      enum mt_sync sync, int ranks) {
-  int first = e->first.count.buckets[sync], last = e->last.count.buckets[sync];
-  int buckets = first > last ? first : last;
-  return ranks > 1 ? buckets * ((plan->zero == 2 ? plan->micro : 1) + 1) : 0;
+  int first = stage_calls(&e->first, plan, sync), last = stage_calls(&e->last, plan, sync);
+  return ranks < 2 ? 0 : first > last ? first : last;
 }
 
 /* Bytes of a token that leaves and comes back in both passes. */
@@ -279,8 +268,8 @@ static struct mt_plan_traffic traffic_of(const struct mt_planner *p, const struc
       .tokens = rows * token_bytes(p),
       .probabilities = 2 * rows * stat,
       .auxiliary = (plan->dp * plan->ep - 1) * record * passes,
-      .dense = sum_traffic(&e->first.dense, &e->last.dense, plan, plan->dp * plan->ep),
-      .experts = sum_traffic(&e->first.expert, &e->last.expert, plan, plan->dp),
+      .dense = sum_traffic(e, MT_SYNC_DENSE, plan, plan->dp * plan->ep),
+      .experts = sum_traffic(e, MT_SYNC_EXPERT, plan, plan->dp),
       .dense_calls = sum_calls(e, plan, MT_SYNC_DENSE, plan->dp * plan->ep),
       .expert_calls = sum_calls(e, plan, MT_SYNC_EXPERT, plan->dp),
       .stages = (plan->pp > 2 ? once + last : fmax(once, last)) * passes,

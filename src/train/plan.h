@@ -12,13 +12,18 @@
 struct mt_count {
   struct mt_memory arenas;
   size_t rows_bytes; /* over ranks: what is taken beside the arenas for the rows that come */
-  size_t sums_bytes; /* and for sums of gradients */
+  size_t sums_bytes; /* and for sums of gradients (`sums` is one micro-batch's, and the norm) */
   int sums_places;   /* as many of that there are where sums run beside backward */
   struct mt_work first, more, sums, update; /* a step's first pass, each further one; the sums */
   double first_s, more_s, sums_s, update_s; /* without what travels */
   double ends_s;                            /* embedding and head, within a pass */
   double stage_bytes;                       /* that a stage sends, a micro-batch */
-  int buckets[MT_SYNC_COUNT];               /* that gradients of each class are summed in */
+  /* Buckets that gradients of each class are summed in, and calls that bring sums or weights back.
+   */
+  int buckets[MT_SYNC_COUNT], gathers[MT_SYNC_COUNT];
+  /* What sharded state makes come together of a class's weights after an update: in the format that
+   * operations read, of those in 8 bits the master. */
+  double weights_bytes[MT_SYNC_COUNT];
 };
 
 struct mt_count_options {

@@ -15,9 +15,9 @@ static int better(const void *x, const void *y) {
   return (a->memory.total > b->memory.total) - (a->memory.total < b->memory.total);
 }
 
-/* ZeRO shares something out only where several ranks hold the same, and not in 8 bits. */
-static bool pointless(const struct mt_planner *m, const struct mt_plan *p) {
-  return p->zero > 0 && (p->dp * p->ep == 1 || m->recipe->qformat != MT_Q_NONE);
+/* ZeRO shares something out only where several ranks hold the same. */
+static bool pointless(const struct mt_plan *p) {
+  return p->zero > 0 && p->dp * p->ep == 1;
 }
 
 static bool left_out(const struct mt_plan_options *o, const struct mt_plan *p) {
@@ -44,8 +44,7 @@ static mt_err add(struct list *l, const struct mt_plan *p) {
 }
 
 static mt_err add_ways(struct mt_planner *p, int gpus, int ep, int pp, struct list *l) {
-  int most = p->options->fixed_zero ? 2 : 1; /* 2 is counted and not built: for who asks */
-  for (int zero = 0; zero <= most; zero++) {
+  for (int zero = 0; zero <= 2; zero++) {
     for (int recompute = 0; recompute <= MT_RECOMPUTE_FULL; recompute++) {
       struct mt_plan plan = {.gpus = gpus,
                              .ep = ep,
@@ -54,7 +53,7 @@ static mt_err add_ways(struct mt_planner *p, int gpus, int ep, int pp, struct li
                              .zero = zero,
                              .recompute = recompute,
                              .micro = p->options->micro_batches};
-      if (left_out(p->options, &plan) || (pointless(p, &plan) && !p->options->fixed_zero)) continue;
+      if (left_out(p->options, &plan) || (pointless(&plan) && !p->options->fixed_zero)) continue;
       MT_TRY(mt_plan_mesh(p, &plan));
       MT_TRY(add(l, &plan));
     }

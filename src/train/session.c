@@ -218,8 +218,8 @@ mt_err mt_session_load(struct mt_session *s, const struct mt_model_options *opti
   mt_world_patience(s->world, 0);
   if (err || !s->ranks) return err;
   s->ranks->whole = &s->whole;
-  err = mt_ranks_join(s->ranks, &s->model);
-  return err;
+  MT_TRY(mt_ranks_join(s->ranks, &s->model));
+  return mt_ranks_quantize(s->ranks);
 }
 
 void mt_session_close(struct mt_session *s) {

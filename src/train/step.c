@@ -179,7 +179,7 @@ static mt_err launch_all(struct mt_step_queue *q, struct mt_batch *const *micro,
     part.pass.sum_squares &= !q->ranks; /* a sum over ranks comes behind */
     const struct mt_graph_key pass = {micro[i]->token_count, part.pass.accumulate, several};
     MT_TRY(mt_model_pass_load(q->model, &part.pass));
-    if (q->ranks && i + 1 == micro_count) MT_TRY(mt_ranks_begin(q->ranks));
+    if (q->ranks) MT_TRY(mt_ranks_begin(q->ranks, i, micro_count));
     MT_TRY(run_part(q, pass, launch_pass, &part, &replayed));
     r->replayed &= replayed;
   }

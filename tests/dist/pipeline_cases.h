@@ -31,6 +31,7 @@ static void open_stage(struct run *mine, struct mt_ranks *ranks, const struct mt
                        int micro_count) {
   struct mt_shard shard = mt_ranks_shard(mesh);
   struct mt_model_options options = o->options;
+  options.sharers = mt_ranks_sharers(mesh);
   options.in_flight = mt_stage_in_flight(o->sequential, mesh->pp_rank, mesh->pp, micro_count);
   open_run(mine, recipe, options, c, &shard);
   OK(mt_ranks_open(ranks, &world, mesh));
@@ -184,9 +185,14 @@ static const struct order orders[] = {
      {.experts = MT_EXPERTS_GROUPED, .blocks = MT_BLOCKS_UNFUSED, .recompute = MT_RECOMPUTE_FULL}},
     {false,
      {.experts = MT_EXPERTS_GROUPED, .blocks = MT_BLOCKS_FUSED, .recompute = MT_RECOMPUTE_FULL}},
+    {false,
+     {.experts = MT_EXPERTS_GROUPED, .blocks = MT_BLOCKS_FUSED, .zero = 1, .bucket_elements = 999}},
+    {false,
+     {.experts = MT_EXPERTS_GROUPED, .blocks = MT_BLOCKS_FUSED, .zero = 2, .bucket_elements = 999}},
     {false, {.experts = MT_EXPERTS_LOOP, .blocks = MT_BLOCKS_FUSED, .recompute = MT_RECOMPUTE_MLP}},
-    {true, {.experts = MT_EXPERTS_LOOP, .blocks = MT_BLOCKS_UNFUSED}}};
-enum { ORDERS = sizeof orders / sizeof *orders, GROUPED_ORDERS = 3 };
+    {true, {.experts = MT_EXPERTS_LOOP, .blocks = MT_BLOCKS_UNFUSED}},
+    {true, {.experts = MT_EXPERTS_LOOP, .blocks = MT_BLOCKS_FUSED, .zero = 2}}};
+enum { ORDERS = sizeof orders / sizeof *orders, GROUPED_ORDERS = 5 };
 static int orders_run = ORDERS;
 
 /* runs: 2 to compare their bits too. */
@@ -202,9 +208,10 @@ static void stages_equal_to_one(const char *recipe, const struct order *order, i
   o.options.z_coef = 0.02;
   o.options.training = true;
   struct mt_model_options wide = o.options;
+  wide.zero = 0;
   wide.token_capacity = RANKS_MOST * SMALL_TOKENS;
   wide.sequence_capacity = RANKS_MOST * SMALL_SEQUENCES;
-  open_run(&before, recipe, o.options, &c, NULL);
+  open_run(&before, recipe, wide, &c, NULL);
   small_weights(&before.m, 4); /* of whose tokens none is so near a tie that float32 turns it */
   open_run(&whole, recipe, wide, &c, NULL);
   take_weights(&whole, &before);
@@ -213,6 +220,7 @@ static void stages_equal_to_one(const char *recipe, const struct order *order, i
     struct mt_ranks ranks;
     open_stage(&mine, &ranks, &mesh, &c, recipe, &o, STAGE_MICRO);
     take_weights(&mine, &before);
+    take_cut_masters(&mine, &before);
     struct numbers *n = run == 0 ? &got : &again;
     run_together(&mine, &ranks, STAGE_MICRO, n);
     same_numbers(n, &want, near);
@@ -240,8 +248,11 @@ static void stages_on_every_mesh(const char *recipe, struct near near) {
   for (int pp = 2; pp <= STAGE_LAYERS; pp++) {
     for (int ep = 1; ep <= world.size; ep++) {
       if (world.size % (pp * ep) != 0 || EXPERTS % ep != 0) continue;
-      for (int i = 0; i < orders_run && (ep == 1 || i < GROUPED_ORDERS); i++)
-        stages_equal_to_one(recipe, &orders[i], ep, pp, i % 3 == 0 ? 2 : 1, near);
+      for (int i = 0; i < orders_run && (ep == 1 || i < GROUPED_ORDERS); i++) {
+        int zero = orders[i].options.zero;
+        if (zero > 0 && world.size == pp) continue; /* nobody shares */
+        stages_equal_to_one(recipe, &orders[i], ep, pp, i % 3 == 0 || zero > 1 ? 2 : 1, near);
+      }
     }
   }
 }

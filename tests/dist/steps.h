@@ -139,6 +139,24 @@ static void run_together(struct run *mine, struct mt_ranks *ranks, int micro_cou
   mt_optimizer_destroy(&o);
 }
 
+/* Masters that are memory of their own: this rank's parts. */
+static inline void take_cut_masters(struct run *to, const struct run *whole) {
+  struct mt_piece *piece;
+  int count;
+  if (to->m.options.zero == 0 || to->m.recipe->act == to->m.recipe->state) return;
+  OK(mt_model_pieces(&to->m, &piece, &count));
+  for (int i = 0; i < count; i++) {
+    const struct mt_param *p = &to->m.params.row[piece[i].row];
+    const struct mt_param *w = mt_params_find(&whole->m.params, p->kind, p->layer);
+    size_t row = (size_t)(mt_param_count(w) / w->dim[0]), item = mt_dtype_bytes(w->master.dtype);
+    size_t at = (size_t)p->first * row + (size_t)piece[i].first;
+    OK(to->be->copy(to->be, piece[i].master.data, (const char *)w->master.data + at * item,
+                    mt_bytes(&piece[i].master)));
+  }
+  OK(to->be->sync(to->be));
+  free(piece);
+}
+
 /* Relative to what the updates changed. */
 static double parameters_off(const struct run *mine, const struct run *whole,
                              const struct run *before) {
@@ -148,8 +166,10 @@ static double parameters_off(const struct run *mine, const struct run *whole,
     const struct mt_param *w = mt_params_find(&whole->m.params, p->kind, p->layer);
     const struct mt_param *v = mt_params_find(&before->m.params, p->kind, p->layer);
     int64_t first = p->first * (mt_param_count(w) / w->dim[0]);
-    double *x = values_of(mine, &p->master), *y = values_of(whole, &w->master),
-           *z = values_of(before, &v->master);
+    bool kept = p->master.data; /* or cut over the ranks */
+    double *x = values_of(mine, kept ? &p->master : &p->compute),
+           *y = values_of(whole, kept ? &w->master : &w->compute),
+           *z = values_of(before, kept ? &v->master : &v->compute);
     for (int64_t k = 0; k < mt_param_count(p); k++) {
       double d = x[k] - y[first + k], u = y[first + k] - z[first + k];
       off += d * d;

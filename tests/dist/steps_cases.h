@@ -10,49 +10,109 @@ enum { MICRO = 2 };
 
 static double worst_step; /* of all comparisons of parameters so far */
 
-/* Bytes of a sync class's stretch of the gradients, as they are summed. */
+/* Bytes of a sync class's gradients, as they are summed. */
 static int64_t class_bytes(const struct mt_model *m, enum mt_sync sync) {
-  char *begin = NULL, *end = NULL;
+  int64_t n = 0;
   for (int i = 0; i < m->params.count; i++) {
     const struct mt_param *p = &m->params.row[i];
-    if (p->sync != sync) continue;
-    if (!begin) begin = p->grad.data;
-    end = (char *)p->grad.data + mt_bytes(&p->grad);
+    int64_t units = (mt_param_count(p) + MT_BUCKET_UNIT - 1) / MT_BUCKET_UNIT;
+    if (p->sync == sync) n += units * MT_BUCKET_UNIT;
   }
-  int64_t unit = MT_BUCKET_UNIT * (int64_t)mt_dtype_bytes(m->recipe->grad);
-  return (end - begin + unit - 1) / unit * unit;
+  return n * (int64_t)mt_dtype_bytes(m->recipe->grad);
 }
 
 /* What docs/parallelism.md says leaves the ranks for the gradients of n of them: (n-1)/n of the
- * bytes each when the parts go out, so (n-1) times them in all; and as many when the sums come
- * back. */
-static void bytes_are_those_of_the_formulas(struct run *mine, struct mt_ranks *r) {
+ * bytes each when the parts go out, so (n-1) times them in all, once a micro-batch where gradients
+ * are sharded; and as many when the sums come back. */
+static void bytes_are_those_of_the_formulas(struct run *mine, struct mt_ranks *r, int micro) {
+  int64_t out = STEPS * (mine->m.options.zero > 1 ? micro : 1);
   const struct mt_comm *dense = r->tensor[MT_GROUP_DENSE], *data = r->tensor[MT_GROUP_DATA];
   int64_t sent[] = {dense->sent[MT_COMM_ALL_TO_ALL].bytes, data->sent[MT_COMM_ALL_TO_ALL].bytes,
                     data->sent[MT_COMM_ALL_GATHER].bytes +
                         r->late[MT_SYNC_EXPERT].sent[MT_COMM_ALL_GATHER].bytes};
   int64_t d = class_bytes(&mine->m, MT_SYNC_DENSE), x = class_bytes(&mine->m, MT_SYNC_EXPERT);
   OK(mt_ranks_sum_counts(r, sent, 3));
-  assert_int_equal(sent[0], STEPS * d * (dense->size - 1));
-  for (int i = 1; i < 3; i++) assert_int_equal(sent[i], STEPS * x * (data->size - 1) * r->mesh.ep);
+  assert_int_equal(sent[0], out * d * (dense->size - 1));
+  assert_int_equal(sent[1], out * x * (data->size - 1) * r->mesh.ep);
+  assert_int_equal(sent[2], STEPS * x * (data->size - 1) * r->mesh.ep);
+}
+
+/* A communicator whose exchanges of parts read what they send only when they are waited for: who
+ * writes there before shows. */
+static struct { struct mt_comm *c, real; } late_comm[2];
+static struct {
+  const void *send;
+  void *recv;
+  size_t unit_bytes;
+  int64_t numbers[4][RANKS_MOST];
+} late_call[16];
+
+static int late_of(const struct mt_comm *c) {
+  return c == late_comm[0].c ? 0 : 1;
+}
+
+static mt_err late_exchange(struct mt_comm *c, const void *send, struct mt_parts parts, void *recv,
+                            struct mt_parts places, size_t unit_bytes, struct mt_transfer *t) {
+  const int64_t *from[] = {parts.count, parts.start, places.count, places.start};
+  for (size_t i = 0; i < sizeof late_call / sizeof *late_call; i++) {
+    if (late_call[i].send) continue;
+    late_call[i].send = send;
+    late_call[i].recv = recv;
+    late_call[i].unit_bytes = unit_bytes;
+    for (int k = 0; k < 4; k++)
+      memcpy(late_call[i].numbers[k], from[k], (size_t)c->size * sizeof(int64_t));
+    t->impl = &late_call[i];
+    return MT_OK;
+  }
+  return mt_fail(MT_ECOMM, "too many transfers");
+}
+
+static mt_err late_wait(struct mt_comm *c, struct mt_transfer *t) {
+  const struct mt_comm *real = &late_comm[late_of(c)].real;
+  for (size_t i = 0; i < sizeof late_call / sizeof *late_call; i++) {
+    if (t->impl != &late_call[i]) continue;
+    int64_t(*n)[RANKS_MOST] = late_call[i].numbers;
+    MT_TRY(real->all_to_all(c, late_call[i].send, (struct mt_parts){n[0], n[1]}, late_call[i].recv,
+                            (struct mt_parts){n[2], n[3]}, late_call[i].unit_bytes, t));
+    late_call[i].send = NULL;
+    break;
+  }
+  return t->impl ? real->wait(c, t) : MT_OK;
+}
+
+static void make_late(struct mt_ranks *r) {
+  struct mt_comm *c[] = {r->tensor[MT_GROUP_DENSE], r->tensor[MT_GROUP_DATA]};
+  for (int i = 0; i < 2; i++) {
+    late_comm[i].c = c[i];
+    late_comm[i].real = *c[i];
+    if (c[i]->size == 1) continue;
+    c[i]->all_to_all = late_exchange;
+    c[i]->wait = late_wait;
+    c[i]->test = NULL;
+  }
 }
 
 /* How gradients and state are cut, and which earlier run must have had the same bits. */
 static const struct {
   int zero;
   int64_t bucket_elements; /* 1000: several a class, cut through parameters */
+  int micro;               /* with one the bits are those of gradients that are whole */
   int same_as;
-} cuts[] = {{0, 0, -1}, {0, 0, 0}, {0, 1000, -1}, {1, 0, 0}, {1, 1000, 2}};
+  bool late; /* what is on its way is read as late as can be */
+} cuts[] = {{0, 0, MICRO, -1, false}, {0, 0, MICRO, 0, false},    {0, 1000, MICRO, -1, false},
+            {1, 0, MICRO, 0, false},  {1, 1000, MICRO, 2, false}, {2, 0, MICRO, -1, false},
+            {2, 0, MICRO, 5, true},   {2, 100, MICRO, -1, true},  {0, 0, 1, -1, false},
+            {2, 0, 1, 8, false},      {0, 1000, 1, -1, false},    {2, 1000, 1, 10, true}};
 static int cuts_run = (int)(sizeof cuts / sizeof *cuts);
 
 static void steps_equal_to_one(const char *recipe, struct mt_model_options options, int ep,
                                struct near near) {
   struct mt_config c = config();
   struct mt_mesh mesh;
-  struct numbers want, got[sizeof cuts / sizeof *cuts];
+  struct numbers want[MICRO + 1], got[sizeof cuts / sizeof *cuts];
   OK(mt_mesh_make(&c, world.size, world.rank, ep, 1, &mesh));
   struct mt_shard shard = mt_ranks_shard(&mesh);
-  struct run whole, before, mine;
+  struct run whole[MICRO + 1], before, mine;
   options.aux_coef = 0.1;
   options.z_coef = 0.05;
   struct mt_model_options wide = options;
@@ -60,31 +120,89 @@ static void steps_equal_to_one(const char *recipe, struct mt_model_options optio
   wide.sequence_capacity = RANKS_MOST * SMALL_SEQUENCES;
   open_run(&before, recipe, options, &c, NULL);
   small_weights(&before.m, 3);
-  open_run(&whole, recipe, wide, &c, NULL);
-  take_weights(&whole, &before);
-  run_alone(&whole, world.size, MICRO, &want);
+  for (int micro = 1; micro <= MICRO; micro++) {
+    open_run(&whole[micro], recipe, wide, &c, NULL);
+    take_weights(&whole[micro], &before);
+    run_alone(&whole[micro], world.size, micro, &want[micro]);
+  }
   options.sharers = mt_ranks_sharers(&mesh);
   for (int run = 0; run < cuts_run; run++) {
     struct mt_ranks ranks;
+    /* Which bits are the same does not depend on how experts run. */
+    if (options.experts == MT_EXPERTS_LOOP && cuts[run].same_as >= 0) continue;
     options.zero = cuts[run].zero;
     options.bucket_elements = cuts[run].bucket_elements;
     open_run(&mine, recipe, options, &c, &shard);
     take_weights(&mine, &before);
     OK(mt_ranks_open(&ranks, &world, &mesh));
     OK(mt_ranks_join(&ranks, &mine.m));
-    run_together(&mine, &ranks, MICRO, &got[run]);
-    same_numbers(&got[run], &want, near);
-    if (cuts[run].same_as >= 0)
-      assert_memory_equal(got[run].loss, got[cuts[run].same_as].loss, sizeof got[run].loss);
-    bytes_are_those_of_the_formulas(&mine, &ranks);
-    double off = parameters_off(&mine, &whole, &before);
+    int micro = cuts[run].micro;
+    if (cuts[run].late) make_late(&ranks);
+    run_together(&mine, &ranks, micro, &got[run]);
+    same_numbers(&got[run], &want[micro], near);
+    if (cuts[run].same_as >= 0) {
+      const struct numbers *same = &got[cuts[run].same_as];
+      assert_memory_equal(got[run].loss, same->loss, sizeof same->loss);
+      assert_memory_equal(got[run].norm, same->norm, sizeof same->norm);
+    }
+    bytes_are_those_of_the_formulas(&mine, &ranks, micro);
+    double off = parameters_off(&mine, &whole[micro], &before);
     if (off > worst_step) worst_step = off;
     if (!(off <= near.parameters)) fail_msg("parameters are off by %.2g of what they moved", off);
     mt_ranks_close(&ranks);
     close_run(&mine);
   }
-  close_run(&whole);
+  for (int micro = 1; micro <= MICRO; micro++) close_run(&whole[micro]);
   close_run(&before);
+}
+
+/* Whatever ranks cut among them, the same bits: of weights in 8 bits too, which are made of whole
+ * masters, and of states that are rounded at random. */
+static void cut_steps_are_the_same(const char *recipe, int ep) {
+  static const struct {
+    int zero;
+    int64_t bucket_elements;
+  } ways[] = {{0, 0}, {1, 0}, {2, 0}, {1, 1000}, {2, 1000}};
+  struct mt_config c = config();
+  struct mt_mesh mesh;
+  struct run before, mine;
+  struct numbers got[sizeof ways / sizeof *ways];
+  c.hidden = 64, c.ffn = 96, c.head_dim = 16; /* what 8-bit products take */
+  c.layers = 2, c.experts = world.size % 3 == 0 ? 6 : 8;
+  OK(mt_mesh_make(&c, world.size, world.rank, ep, 1, &mesh));
+  struct mt_shard shard = mt_ranks_shard(&mesh);
+  struct mt_model_options options = {
+      .experts = MT_EXPERTS_GROUPED, .blocks = MT_BLOCKS_FUSED, .training = true, .aux_coef = 0.1};
+  open_run(&before, recipe, options, &c, NULL);
+  small_weights(&before.m, 3);
+  options.sharers = mt_ranks_sharers(&mesh);
+  for (size_t i = 0; i < sizeof ways / sizeof *ways; i++) {
+    struct mt_ranks ranks;
+    options.zero = ways[i].zero;
+    options.bucket_elements = ways[i].bucket_elements;
+    open_run(&mine, recipe, options, &c, &shard);
+    take_weights(&mine, &before);
+    take_cut_masters(&mine, &before);
+    OK(mt_model_quantize_weights(&mine.m));
+    OK(mt_ranks_open(&ranks, &world, &mesh));
+    OK(mt_ranks_join(&ranks, &mine.m));
+    OK(mt_ranks_quantize(&ranks));
+    run_together(&mine, &ranks, 1, &got[i]);
+    int first = ways[i].bucket_elements ? 3 : 0; /* squares are added up bucket by bucket */
+    if (memcmp(got[i].loss, got[0].loss, sizeof got[i].loss) != 0 && first == 0)
+      fail_msg("%s, ep %d, zero %d: other losses", recipe, ep, ways[i].zero);
+    assert_memory_equal(&got[i], &got[first], sizeof got[i]);
+    mt_ranks_close(&ranks);
+    close_run(&mine);
+  }
+  for (int s = 1; s < STEPS; s++) assert_true(got[0].loss[s] != got[0].loss[0]);
+  close_run(&before);
+}
+
+static void cut_steps_on_every_mesh(const char *recipe) {
+  for (int ep = 1; ep <= world.size; ep++) {
+    if (world.size % ep == 0 && EXPERTS % ep == 0) cut_steps_are_the_same(recipe, ep);
+  }
 }
 
 static void steps_on_every_mesh(const char *recipe, struct near near) {

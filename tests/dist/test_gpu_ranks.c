@@ -42,6 +42,13 @@ static void steps_bf16(void **state) {
   print_message("  off by %.1e of what moved, at most\n", worst_step);
 }
 
+/* Whatever ranks cut among them, the same bits. */
+static void steps_cut_over_the_ranks(void **state) {
+  (void)state;
+  cut_steps_on_every_mesh("bf16-states");
+  cut_steps_on_every_mesh("fp8");
+}
+
 /* Both orders, one a way of recomputing. */
 static void stages_float32(void **state) {
   (void)state;
@@ -104,6 +111,7 @@ static const struct CMUnitTest tests[] = {cmocka_unit_test(nccl_is_called_as_it_
                                           cmocka_unit_test(auxiliary_loss),
                                           cmocka_unit_test(steps_float32),
                                           cmocka_unit_test(steps_bf16),
+                                          cmocka_unit_test(steps_cut_over_the_ranks),
                                           cmocka_unit_test(stages_float32),
                                           cmocka_unit_test(stages_bf16),
                                           cmocka_unit_test(test_time_out)};

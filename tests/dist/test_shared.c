@@ -61,6 +61,12 @@ static void steps_float32(void **state) {
   steps_on_every_mesh("fp32", (struct near){1e-5, 1e-5, 1e-4, true, true});
 }
 
+static void steps_cut_over_the_ranks(void **state) {
+  (void)state;
+  cut_steps_on_every_mesh("bf16-states");
+  cut_steps_on_every_mesh("mxfp8");
+}
+
 /* Messages in groups, each waited for at once. */
 static void stages_float32(void **state) {
   (void)state;
@@ -97,6 +103,7 @@ static const struct CMUnitTest tests[] = {COMM_CASES,
                                           cmocka_unit_test(tokens_in_eight_bits),
                                           cmocka_unit_test(auxiliary_loss_float32),
                                           cmocka_unit_test(steps_float32),
+                                          cmocka_unit_test(steps_cut_over_the_ranks),
                                           cmocka_unit_test(stages_float32),
                                           cmocka_unit_test(stages_bf16),
                                           cmocka_unit_test(ranks_need_gpus_of_their_own)};

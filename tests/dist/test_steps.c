@@ -11,6 +11,15 @@ static void steps_float32(void **state) {
   steps_on_every_mesh("fp32", (struct near){1e-5, 1e-5, 1e-4, true, true});
 }
 
+static void steps_cut_over_the_ranks(void **state) {
+  (void)state;
+  cut_steps_on_every_mesh("bf16");
+  cut_steps_on_every_mesh("bf16-states");
+  cut_steps_on_every_mesh("fp8");
+  cut_steps_on_every_mesh("mxfp8");
+}
+
 static const struct CMUnitTest tests[] = {cmocka_unit_test(steps_float64),
-                                          cmocka_unit_test(steps_float32)};
+                                          cmocka_unit_test(steps_float32),
+                                          cmocka_unit_test(steps_cut_over_the_ranks)};
 DIST_MAIN(tests)

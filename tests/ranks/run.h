@@ -243,7 +243,7 @@ static inline void no_process_left(void) {
 static inline int set_up(void **state) {
   static const char config[] =
       "{\"architectures\":[\"MixtralForCausalLM\"],\"model_type\":\"mixtral\",\"bos_token_id\":0,"
-      "\"eos_token_id\":0,\"hidden_act\":\"silu\",\"hidden_size\":16,\"intermediate_size\":24,"
+      "\"eos_token_id\":0,\"hidden_act\":\"silu\",\"hidden_size\":16,\"intermediate_size\":32,"
       "\"max_position_embeddings\":64,\"num_attention_heads\":2,\"num_experts_per_tok\":2,"
       "\"num_hidden_layers\":2,\"num_key_value_heads\":1,\"num_local_experts\":4,"
       "\"rms_norm_eps\":1e-5,\"rope_theta\":10000.0,\"router_aux_loss_coef\":0.02,"

@@ -57,7 +57,14 @@ static void equals_one_rank(void **state) {
                 {4, "--batch-size 12 --pp-size 2 --ep-size 2 --ep-chunks 4 --recompute full"},
                 {8, "--batch-size 6 --pp-size 2 --ep-size 2"},
                 {2, "--batch-size 24 --pp-size 2 --freeze *layers.0.* --freeze *embed*"},
+                {3, "--batch-size 8 --zero 2"},
+                {8, "--batch-size 3 --ep-size 2 --zero 2"},
+                {8, "--batch-size 6 --pp-size 2 --ep-size 2 --zero 2"},
+                {4, "--batch-size 12 --pp-size 2 --freeze *layers.0.* --freeze *embed* --zero 2"},
+                {4, "--batch-size 6 --freeze *layers.0.* --freeze *embed* --zero 2"},
                 {2, "--batch-size 6 --grad-accum 2 --ep-size 2 --router-aux-coef 0"},
+                {4, "--batch-size 3 --grad-accum 2 --ep-size 2 --router-aux-coef 0 --zero 2"},
+                {4, "--batch-size 4 --micro-batches 3 --pp-size 2 --router-aux-coef 0 --zero 2"},
                 {2, "--batch-size 4 --micro-batches 6 --pp-size 2 --router-aux-coef 0"},
                 {4, "--batch-size 4 --micro-batches 3 --pp-size 2 --router-aux-coef 0"}};
   train(0, "one", "--batch-size 24");
@@ -98,6 +105,10 @@ static void goes_on_elsewhere(void **state) {
                 {4, "--batch-size 3 --ep-size 4"},
                 {2, "--batch-size 12 --pp-size 2"},
                 {4, "--batch-size 6 --pp-size 2 --ep-size 2"},
+                {4, "--batch-size 3 --zero 2"},
+                {3, "--batch-size 4 --zero 2"},
+                {4, "--batch-size 6 --pp-size 2 --zero 2"},
+                {4, "--batch-size 3 --ep-size 2 --zero 2"},
                 {4, "--batch-size 3 --ep-size 2"}};
   char args[512], command[4 * MT_PATH_MAX];
   train(4, "from", "--batch-size 3 --ep-size 2 --save-every 3 --keep-best --eval-every 3");
@@ -114,7 +125,7 @@ static void goes_on_elsewhere(void **state) {
     snprintf(args, sizeof args, "%s --save-every 3 --eval-every 3 --resume @/from/checkpoint-3",
              meshes[i].args);
     train(meshes[i].ranks, "here", args);
-    bool same = i + 1 == sizeof meshes / sizeof *meshes;
+    bool same = i + 2 >= sizeof meshes / sizeof *meshes;
     same_metrics(file("here", "metrics.jsonl"), file("from", "metrics.jsonl"), same ? 0 : 2e-5);
     if (same) {
       same_tensors(file("here", "checkpoint-6/moetune-state.safetensors"),
@@ -127,27 +138,31 @@ static void goes_on_elsewhere(void **state) {
 /* Cut over the ranks or not: the same bits, in checkpoints too, and from one to the other. */
 static void sharded_state_is_the_same(void **state) {
   (void)state;
-  static const char *const recipes[] = {"fp32", "bf16", "bf16 --optim-state bf16"};
+  static const char *const recipes[] = {"fp32", "bf16", "bf16 --optim-state bf16",
+                                        "fp8 --fp8-skip attn"};
   char args[512];
   for (size_t i = 0; i < sizeof recipes / sizeof *recipes; i++) {
-    for (int zero = 0; zero < 2; zero++) {
+    static const char *const outs[] = {"whole", "cut", "cut-too"};
+    for (int zero = 0; zero < 3; zero++) {
       snprintf(args, sizeof args,
                "--batch-size 3 --ep-size 2 --save-every 3 --keep-best --zero %d --precision %s",
                zero, recipes[i]);
-      train(4, zero ? "cut" : "whole", args);
+      train(4, outs[zero], args);
     }
     static const char *const files[] = {"checkpoint-3/moetune-state.safetensors",
                                         "checkpoint-6/moetune-state.safetensors",
                                         "checkpoint-6/model.safetensors", "best/model.safetensors"};
-    for (size_t f = 0; f < sizeof files / sizeof *files; f++)
-      same_tensors(file("cut", files[f]), file("whole", files[f]));
-    same_metrics(file("cut", "metrics.jsonl"), file("whole", "metrics.jsonl"), 0);
+    for (int zero = 1; zero < 3; zero++) {
+      for (size_t f = 0; f < sizeof files / sizeof *files; f++)
+        same_tensors(file(outs[zero], files[f]), file("whole", files[f]));
+      same_metrics(file(outs[zero], "metrics.jsonl"), file("whole", "metrics.jsonl"), 0);
+    }
     /* Saved cut, taken up whole, and the other way round. */
-    for (int zero = 0; zero < 2; zero++) {
+    for (int zero = 0; zero < 3; zero++) {
       snprintf(args, sizeof args,
                "--batch-size 3 --ep-size 2 --save-every 3 --zero %d --precision %s --resume "
                "@/%s/checkpoint-3",
-               zero, recipes[i], zero ? "whole" : "cut");
+               zero, recipes[i], outs[(zero + 1) % 3]);
       train(4, "here", args);
       same_tensors(file("here", files[1]), file("whole", files[1]));
       OK(mt_dir_remove(at_home("here")));
@@ -164,8 +179,8 @@ static size_t planned(const char *out, const char *what) {
 static void memory_is_as_planned(void **state) {
   (void)state;
   char args[1024], *text;
-  size_t size, state_bytes[2];
-  for (int zero = 0; zero < 2; zero++) {
+  size_t size, state_bytes[3];
+  for (int zero = 0; zero < 3; zero++) {
     snprintf(args, sizeof args, "--batch-size 3 --ep-size 2 --zero %d", zero);
     train(4, "run", args);
     OK(mt_file_read(file("run", "run.json"), 1 << 20, &text, &size));
@@ -177,6 +192,9 @@ static void memory_is_as_planned(void **state) {
     assert_int_equal(planned(s.out, "\noptimizer "), got);
     assert_int_equal(planned(s.out, "\nparameters "),
                      planned(strstr(text, "\"memory_bytes\""), "\"parameters\": "));
+    size_t gradients = planned(strstr(text, "\"memory_bytes\""), "\"gradients\": ");
+    assert_true(gradients > 0);
+    assert_int_equal(planned(s.out, "\ngradients "), gradients);
     snprintf(args, sizeof args,
              "inspect --model @/model --train --mesh 4 --ep-size 2 --zero %d --batch-size 3 "
              "--max-seq-length 32 --router-aux-coef 0.1 --threads 1",
@@ -189,6 +207,7 @@ static void memory_is_as_planned(void **state) {
   }
   /* Dense parts are a fourth each, experts' a half. */
   assert_true(state_bytes[1] * 2 < state_bytes[0] + 4096 && state_bytes[1] * 4 > state_bytes[0]);
+  assert_int_equal(state_bytes[2], state_bytes[1]);
 }
 
 static void refused(struct start *s, const char *why) {
