@@ -65,8 +65,8 @@ static void eight_bit_plant(struct small_model *s) {
   }
 }
 
-/* Matrices as an initialisation would have them: small_weights' are so large that attention turns on
- * single roundings. But for the router's: its choices are then apart by more than those. */
+/* Matrices as an initialisation would have them: small_weights' are so large that attention turns
+ * on single roundings. But for the router's: its choices are then apart by more than those. */
 static void eight_bit_weights(struct mt_model *m) {
   for (int i = 0; i < m->params.count; i++) {
     struct mt_param *p = &m->params.row[i];
