@@ -41,14 +41,19 @@ static void native_products_need_no_memory(void **state) {
     int capability; /* 0: portable */
     enum mt_qformat format;
     enum mt_dtype act;
-    int hidden, ffn;
+    int hidden, ffn, heads; /* 1: as in the limits of a room without them */
     bool needs;
   } rows[] = {
-      {90, MT_Q_FP8, MT_BF16, 4096, 14336, false},   {90, MT_Q_FP8, MT_BF16, 4112, 1040, false},
-      {90, MT_Q_FP8, MT_BF16, 4104, 14336, true},    {90, MT_Q_FP8, MT_F32, 4096, 14336, true},
-      {90, MT_Q_MXFP8, MT_BF16, 4096, 14336, true},  {80, MT_Q_FP8, MT_BF16, 4096, 14336, true},
-      {0, MT_Q_FP8, MT_BF16, 4096, 14336, true},     {100, MT_Q_FP8, MT_BF16, 4096, 14336, true},
-      {100, MT_Q_MXFP8, MT_BF16, 4096, 14336, true},
+      {90, MT_Q_FP8, MT_BF16, 4096, 14336, 4, false},
+      {90, MT_Q_FP8, MT_BF16, 4112, 1040, 4, false},
+      {90, MT_Q_FP8, MT_BF16, 4096, 1, 4, false},
+      {90, MT_Q_FP8, MT_BF16, 4096, 14336, 1, false},
+      {90, MT_Q_FP8, MT_F32, 4096, 14336, 4, true},
+      {90, MT_Q_MXFP8, MT_BF16, 4096, 14336, 4, true},
+      {80, MT_Q_FP8, MT_BF16, 4096, 14336, 4, true},
+      {0, MT_Q_FP8, MT_BF16, 4096, 14336, 4, true},
+      {100, MT_Q_FP8, MT_BF16, 4096, 14336, 4, true},
+      {100, MT_Q_MXFP8, MT_BF16, 4096, 14336, 4, true},
   };
   struct mt_backend be;
   if (mt_backend_cuda_plan(&be, false) == MT_EUNSUPPORTED) skip();
@@ -60,9 +65,9 @@ static void native_products_need_no_memory(void **state) {
                           .experts = 8,
                           .top_k = 2,
                           .vocab = 512,
-                          .heads = 8,
-                          .kv_heads = 2,
-                          .head_dim = 16,
+                          .heads = rows[i].heads,
+                          .kv_heads = rows[i].heads / 2 + rows[i].heads % 2,
+                          .head_dim = 8,
                           .act = rows[i].act,
                           .qformat = rows[i].format};
     be.capability = rows[i].capability;

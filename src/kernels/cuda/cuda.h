@@ -136,7 +136,7 @@ mt_err mt_cuda_experts_down_sm90(struct mt_backend *be, const struct mt_experts_
 
 /* Sizes of groups on their way to the host, where its products need them there (mxproducts.cu;
  * elsewhere nothing is done). note: offsets has been made (or changed) and padded of
- * it; forget: memory [from, from + size) is no longer what it was, NULL: none is. */
+ * it; forget: memory [from, from + size) is no longer what it was. */
 mt_err mt_cuda_counts_note(struct mt_backend *be, const struct mt_pad_offsets_args *a);
 void mt_cuda_counts_forget(struct mt_backend *be, const void *from, size_t size_bytes);
 void mt_cuda_counts_free(struct mt_cuda_counts *counts); /* NULL is fine */

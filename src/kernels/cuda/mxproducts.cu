@@ -7,6 +7,10 @@
 #include "kernels/cuda/mxproducts.cuh"
 #include "kernels/cuda/products.cuh"
 
+extern "C" {
+#include "base/log.h"
+}
+
 /* Groups whose sizes are remembered: of so many layers at a time; and algorithms, by about how many
  * rows there are. */
 enum { NOTES = 256, NOTE_INTS = MT_OPS_MAX_EXPERTS + 1, ALGORITHMS = 256 };
@@ -25,6 +29,7 @@ struct mt_cuda_counts {
   int32_t *host; /* pinned [NOTES][NOTE_INTS] */
   struct note note[NOTES];
   int next;
+  bool warned; /* that the library has declined a product */
   struct choice choice[ALGORITHMS];
 };
 
@@ -59,13 +64,18 @@ static struct note *find(struct mt_cuda_counts *counts, const int32_t *offsets) 
   return NULL;
 }
 
+static bool meets(const int32_t *ints, int groups, const void *from, size_t size_bytes) {
+  uintptr_t at = (uintptr_t)ints, end = at + (size_t)(groups + 1) * sizeof(int32_t);
+  return at < (uintptr_t)from + size_bytes && (uintptr_t)from < end;
+}
+
 extern "C" void mt_cuda_counts_forget(struct mt_backend *be, const void *from, size_t size_bytes) {
   struct mt_cuda_counts *counts = be->impl ? mt_cuda_of(be)->counts : NULL;
   for (int i = 0; counts && i < NOTES; i++) {
     struct note *n = &counts->note[i];
-    uintptr_t at = (uintptr_t)n->offsets, end = at + (size_t)(n->groups + 1) * sizeof(int32_t);
-    bool meets = !from || (at < (uintptr_t)from + size_bytes && (uintptr_t)from < end);
-    if (n->offsets && meets) n->offsets = NULL;
+    if (meets(n->offsets, n->groups, from, size_bytes) ||
+        meets(n->padded, n->groups, from, size_bytes))
+      n->offsets = NULL;
   }
 }
 
@@ -80,6 +90,7 @@ extern "C" mt_err mt_cuda_counts_note(struct mt_backend *be, const struct mt_pad
   size_t bytes = (size_t)(a->group_count + 1) * sizeof(int32_t);
   if (!mt_cuda_mx_chip(be)) return MT_OK;
   mt_cuda_counts_forget(be, a->offsets, bytes);
+  mt_cuda_counts_forget(be, a->padded, bytes);
   if (capturing(c)) return MT_OK; /* who asks for them will be told */
   MT_TRY(open_counts(c));
   int slot = c->counts->next;
@@ -102,14 +113,15 @@ static mt_err counts_of(struct mt_backend *be, const char *op, const struct mt_c
                         int32_t *spare, const int32_t **host, const int32_t **padded) {
   struct mt_cuda *c = mt_cuda_of(be);
   struct note *n = find(c->counts, j->offsets);
+  if (capturing(c))
+    return mt_fail(MT_EUNSUPPORTED, "%s: the sizes of groups cannot be read into a graph", op);
   if (!n || n->groups != j->groups) {
     struct mt_pad_offsets_args a = {
         .offsets = j->offsets, .group_count = j->groups, .padded = spare};
     MT_TRY(mt_cuda_pad_offsets(be, &a));
     n = find(c->counts, j->offsets);
   }
-  if (!n)
-    return mt_fail(MT_EUNSUPPORTED, "%s: the sizes of groups cannot be read into a graph", op);
+  if (!n) return mt_fail(MT_EDEVICE, "%s: the sizes of groups are not known", op);
   MT_TRY(mt_cuda_check(cudaEventSynchronize(n->there), "sizes of groups"));
   *host = c->counts->host + (n - c->counts->note) * NOTE_INTS;
   *padded = n->padded;
@@ -206,7 +218,12 @@ extern "C" mt_err mt_cuda_mx_run(struct mt_backend *be, const char *op, struct m
   }
   for (int g = 0; g < count; g++) {
     struct mt_cuda_mx_product p = mt_cuda_mx_product_of(j, g, host, a_scale, b_scale);
-    if (!prepare(mt_cuda_of(be), &p, &tried)) return MT_OK;
+    if (prepare(mt_cuda_of(be), &p, &tried)) continue;
+    if (!mt_cuda_of(be)->counts->warned)
+      mt_warn("%s: cuBLASLt has no MXFP8 product of %lld x %lld x %lld; it is done in bf16", op,
+              (long long)p.m, (long long)p.n, (long long)p.k);
+    mt_cuda_of(be)->counts->warned = true;
+    return MT_OK;
   }
   MT_TRY(mt_cuda_mx_scales(be, &j->a_scales, a_scale));
   MT_TRY(mt_cuda_mx_scales(be, &j->b_scales, b_scale));

@@ -14,12 +14,15 @@ extern "C" {
 enum { PRODUCTS_BYTES = 64 << 10, STRIP = 32 };
 
 /* Whether Hopper's kernels take a product of rows in groups with [groups, n, k], in all three
- * directions; with fewer rows or groups they do then, too. */
+ * directions; with fewer rows or groups they do then, too. Widths that the recipe refuses are those
+ * of a part that is not there, or not in 8 bits (limits of one room have them 1). */
 static bool hopper_takes(int64_t rows, int64_t groups, int64_t n, int64_t k) {
+  enum { WIDTH = 16 }; /* the recipe's width_multiple */
   struct mt_cuda chip = {};
   struct mt_backend be = {};
   struct mt_cuda_qgrouped p = {};
   bool all = true;
+  if (n % WIDTH != 0 || k % WIDTH != 0) return true;
   be.impl = &chip;
   chip.capability = 90;
   p.groups = (int)groups;
