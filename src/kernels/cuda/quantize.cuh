@@ -1,5 +1,5 @@
-/* What kernels that quantize share: the scale of a block, elements, where a tile lies. Numbers:
- * base/fp8.h, whose functions these are once more. */
+/* What kernels that quantize share: the scale of a block, elements, four of them at a time.
+ * Numbers: base/fp8.h, whose functions these are once more. */
 #ifndef MT_KERNELS_CUDA_QUANTIZE_CUH
 #define MT_KERNELS_CUDA_QUANTIZE_CUH
 
@@ -46,6 +46,25 @@ template <class T> __device__ __forceinline__ float rounded(float x) {
 __device__ __forceinline__ float from_e4m3(uint8_t x) {
   __half_raw h = __nv_cvt_fp8_to_halfraw((__nv_fp8_storage_t)x, __NV_E4M3);
   return __half2float(__half(h));
+}
+
+/* Four neighbours of a row that has `left` more from p on. */
+template <class T>
+__device__ __forceinline__ void read_four(const T *p, int64_t left, bool is_wide, float (&v)[4]) {
+  if (is_wide && left >= 4) {
+    load_floats<T, 4>(p, v);
+    return;
+  }
+  for (int i = 0; i < 4; i++) v[i] = i < left ? to_float(p[i]) : 0.0f;
+}
+
+/* Four bytes, or as many as there are up to `left`. */
+__device__ __forceinline__ void write_four(uint8_t *to, uint32_t bytes, int left) {
+  if (left >= 4 && ((uintptr_t)to & 3) == 0) {
+    *(uint32_t *)to = bytes;
+    return;
+  }
+  for (int i = 0; i < 4 && i < left; i++) to[i] = (uint8_t)(bytes >> 8 * i);
 }
 
 template <bool FP8>

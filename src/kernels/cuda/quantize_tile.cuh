@@ -54,25 +54,6 @@ template <class T> __device__ __forceinline__ T *own_four(T *tile, int row) {
   return tile + row * TILE + threadIdx.x % 32 * 4;
 }
 
-/* Four neighbours of a row that has `left` more from p on. */
-template <class T>
-__device__ __forceinline__ void read_four(const T *p, int64_t left, bool is_wide, float (&v)[4]) {
-  if (is_wide && left >= 4) {
-    load_floats<T, 4>(p, v);
-    return;
-  }
-  for (int i = 0; i < 4; i++) v[i] = i < left ? to_float(p[i]) : 0.0f;
-}
-
-/* Four bytes, or as many as there are up to `left`. */
-__device__ __forceinline__ void write_four(uint8_t *to, uint32_t bytes, int left) {
-  if (left >= 4 && ((uintptr_t)to & 3) == 0) {
-    *(uint32_t *)to = bytes;
-    return;
-  }
-  for (int i = 0; i < 4 && i < left; i++) to[i] = (uint8_t)(bytes >> 8 * i);
-}
-
 /* Four elements of one row by each lane, in the blocks of a row. */
 template <bool FP8>
 __device__ __forceinline__ void write_row(const struct mt_qtensor &q, const struct place &p,

@@ -3,16 +3,6 @@
 
 enum { STRIP = 128, THREADS = 256, WARPS = THREADS / 32 };
 
-/* Four neighbours of a row that has `left` more from p on. */
-template <class T>
-__device__ __forceinline__ void read_four(const T *p, int64_t left, bool is_wide, float (&v)[4]) {
-  if (is_wide && left >= 4) {
-    load_floats<T, 4>(p, v);
-    return;
-  }
-  for (int i = 0; i < 4; i++) v[i] = i < left ? to_float(p[i]) : 0.0f;
-}
-
 template <class T, bool FP8>
 __global__ void __launch_bounds__(THREADS)
     pack_rows(struct mat<const T> x, const int32_t *__restrict__ row_source, int top_k,
@@ -36,13 +26,8 @@ __global__ void __launch_bounds__(THREADS)
   float by = scale_inverse(byte);
   if ((FP8 ? lane == 0 : lane % 8 == 0) && first < cols)
     to[cols + first / (FP8 ? 128 : 32)] = (uint8_t)byte;
-  uint8_t e[4];
-#pragma unroll
-  for (int i = 0; i < 4; i++) e[i] = to_e4m3(v[i] * by);
-  if (first + 4 <= cols) /* records begin at multiples of 16 */
-    *(uchar4 *)(to + first) = make_uchar4(e[0], e[1], e[2], e[3]);
-  else
-    for (int i = 0; first + i < cols; i++) to[first + i] = e[i];
+  write_four(to + first, four_e4m3(v[0] * by, v[1] * by, v[2] * by, v[3] * by),
+             (int)min((int64_t)4, cols - first));
   if (blockIdx.y == 0 && cols + blocks + lane < bytes) to[cols + blocks + lane] = 0;
 }
 
