@@ -142,7 +142,11 @@ def run(a):
     gpus = a.gpus or (torch.cuda.device_count() if a.device == "cuda" else 1)
     if a.device == "cuda" and gpus == 0:
         sys.exit("hf_device_map.py: no GPU is visible")
+    if a.device == "cuda" and gpus != torch.cuda.device_count():
+        sys.exit("hf_device_map.py: --gpus is for --device cpu; set CUDA_VISIBLE_DEVICES")
     samples = gpus * a.batch_size
+    if a.micro_batches and samples % a.micro_batches:
+        sys.exit(f"hf_device_map.py: --micro-batches must divide {samples} samples")
     model, note = build(a)
     optimizer, row = vs_hf.adamw(model), None
     for recompute, parts in attempts(a, samples):

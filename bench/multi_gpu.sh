@@ -12,13 +12,13 @@
 set -u
 cd "$(dirname "$0")/.." || exit 1
 gpus=${1:-2}
-out=${2:-runs/multi_gpu}
+out=${2:-runs/multi_gpu} out=${out%/}
 shift $(($# < 2 ? $# : 2))
 case $gpus in
 2 | 4 | 8) ;;
 *) echo "usage: bench/multi_gpu.sh [2|4|8] [OUT_DIR] [PART...]" >&2 && exit 2 ;;
 esac
-read -ra wanted <<<"${PARTS:-bandwidth ladder hf equality kill}"
+wanted=(bandwidth ladder hf equality kill)
 [ $# = 0 ] || wanted=("$@")
 build=${BUILD:-build/release}
 python=${PYTHON:-python3}
@@ -27,6 +27,10 @@ deadline=${TOTAL:-570}
 moetune=$build/moetune
 failed=0
 mkdir -p "$out"
+logs=$out
+dry=${DRY_RUN:-}
+[ -z "$dry" ] || { logs=$(mktemp -d) && trap 'rm -rf "$logs"' EXIT; } # a dry run leaves results alone
+wipe() { [ -n "$dry" ] || rm -rf "$@"; }
 export NCCL_NVLS_ENABLE=0 OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
 [ "$device" = cuda ] || export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
@@ -39,15 +43,15 @@ ranks() { # N: sets `launch`, the launcher of N ranks
 run() { # PART SECONDS COMMAND...: appends to the part's log
   local part=$1 limit=$2 left=$((deadline - SECONDS))
   shift 2
-  echo "+ $*" | tee -a "$out/$part.log"
-  [ -z "${DRY_RUN:-}" ] || return 0
+  echo "+ $*" | tee -a "$logs/$part.log"
+  [ -z "$dry" ] || return 0
   [ "$limit" -le "$left" ] || limit=$left
   local status=124 begin=$SECONDS
   if [ "$limit" -gt 0 ]; then
-    timeout -k 5 "$limit" "$@" >>"$out/$part.log" 2>&1
+    timeout -k 5 "$limit" "$@" >>"$logs/$part.log" 2>&1
     status=$?
   fi
-  echo "  exit status $status after $((SECONDS - begin)) s" | tee -a "$out/$part.log"
+  echo "  exit status $status after $((SECONDS - begin)) s" | tee -a "$logs/$part.log"
   [ $status = 0 ] || failed=1
   return $status
 }
@@ -76,7 +80,8 @@ tests() {
 }
 
 # 2. Every rung at Mixtral-8x7B's width on the same global tokens: with bf16 states on all layers that
-# are asked for, and with float32 states, which rung 3's 8-bit recipe has, on as many as 80 GB hold.
+# are asked for, and with float32 states, which rung 3's 8-bit recipe has, on as many as surely fit 80 GB
+# (by moetune plan 67, 57 and 47 GB a GPU on 2, 4 and 8).
 config=models/mixtral-8x7b.json
 length=8192
 steps=(--warmup-steps 2 --train-steps 6)
@@ -121,9 +126,11 @@ small=(train --data data/jargon.train.jsonl --device "$device" --precision bf16 
   --max-seq-length 192 --warmup-steps 0 --lr 5e-4 --eval-every 0 --log-every 1 --samples 0)
 small_model() { # PART
   [ ! -d "$out/small" ] || return 0
-  rm -rf "$out/untied" && mkdir -p "$out/untied"
-  cp models/tiny/*token* "$out/untied"
-  sed 's/"tie_word_embeddings": true/"tie_word_embeddings": false/' models/tiny/config.json >"$out/untied/config.json"
+  if [ -z "$dry" ]; then
+    rm -rf "$out/untied" && mkdir -p "$out/untied"
+    cp models/tiny/*token* "$out/untied"
+    sed 's/"tie_word_embeddings": true/"tie_word_embeddings": false/' models/tiny/config.json >"$out/untied/config.json"
+  fi
   run "$1" 60 "$moetune" convert --init "$out/untied" --out "$out/small" --dtype bf16
 }
 mesh() { # NAME RANKS READERS OPTIONS...
@@ -134,7 +141,7 @@ mesh() { # NAME RANKS READERS OPTIONS...
     --out "$out/$name" --batch-size $((8 / readers)) --micro-batches 2 "$@"
 }
 equality() {
-  rm -rf "$out"/eq-*
+  wipe "$out"/eq-*
   small_model equality
   mesh eq-one 1 1
   for again in "" -again; do
@@ -146,11 +153,13 @@ equality() {
     [ "$gpus" != 8 ] || mesh eq-ep8"$again" 8 8 --ep-size 8
     [ "$gpus" != 8 ] || mesh eq-pp2-ep4"$again" 8 4 --pp-size 2 --ep-size 4
   done
-  [ -n "${DRY_RUN:-}" ] || compare | tee -a "$out/equality.log"
-  [ -n "${DRY_RUN:-}" ] || ! grep -qw NO "$out/equality.log" || failed=1
+  [ -z "$dry" ] || return 0
+  compare >"$out/equality.txt" 2>&1 || failed=1
+  tee -a "$logs/equality.log" <"$out/equality.txt"
+  ! grep -qw NO "$out/equality.txt" || failed=1
 }
 compare() {
-  python3 - "$out" <<'P'
+  "$python" - "$out" <<'P'
 import hashlib, json, os, sys
 out = sys.argv[1]
 def losses(name):
@@ -182,16 +191,16 @@ P
 # 4. A rank that is killed in the middle: all end with a message; the run goes on with fewer GPUs.
 kill_one() {
   local victim='' launcher status start limit=$((deadline - SECONDS)) more=()
-  rm -rf "$out/killed"
+  wipe "$out/killed"
   small_model kill
   ranks "$gpus"
   local command=("${launch[@]}" "$moetune" "${small[@]}" --model "$out/small" --save-every 20 --keep-last 2
     --out "$out/killed" --comm-timeout 20 --batch-size 2 --ep-size 2 --train-steps 100000)
-  echo "+ ${command[*]}, one rank killed behind its first checkpoint" | tee -a "$out/kill.log"
-  if [ -z "${DRY_RUN:-}" ]; then
+  echo "+ ${command[*]}, one rank killed behind its first checkpoint" | tee -a "$logs/kill.log"
+  if [ -z "$dry" ]; then
     [ "$limit" -lt 120 ] || limit=120
     [ "$limit" -gt 0 ] || { failed=1 && return; }
-    timeout -k 5 "$limit" "${command[@]}" >>"$out/kill.log" 2>&1 &
+    timeout -k 5 "$limit" "${command[@]}" >>"$logs/kill.log" 2>&1 &
     launcher=$!
     while kill -0 "$launcher" 2>/dev/null && ! ls -d "$out"/killed/checkpoint-* >/dev/null 2>&1; do sleep 0.2; done
     sleep 1
@@ -202,7 +211,7 @@ kill_one() {
     status=$?
     local took=$((SECONDS - start)) over
     over=$(pgrep -cf -- "^$moetune train .*--out $out/killed")
-    echo "  killed ${victim:-none}; exit status $status, all gone ${took} s later, left over: $over" | tee -a "$out/kill.log"
+    echo "  killed ${victim:-none}; exit status $status, all gone ${took} s later, left over: $over" | tee -a "$logs/kill.log"
     { [ -n "$victim" ] && [ $status != 0 ] && [ "$took" -le 30 ] && [ "$over" = 0 ]; } || failed=1
   fi
   local last
@@ -216,7 +225,10 @@ kill_one() {
 for part in "${wanted[@]}"; do
   begin=$SECONDS
   echo "== $part"
-  : >"$out/$part.log"
+  case $part in
+  bandwidth | tests | ladder | hf | equality | kill) : >"$logs/$part.log" ;;
+  *) echo "no part '$part': there are bandwidth ladder hf equality kill tests" >&2 && failed=1 && continue ;;
+  esac
   case $part in
   bandwidth) bandwidth ;;
   tests) tests ;;
@@ -224,9 +236,8 @@ for part in "${wanted[@]}"; do
   hf) hf ;;
   equality) equality ;;
   kill) kill_one ;;
-  *) echo "no part '$part': there are bandwidth ladder hf equality kill tests" >&2 && failed=1 && continue ;;
   esac
-  [ -n "${DRY_RUN:-}" ] || grep -v '^+\|^step \|Loading weights' "$out/$part.log" | tail -n 25
+  [ -n "$dry" ] || grep -v '^+\|^step \|Loading weights' "$logs/$part.log" | tail -n 25
   echo "== $part: $((SECONDS - begin)) s"
 done
 exit $failed

@@ -434,6 +434,8 @@ mt_err mt_check_adamw(const struct mt_adamw_args *a) {
     const struct mt_adamw_segment *s = &a->segments[i];
     int64_t n = s->master.dim[0];
     enum mt_dtype wide = s->master.dtype;
+    if (s->first < 0 || s->first % 128 != 0)
+      return mt_fail(MT_ESHAPE, "%s: a segment from element %lld on", op, (long long)s->first);
     MT_TRY(mt_check_tensor(op, "master", &s->master, REQUIRED, MT_DTYPE_COUNT, 1, n, 1, 1));
     MT_TRY(mt_check_tensor(op, "grad", &s->grad, REQUIRED, wide, 1, n, 1, 1));
     MT_TRY(mt_check_tensor(op, "m", &s->m, REQUIRED, wide, 1, n, 1, 1));

@@ -300,7 +300,6 @@ static mt_err run(struct counter *c, struct mt_model *m, struct mt_optimizer *op
                   struct mt_profile *profile) {
   struct mt_batch batch = {0};
   struct mt_work norm;
-  double norm_s;
   bool alone = o->mesh->world == 1;
   size_t before = c->taken_bytes;
   int count = o->model.in_flight > 1 ? o->model.in_flight : 1;
@@ -319,10 +318,9 @@ static mt_err run(struct counter *c, struct mt_model *m, struct mt_optimizer *op
     MT_GO(mt_ranks_gradients(ranks, opt->grad_sumsq));
     add_rows(profile, &c->profile);
     take_additions(c, out, m->options.zero > 1 ? count : 1);
-    take_rows(c, &norm, &norm_s, NULL);
+    take_rows(c, &norm, &out->norm_s, NULL);
     out->sums.flops += norm.flops;
     out->sums.bytes += norm.bytes;
-    out->sums_s += norm_s;
     out->sums_bytes = mt_ranks_sum_bytes(ranks);
     count_calls(m, &ranks->buckets, out);
   }

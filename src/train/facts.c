@@ -17,13 +17,18 @@ static json_t *options(const struct mt_run_facts *f) {
   static const char *const schedules[] = {"linear", "cosine", "constant"};
   static const char *const experts[] = {"loop", "grouped", "fused"};
   static const char *const recompute[] = {"none", "mlp", "full"};
+  static const char *const orders[] = {"1f1b", "sequential"}, *const ways[] = {"act", "8bit",
+                                                                               "both"};
   const struct mt_train_options *o = f->options;
   json_t *root = json_pack(
-      "{s:s, s:s, s:s?, s:s, s:s?, s:s, s:s, s:s, s:s, s:i, s:i, s:i, s:I, s:I}", "model", o->model,
-      "data", o->data, "eval-data", o->eval_data, "precision", f->session->recipe->precision,
-      "fp8-skip", o->device.fp8_skip, "optim-state", f->session->recipe->states, "experts",
-      experts[o->experts], "blocks", o->blocks == MT_BLOCKS_UNFUSED ? "unfused" : "fused",
-      "recompute", recompute[o->recompute], "batch-size", o->batch_size, "grad-accum",
+      "{s:s, s:s, s:s?, s:s, s:s?, s:s, s:s, s:s, s:s, s:i, s:s, s:i, s:s, s:i, s:i, s:i, s:I, "
+      "s:I}",
+      "model", o->model, "data", o->data, "eval-data", o->eval_data, "precision",
+      f->session->recipe->precision, "fp8-skip", o->device.fp8_skip, "optim-state",
+      f->session->recipe->states, "experts", experts[o->experts], "blocks",
+      o->blocks == MT_BLOCKS_UNFUSED ? "unfused" : "fused", "recompute", recompute[o->recompute],
+      "zero", o->zero, "pp-schedule", orders[o->pp_schedule], "ep-chunks", o->ep_chunks,
+      "dispatch-precision", ways[o->dispatch_precision], "batch-size", o->batch_size, "grad-accum",
       o->grad_accum, "max-seq-length", o->max_seq_length, "warmup-steps",
       (json_int_t)o->warmup_steps, "total-steps", (json_int_t)f->total_steps);
   json_t *numbers = json_pack(

@@ -260,7 +260,7 @@ static struct mt_plan_traffic traffic_of(const struct mt_planner *p, const struc
   double stat = (double)mt_dtype_bytes(p->recipe->stat);
   double rows = tokens * c->top_k * leaving(plan->ep) * layers * passes;
   double record = ceil((c->experts * (stat + 4) + stat + 4) / 8) * 8;
-  double chunks = p->options->ep_chunks > 1 ? p->options->ep_chunks : 1;
+  double chunks = p->options->ep_chunks;
   double once = e->first.count.stage_bytes, last = e->last.count.stage_bytes;
   struct mt_plan_traffic t = {
       .counts =
@@ -296,12 +296,12 @@ static void step_end(const struct mt_planner *p, const struct mt_planner_entry *
                      struct mt_plan *plan) {
   const struct mt_machine *m = &p->machine;
   const struct mt_count *f = &e->first.count, *l = &e->last.count;
-  int readers = plan->dp * plan->ep, stage = readers;
+  int readers = plan->dp * plan->ep;
   double again = plan->zero == 2 ? plan->micro : 1;
   double sums = travel(m, plan->sent.dense, readers, 1, plan->sent.dense_calls) +
                 travel(m, plan->sent.experts, plan->dp, plan->ep, plan->sent.expert_calls) +
-                again * fmax(f->sums_s, l->sums_s);
-  double norm = travel(m, 0, readers, 1, 1) + travel(m, 0, plan->pp, stage, 1);
+                again * fmax(f->sums_s, l->sums_s) + fmax(f->norm_s, l->norm_s);
+  double norm = travel(m, 0, readers, 1, 1) + travel(m, 0, plan->pp, readers, 1);
   plan->time.sums = (sums + norm) * (1 - p->options->overlap);
   plan->time.update = fmax(f->update_s, l->update_s);
 }
@@ -311,7 +311,7 @@ static void times_of(const struct mt_planner *p, const struct mt_planner_entry *
   const struct mt_machine *m = &p->machine;
   const struct mt_count *f = &e->first.count, *l = &e->last.count;
   const struct mt_plan_traffic *sent = &plan->sent;
-  int chunks = p->options->ep_chunks > 1 ? p->options->ep_chunks : 1;
+  int chunks = p->options->ep_chunks;
   double passes = plan->micro, calls = 7.0 * chunks * layers * passes;
   double slot =
       fmax(f->first_s + (passes - 1) * f->more_s, l->first_s + (passes - 1) * l->more_s) / passes;

@@ -15,9 +15,10 @@ struct mt_count {
   size_t sums_bytes; /* and for sums of gradients (`sums` is one micro-batch's, and the norm) */
   int sums_places;   /* as many of that there are where sums run beside backward */
   struct mt_work first, more, sums, update; /* a step's first pass, each further one; the sums */
-  double first_s, more_s, sums_s, update_s; /* without what travels */
-  double ends_s;                            /* embedding and head, within a pass */
-  double stage_bytes;                       /* that a stage sends, a micro-batch */
+  double first_s, more_s, sums_s, norm_s, update_s; /* without what travels; sums_s: as above, but
+                                                       for the norm */
+  double ends_s;                                    /* embedding and head, within a pass */
+  double stage_bytes;                               /* that a stage sends, a micro-batch */
   /* Buckets that gradients of each class are summed in, and calls that bring sums or weights back.
    */
   int buckets[MT_SYNC_COUNT], gathers[MT_SYNC_COUNT];

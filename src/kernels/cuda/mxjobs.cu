@@ -83,7 +83,7 @@ extern "C" bool mt_cuda_mx_wgrad_job(const struct mt_qlinear_wgrad_args *a,
   *j = (struct mt_cuda_mx_job){};
   j->kind = MX_WGRAD;
   j->groups = groups, j->offsets = a->offsets;
-  j->m = a->dy.dim[1], j->n = a->x.dim[1], j->k = rows, j->dense_rows = rows;
+  j->m = a->dy.dim[1], j->n = a->x.dim[1], j->k = rows;
   j->a = a->dy.col, j->b = a->x.col;
   j->a_scales = column_scales(&a->dy, rows, a->offsets, groups);
   j->b_scales = column_scales(&a->x, rows, a->offsets, groups);
@@ -97,7 +97,7 @@ extern "C" struct mt_cuda_mx_product mt_cuda_mx_product_of(const struct mt_cuda_
                                                            const uint8_t *a_scale,
                                                            const uint8_t *b_scale) {
   bool wgrad = j->kind == MX_WGRAD;
-  int64_t begin = 0, padded = 0, rows = wgrad ? j->dense_rows : j->m;
+  int64_t begin = 0, padded = 0, rows = wgrad ? j->k : j->m;
   if (offsets) {
     begin = offsets[g], rows = offsets[g + 1] - begin;
     for (int i = 0; i < g; i++) padded += mt_q_padded(offsets[i + 1] - offsets[i]);

@@ -49,8 +49,8 @@ extern "C" void mt_cuda_counts_free(struct mt_cuda_counts *counts) {
 }
 
 static mt_err open_counts(struct mt_cuda *c) {
-  if (c->counts) return MT_OK;
-  c->counts = (struct mt_cuda_counts *)calloc(1, sizeof *c->counts);
+  if (c->counts && c->counts->host) return MT_OK;
+  if (!c->counts) c->counts = (struct mt_cuda_counts *)calloc(1, sizeof *c->counts);
   if (!c->counts) return mt_fail(MT_ENOMEM, "sizes of groups");
   return mt_cuda_check(
       cudaMallocHost((void **)&c->counts->host, (size_t)NOTES * NOTE_INTS * sizeof(int32_t)),
@@ -129,42 +129,9 @@ static mt_err counts_of(struct mt_backend *be, const char *op, const struct mt_c
   return MT_OK;
 }
 
-static int64_t bit_length(int64_t n) {
-  int64_t bits = 0;
-  while (n > 0) n /= 2, bits++;
-  return bits;
-}
-
-/* s->algo (=): the library's first choice, or what it chose for about as many rows; false: it has
- * none. */
-static bool choose(struct mt_cuda *c, const struct mt_cuda_mx_product *p, struct plan *s) {
-  struct plan_key key = s->key;
-  cublasLtMatmulHeuristicResult_t found;
-  if (p->kind == MX_WGRAD)
-    key.k = bit_length(key.k);
-  else
-    key.m = bit_length(key.m);
-  uint64_t hash = 0xcbf29ce484222325u; /* FNV-1a */
-  for (size_t i = 0; i < sizeof key; i++)
-    hash = (hash ^ ((const unsigned char *)&key)[i]) * 0x100000001b3u;
-  struct choice *known = &c->counts->choice[hash % ALGORITHMS];
-  if (known->filled && memcmp(&known->key, &key, sizeof key) == 0 &&
-      cublasLtMatmulAlgoCheck(c->lt, &s->op, &s->b, &s->a, &s->c, &s->c, &known->algo, &found) ==
-          CUBLAS_STATUS_SUCCESS &&
-      found.workspaceSize <= (size_t)s->key.workspace_bytes) {
-    s->algo = known->algo;
-    return true;
-  }
-  if (lt_candidates(c, s, &found, 1) < 1) return false;
-  known->key = key, known->filled = true;
-  known->algo = s->algo = found.algo;
-  return true;
-}
-
-/* s (=) the product's description and algorithm; false: there is none. */
-static bool prepare(struct mt_cuda *c, const struct mt_cuda_mx_product *p, struct plan *s) {
+/* s (=) the product's description, without an algorithm; false: the library has none. */
+static bool describe(const struct mt_cuda_mx_product *p, struct plan *s) {
   struct mt_cuda_mx_lt lt;
-  if (p->m == 0 || p->n == 0 || p->k == 0) return true; /* not the library's */
   if (mt_cuda_mx_describe(p, &lt) != CUBLAS_STATUS_SUCCESS) return false;
   memset(s, 0, sizeof *s);
   s->op = lt.op, s->a = lt.a, s->b = lt.b, s->c = lt.c;
@@ -173,7 +140,50 @@ static bool prepare(struct mt_cuda *c, const struct mt_cuda_mx_product *p, struc
   s->key.a_align = s->key.b_align = s->key.c_align = 16;
   s->key.ab = p->kind, s->key.c_dtype = p->c_dtype;
   s->key.workspace_bytes = MT_CUDA_LT_WORKSPACE_BYTES;
-  return choose(c, p, s);
+  return true;
+}
+
+/* What stands for all products of about as many rows: the next power of two. */
+static struct mt_cuda_mx_product typical_of(const struct mt_cuda_mx_product *p) {
+  struct mt_cuda_mx_product t = *p;
+  int64_t *rows = p->kind == MX_WGRAD ? &t.k : &t.m, up = 1;
+  while (up < *rows) up *= 2;
+  *rows = up;
+  return t;
+}
+
+/* s->algo (=): the library's first choice for about as many rows, or where that does not do for its
+ * own; false: it has none. What was asked before has no part in it, so that the same product has
+ * the same bits. */
+static bool choose(struct mt_cuda *c, const struct mt_cuda_mx_product *p, struct plan *s) {
+  struct mt_cuda_mx_product t = typical_of(p);
+  struct plan typical;
+  cublasLtMatmulHeuristicResult_t found;
+  if (!describe(&t, &typical)) return false;
+  uint64_t hash = 0xcbf29ce484222325u; /* FNV-1a */
+  for (size_t i = 0; i < sizeof typical.key; i++)
+    hash = (hash ^ ((const unsigned char *)&typical.key)[i]) * 0x100000001b3u;
+  struct choice *known = &c->counts->choice[hash % ALGORITHMS];
+  if (!known->filled || memcmp(&known->key, &typical.key, sizeof known->key) != 0) {
+    known->filled = lt_candidates(c, &typical, &found, 1) > 0;
+    known->key = typical.key;
+    if (known->filled) known->algo = found.algo;
+  }
+  s->algo = known->algo;
+  if (known->filled &&
+      cublasLtMatmulAlgoCheck(c->lt, &s->op, &s->b, &s->a, &s->c, &s->c, &s->algo, &found) ==
+          CUBLAS_STATUS_SUCCESS &&
+      found.workspaceSize <= (size_t)s->key.workspace_bytes)
+    return true;
+  if (lt_candidates(c, s, &found, 1) < 1) return false;
+  s->algo = found.algo;
+  return true;
+}
+
+/* s (=) the product's description and algorithm; false: there is none. */
+static bool prepare(struct mt_cuda *c, const struct mt_cuda_mx_product *p, struct plan *s) {
+  if (p->m == 0 || p->n == 0 || p->k == 0) return true; /* not the library's */
+  return describe(p, s) && choose(c, p, s);
 }
 
 static mt_err run_one(struct mt_backend *be, const char *op, const struct mt_cuda_mx_product *p) {

@@ -28,7 +28,6 @@ struct mt_cuda_mx_job {
   int groups;             /* 0: dense */
   const int32_t *offsets; /* device [groups+1] */
   int64_t m, n, k;        /* rows: of all groups, at most; MX_WGRAD: of the column copies */
-  int64_t dense_rows;     /* MX_WGRAD, dense: rows to be contracted, padding included */
   const uint8_t *a, *b;
   struct mt_mx_scales a_scales, b_scales; /* to be ordered; padded is the caller's to fill in */
   void *c;
@@ -75,7 +74,8 @@ bool mt_cuda_mx_chip(const struct mt_backend *be);
 /* Runs a job on the backend's stream. *done (=) false: the library has no such product, and nothing
  * is written. Where there are groups the host must know their sizes: it reads them back once for
  * each pad_offsets, and waits for the stream at the first product that needs them. Deterministic.
- * Errors: MT_EDEVICE; MT_EUNSUPPORTED while a graph is captured. */
+ * Errors: MT_EDEVICE, MT_ENOMEM; MT_ESHAPE where the scratch is too small; MT_EUNSUPPORTED while a
+ * graph is captured. */
 mt_err mt_cuda_mx_run(struct mt_backend *be, const char *op, struct mt_cuda_mx_job *j, bool *done);
 
 #ifdef __cplusplus

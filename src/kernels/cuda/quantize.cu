@@ -71,7 +71,8 @@ template <class T> struct gradients_source {
   }
 };
 
-/* For the others: columns [0, F): the gate's gradient, [F, 2F): up's; or, where `again`, h. */
+/* For the others, and where three tiles do not fit: columns [0, F): the gate's gradient, [F, 2F):
+ * up's; or, where `again`, h. */
 template <class T> struct gradient_source {
   static constexpr int TILES = 1;
   struct gradient_inputs<T> in;
@@ -190,6 +191,12 @@ extern "C" size_t mt_cuda_quantize_bytes(const struct mt_limits *l) {
   return l->qformat == MT_Q_NONE ? 0 : (size_t)(div_up(l->ffn, TILE) * l->rows) * sizeof(float);
 }
 
+/* Whether a block's shared memory holds three tiles: not every GPU's does. */
+template <class T> static bool three_fit(const struct mt_backend *be, enum mt_qformat format) {
+  size_t need = format == MT_Q_FP8 ? tiles_bytes<T, true, 3> : tiles_bytes<T, false, 3>;
+  return need <= mt_cuda_of(be)->shared_optin_bytes;
+}
+
 template <class T>
 static mt_err swiglu_backward(struct mt_backend *be, const struct mt_swiglu_quantize_bwd_args *a,
                               float *parts) {
@@ -201,7 +208,7 @@ static mt_err swiglu_backward(struct mt_backend *be, const struct mt_swiglu_quan
         (const float *)a->row_prob.data, parts, f, g.rows, fours(&a->gate_up, f) && fours(&a->dh, f)
   };
   struct mt_qtensor h = a->h; /* absent, it has no copies */
-  if (f % mt_q_block(a->dgate_up.format) == 0) {
+  if (f % mt_q_block(a->dgate_up.format) == 0 && three_fit<T>(be, a->dgate_up.format)) {
     struct gradients_source<T> all = {
       in
     };

@@ -67,6 +67,20 @@ __device__ __forceinline__ void write_four(uint8_t *to, uint32_t bytes, int left
   for (int i = 0; i < 4 && i < left; i++) to[i] = (uint8_t)(bytes >> 8 * i);
 }
 
+/* The scale of the block of a row that a lane's four are of, 8 lanes' or (FP8) all 32; and whether
+ * this lane is the one that writes it. */
+template <bool FP8> __device__ __forceinline__ unsigned row_scale_byte(const float (&v)[4]) {
+  unsigned top = 0;
+#pragma unroll
+  for (int i = 0; i < 4; i++) top = max(top, magnitude_bits(v[i]));
+#pragma unroll
+  for (int i = FP8 ? 16 : 4; i > 0; i /= 2) top = max(top, __shfl_xor_sync(0xffffffffu, top, i));
+  return scale_byte<FP8>(top);
+}
+template <bool FP8> __device__ __forceinline__ bool row_leader() {
+  return threadIdx.x % (FP8 ? 32 : 8) == 0;
+}
+
 template <bool FP8>
 __device__ __forceinline__ void put_scale(void *scales, int64_t at, unsigned byte) {
   if (FP8)

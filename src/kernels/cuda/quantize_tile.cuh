@@ -58,16 +58,10 @@ template <class T> __device__ __forceinline__ T *own_four(T *tile, int row) {
 template <bool FP8>
 __device__ __forceinline__ void write_row(const struct mt_qtensor &q, const struct place &p,
                                           int64_t row, const float (&v)[4]) {
-  int lane = threadIdx.x % 32, first = lane * 4;
-  unsigned top = 0;
-#pragma unroll
-  for (int i = 0; i < 4; i++) top = max(top, magnitude_bits(v[i]));
-#pragma unroll
-  for (int i = FP8 ? 16 : 4; i > 0; i /= 2) top = max(top, __shfl_xor_sync(0xffffffffu, top, i));
-  unsigned byte = scale_byte<FP8>(top);
+  int first = threadIdx.x % 32 * 4;
+  unsigned byte = row_scale_byte<FP8>(v);
   int64_t all = q.dim[1], block = (p.col + first) / (FP8 ? 128 : 32);
-  bool leader = FP8 ? lane == 0 : lane % 8 == 0;
-  if (leader && first < p.cols) {
+  if (row_leader<FP8>() && first < p.cols) {
     put_scale<FP8>(q.row_scale, FP8 ? block * q.scale_ld + row : row * ((all + 31) / 32) + block,
                    byte);
   }

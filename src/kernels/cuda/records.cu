@@ -17,15 +17,9 @@ __global__ void __launch_bounds__(THREADS)
   uint8_t *to = records + r * bytes;
   float v[4] = {0, 0, 0, 0};
   if (first < cols) read_four<T>(row_of(x, source) + first, cols - first, is_wide, v);
-  unsigned top = 0;
-#pragma unroll
-  for (int i = 0; i < 4; i++) top = max(top, magnitude_bits(v[i]));
-#pragma unroll
-  for (int i = FP8 ? 16 : 4; i > 0; i /= 2) top = max(top, __shfl_xor_sync(0xffffffffu, top, i));
-  unsigned byte = scale_byte<FP8>(top);
+  unsigned byte = row_scale_byte<FP8>(v);
   float by = scale_inverse(byte);
-  if ((FP8 ? lane == 0 : lane % 8 == 0) && first < cols)
-    to[cols + first / (FP8 ? 128 : 32)] = (uint8_t)byte;
+  if (row_leader<FP8>() && first < cols) to[cols + first / (FP8 ? 128 : 32)] = (uint8_t)byte;
   write_four(to + first, four_e4m3(v[0] * by, v[1] * by, v[2] * by, v[3] * by),
              (int)min((int64_t)4, cols - first));
   if (blockIdx.y == 0 && cols + blocks + lane < bytes) to[cols + blocks + lane] = 0;
