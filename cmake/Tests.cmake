@@ -68,13 +68,25 @@ foreach(source ${dist_sources})
       add_test(NAME dist/${name}_${ranks} WORKING_DIRECTORY ${CMAKE_BINARY_DIR}
         COMMAND ${MPIEXEC_EXECUTABLE} --allow-run-as-root --oversubscribe --bind-to none
           -n ${ranks} $<TARGET_FILE:${name}>)
-      # These look at the clock, where ranks are few.
-      if(name MATCHES "^test_(overlap|pipeline)$" AND ranks GREATER 1 AND ranks LESS 5)
-        set_tests_properties(dist/${name}_${ranks} PROPERTIES RUN_SERIAL TRUE)
-      endif()
+      set(environment "NCCL_NVLS_ENABLE=0;OMP_NUM_THREADS=1;OMP_WAIT_POLICY=passive;OMPI_MCA_btl_vader_single_copy_mechanism=none;LSAN_OPTIONS=detect_leaks=0")
+      # Messages of more than 128 bytes that leave only when they are received: who writes too early
+      # into what is under way is seen, though models are small. (Open MPI 4's name for it, and 5's.)
+      set(late "OMPI_MCA_btl_vader_eager_limit=128;OMPI_MCA_btl_sm_eager_limit=128")
       set_tests_properties(dist/${name}_${ranks} PROPERTIES LABELS dist TIMEOUT 1200
-        SKIP_RETURN_CODE 77
-        ENVIRONMENT "NCCL_NVLS_ENABLE=0;OMP_NUM_THREADS=1;OMP_WAIT_POLICY=passive;OMPI_MCA_btl_vader_single_copy_mechanism=none;LSAN_OPTIONS=detect_leaks=0")
+        SKIP_RETURN_CODE 77 ENVIRONMENT "${environment};${late}")
+      if(name MATCHES "^test_(overlap|pipeline)$") # these look at the clock, where ranks are few
+        set_tests_properties(dist/${name}_${ranks} PROPERTIES ENVIRONMENT "${environment}")
+        if(ranks GREATER 1 AND ranks LESS 5)
+          set_tests_properties(dist/${name}_${ranks} PROPERTIES RUN_SERIAL TRUE)
+        endif()
+      endif()
+      if(name STREQUAL "test_pipeline" AND ranks GREATER 1 AND ranks LESS 4)
+        add_test(NAME dist/${name}_${ranks}_late WORKING_DIRECTORY ${CMAKE_BINARY_DIR}
+          COMMAND ${MPIEXEC_EXECUTABLE} --allow-run-as-root --oversubscribe --bind-to none
+            -n ${ranks} $<TARGET_FILE:${name}>)
+        set_tests_properties(dist/${name}_${ranks}_late PROPERTIES LABELS dist TIMEOUT 1200
+          ENVIRONMENT "${environment};${late};MOETUNE_TEST=float32_equals_one_rank")
+      endif()
     endforeach()
   endif()
 endforeach()

@@ -73,7 +73,9 @@ if command -v script >/dev/null; then
     printf '\025exit\n'; } |
     env -i PATH="$PATH" TERM=dumb HOME="$dir" INPUTRC=/dev/null \
       timeout 20 script -qec 'bash --norc --noprofile -i' /dev/null >"$dir/typed" 2>&1 || true
-  grep -q 'eval --model' "$dir/typed" || bad "an interactive bash does not complete --model"
+  grep -q 'eval --model' "$dir/typed" || bad "an interactive bash does not complete --model: $(cat "$dir/typed")"
+elif [ -n "${CI:-}" ]; then
+  bad "script is not there"
 fi
 
 if command -v zsh >/dev/null; then
@@ -94,7 +96,7 @@ zpty -d z
 print -r -- "$out"
 ZSH
   timeout 60 zsh -f "$dir/complete.zsh" "$dir" >"$dir/typed" 2>&1 || true
-  grep -q 'grouped *loop' "$dir/typed" || bad "zsh does not complete --experts"
+  grep -q 'grouped *loop' "$dir/typed" || bad "zsh does not complete --experts: $(cat "$dir/typed")"
 elif [ -n "${CI:-}" ]; then
   bad "zsh is not there"
 fi

@@ -473,6 +473,7 @@ static void a_mesh_of_stages(void **state) {
   assert_true(cut < 0.5 * row(memory_of(&r), "optimizer")); /* of four ranks that share it */
   CLI(&r, "inspect", only, "--mesh", "8", "--pp-size", "8", "--train", "--device", "cpu");
   assert_int_not_equal(r.status, 0); /* five layers */
+  assert_non_null(strstr(r.err, "--pp-size 8"));
   CLI(&r, "inspect", f->model, "--mesh", "2", "--pp-size", "2", "--train", "--device", "cpu");
   assert_int_not_equal(r.status, 0);
   assert_non_null(strstr(r.err, "tie_word_embeddings"));

@@ -177,25 +177,53 @@ static void calls_are_counted(void **state) {
   json_decref(all);
 }
 
-/* The first of two stages learns nothing: the step ends when the last has summed and updated. */
+/* One of two stages learns nothing: the step ends when the other has summed and updated, which is
+ * as large (embedding and head are), but for the last norm. */
 static void the_slowest_stage_counts(void **state) {
   (void)state;
-  double ms[2][2];
-  for (int frozen = 0; frozen < 2; frozen++) {
-    const char *const none[] = {"--json", "--json", "--json"};
-    const char *const first[] = {"--freeze=model.embed*", "--freeze=model.layers.[0-9].*",
-                                 "--freeze=model.layers.1[0-5].*"};
-    const char *const *w = frozen ? first : none;
+  static const char *const freeze[][3] = {
+      {"--json", "--json", "--json"},
+      {"--freeze=model.embed*", "--freeze=model.layers.[0-9].*", "--freeze=model.layers.1[0-5].*"},
+      {"--freeze=lm_head*", "--freeze=model.layers.1[6-9].*", "--freeze=model.layers.[23][0-9].*"}};
+  double ms[3][2];
+  for (int i = 0; i < 3; i++) {
     CLI(&r, "plan", MIXTRAL, "--gpus", "4", "--pp-size", "2", "--device", "cpu", "--max-seq-length",
-        "64", "--json", w[0], w[1], w[2]);
+        "64", "--json", freeze[i][0], freeze[i][1], freeze[i][2]);
     json_t *all = parsed();
     const json_t *plan = json_object_get(all, "plan"), *times = json_object_get(plan, "ms");
-    ms[frozen][0] = number(times, "sums");
-    ms[frozen][1] = number(times, "update");
+    ms[i][0] = number(times, "sums");
+    ms[i][1] = number(times, "update");
     json_decref(all);
   }
-  assert_true(ms[0][0] > 0 && ms[0][1] > 0);
-  assert_true(ms[1][0] == ms[0][0] && ms[1][1] == ms[0][1]);
+  for (int k = 0; k < 2; k++) {
+    assert_true(ms[0][k] > 0 && ms[1][k] == ms[0][k]);
+    assert_true(fabs(ms[2][k] / ms[0][k] - 1) < 1e-3);
+  }
+}
+
+/* Over links that take no time a call is what is left of an exchange, and of sums what is added up:
+ * --zero 2 does that in each micro-batch, and takes the norm once. */
+static void calls_and_sums_take_their_time(void **state) {
+  (void)state;
+  static const char *const ways[][4] = {
+      {"--ep-chunks=1", "--zero=1", "--micro-batches=4", "exchange"},
+      {"--ep-chunks=8", "--zero=1", "--micro-batches=4", "exchange"},
+      {"--ep-chunks=1", "--zero=2", "--micro-batches=1", "sums"},
+      {"--ep-chunks=1", "--zero=2", "--micro-batches=2", "sums"},
+      {"--ep-chunks=1", "--zero=2", "--micro-batches=4", "sums"}};
+  double ms[5];
+  for (int i = 0; i < 5; i++) {
+    CLI(&r, "plan", MIXTRAL, "--gpus", "16", "--ep-size", "8", "--device", "cpu",
+        "--max-seq-length", "64", "--host-gpus", "16", "--link-rate", "1e18", "--copy-rate", "1e9",
+        "--json", ways[i][0], ways[i][1], ways[i][2]);
+    json_t *all = parsed();
+    ms[i] = number(json_object_get(json_object_get(all, "plan"), "ms"), ways[i][3]);
+    json_decref(all);
+  }
+  if (!(ms[1] > 7 * ms[0] && ms[1] < 8 * ms[0])) fail_msg("8 chunks %g, one %g ms", ms[1], ms[0]);
+  double added = ms[3] - ms[2], norm = ms[2] - added;
+  if (!(fabs(ms[4] - ms[2] - 3 * added) < 0.01 * added && norm > 0.1 * added && norm < added))
+    fail_msg("sums of 1, 2 and 4 micro-batches %g, %g, %g ms", ms[2], ms[3], ms[4]);
 }
 
 /* What nobody asked for is all that training has. */
@@ -354,6 +382,7 @@ int main(void) {
       cmocka_unit_test(communicators_take_memory),
       cmocka_unit_test(calls_are_counted),
       cmocka_unit_test(the_slowest_stage_counts),
+      cmocka_unit_test(calls_and_sums_take_their_time),
       cmocka_unit_test(all_that_trains_is_listed),
       cmocka_unit_test(words),
       cmocka_unit_test(what_is_wrong_is_named),

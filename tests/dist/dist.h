@@ -50,6 +50,7 @@ static inline bool on_gpu(void) {
   if (world.local_size > gpus) assert_int_equal(setenv("MOETUNE_SHARED_GPU", "1", 1), 0);
   OK(mt_world_gpu(&world, gpus, &device));
   OK(mt_backend_cuda_create(&dist_be, false, device));
+  printf("%s\n", mt_nccl_shared() ? "ranks share a GPU: NCCL's substitute" : "over NCCL");
   return true;
 }
 

@@ -184,11 +184,11 @@ static const struct order orders[] = {
     {true,
      {.experts = MT_EXPERTS_GROUPED, .blocks = MT_BLOCKS_UNFUSED, .recompute = MT_RECOMPUTE_FULL}},
     {false,
+     {.experts = MT_EXPERTS_GROUPED, .blocks = MT_BLOCKS_FUSED, .zero = 2, .bucket_elements = 999}},
+    {false,
      {.experts = MT_EXPERTS_GROUPED, .blocks = MT_BLOCKS_FUSED, .recompute = MT_RECOMPUTE_FULL}},
     {false,
      {.experts = MT_EXPERTS_GROUPED, .blocks = MT_BLOCKS_FUSED, .zero = 1, .bucket_elements = 999}},
-    {false,
-     {.experts = MT_EXPERTS_GROUPED, .blocks = MT_BLOCKS_FUSED, .zero = 2, .bucket_elements = 999}},
     {false, {.experts = MT_EXPERTS_LOOP, .blocks = MT_BLOCKS_FUSED, .recompute = MT_RECOMPUTE_MLP}},
     {true, {.experts = MT_EXPERTS_LOOP, .blocks = MT_BLOCKS_UNFUSED}},
     {true, {.experts = MT_EXPERTS_LOOP, .blocks = MT_BLOCKS_FUSED, .zero = 2}}};

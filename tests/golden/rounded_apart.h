@@ -112,42 +112,43 @@ static unsigned apart_rounded(const int32_t *offsets, int64_t n, int64_t k) {
   return apart_state.rounded[of];
 }
 
+/* y (+=) rows times each group's matrix, whose element of output o and term t is at
+ * o * by_output + t * by_term. */
+static void apart_rows_product(const struct mt_tensor *y, const int32_t *offsets, int64_t groups,
+                               bool accumulate, const double *x, int64_t terms, const double *w,
+                               int64_t by_output, int64_t by_term) {
+  int64_t outputs = y->dim[1], begin, end;
+  for (int g = 0; g < apart_groups(offsets, groups); g++, w += outputs * terms) {
+    apart_rows(offsets, g, y->dim[0], &begin, &end);
+    for (int64_t r = begin; r < end; r++) {
+      for (int64_t o = 0; o < outputs; o++) {
+        double sum = accumulate ? (double)apart_get(y, r * y->ld + o) : 0;
+        for (int64_t t = 0; t < terms; t++)
+          sum += x[r * terms + t] * w[o * by_output + t * by_term];
+        apart_put(y, r * y->ld + o, sum);
+      }
+    }
+  }
+}
+
 static mt_err apart_fwd(struct mt_backend *be, const struct mt_qlinear_fwd_args *a) {
-  int64_t n = a->y.dim[1], k = a->x.dim[1], begin, end;
+  int64_t n = a->y.dim[1], k = a->x.dim[1];
   unsigned rounded = apart_rounded(a->offsets, n, k);
   double *x = apart_numbers(&a->x, false, rounded & FWD_X);
   double *w = apart_numbers(&a->w, false, rounded & FWD_W);
   (void)be;
-  for (int g = 0; g < apart_groups(a->offsets, a->w.dim[0]); g++) {
-    apart_rows(a->offsets, g, a->x.dim[0], &begin, &end);
-    for (int64_t r = begin; r < end; r++) {
-      for (int64_t j = 0; j < n; j++) {
-        double sum = 0;
-        for (int64_t i = 0; i < k; i++) sum += x[r * k + i] * w[(g * n + j) * k + i];
-        apart_put(&a->y, r * a->y.ld + j, sum);
-      }
-    }
-  }
+  apart_rows_product(&a->y, a->offsets, a->w.dim[0], false, x, k, w, k, 1);
   free(x), free(w);
   return MT_OK;
 }
 
 static mt_err apart_dgrad(struct mt_backend *be, const struct mt_qlinear_dgrad_args *a) {
-  int64_t n = a->dy.dim[1], k = a->dx.dim[1], begin, end;
+  int64_t n = a->dy.dim[1], k = a->dx.dim[1];
   unsigned rounded = apart_rounded(a->offsets, n, k);
   double *dy = apart_numbers(&a->dy, false, rounded & DGRAD_DY);
   double *w = apart_numbers(&a->w, true, rounded & DGRAD_W);
   (void)be;
-  for (int g = 0; g < apart_groups(a->offsets, a->w.dim[0]); g++) {
-    apart_rows(a->offsets, g, a->dy.dim[0], &begin, &end);
-    for (int64_t r = begin; r < end; r++) {
-      for (int64_t i = 0; i < k; i++) {
-        double sum = a->accumulate ? (double)apart_get(&a->dx, r * a->dx.ld + i) : 0;
-        for (int64_t j = 0; j < n; j++) sum += dy[r * n + j] * w[(g * n + j) * k + i];
-        apart_put(&a->dx, r * a->dx.ld + i, sum);
-      }
-    }
-  }
+  apart_rows_product(&a->dx, a->offsets, a->w.dim[0], a->accumulate, dy, n, w, 1, k);
   free(dy), free(w);
   return MT_OK;
 }

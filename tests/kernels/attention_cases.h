@@ -67,29 +67,41 @@ static void case_attention_bwd(struct bench_case *c, const struct size *z, int a
   expect(c, &dqkv);
 }
 
+/* A cache with room for nine tokens more than are appended, filled so. */
+struct cache {
+  struct dual qkv, k, v;
+  int start;
+};
+
+static struct cache cache_of(struct bench_case *c, const struct size *z, char fill, int acc) {
+  int64_t wide = (int64_t)z->g * z->d;
+  struct cache x = {.start = acc ? 5 : 0};
+  x.qkv = A("qkv", 'r', 1, z->t, QKV_WIDTH, 0);
+  x.k = A("k", fill, 1, z->t + 9, wide, 0);
+  x.v = A("v", fill, 1, z->t + 9, wide, 0);
+  return x;
+}
+
+#define CACHE(x) T(qkv, (x).qkv), T(k, (x).k), T(v, (x).v), HEADS, N(start, (x).start)
+
 static void case_kv_append(struct bench_case *c, const struct size *z, int acc) {
-  int start = acc ? 5 : 0;
-  struct dual qkv = A("qkv", 'r', 1, z->t, QKV_WIDTH, 0);
-  struct dual k = A("k", 'n', 1, z->t + 9, (int64_t)z->g * z->d, 0);
-  struct dual v = A("v", 'n', 1, z->t + 9, (int64_t)z->g * z->d, 0);
-  ARGS(kv_append, T(qkv, qkv); T(k, k); T(v, v); HEADS; N(start, start);)
+  struct cache x = cache_of(c, z, 'n', acc);
+  ARGS(kv_append, CACHE(x);)
   RUN(kv_append);
-  expect(c, &k);
-  expect(c, &v);
+  expect(c, &x.k);
+  expect(c, &x.v);
 }
 
 static void case_attention_cache(struct bench_case *c, const struct size *z, int acc) {
-  int start = acc ? 5 : 0;
-  struct dual qkv = A("qkv", 'r', 1, z->t, QKV_WIDTH, 0);
-  struct dual k = A("k", 'r', 1, z->t + 9, (int64_t)z->g * z->d, 0);
-  struct dual v = A("v", 'r', 1, z->t + 9, (int64_t)z->g * z->d, 0);
+  struct cache x = cache_of(c, z, 'r', acc);
   struct dual out = A("out", 'n', 1, z->t, (int64_t)z->g * z->r * z->d, 0);
-  ARGS(attention_cache, T(qkv, qkv); T(k, k); T(v, v); T(out, out); HEADS; N(start, start);
-       N(window, z->window); N(scale, 1.0f / sqrtf((float)z->d));)
+  ARGS(attention_cache, CACHE(x); T(out, out); N(window, z->window);
+       N(scale, 1.0f / sqrtf((float)z->d));)
   RUN(attention_cache);
   expect(c, &out);
 }
 
+#undef CACHE
 #undef HEADS
 #undef QKV_WIDTH
 #undef ATTENTION
