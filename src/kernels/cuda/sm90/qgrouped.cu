@@ -232,11 +232,13 @@ __device__ __forceinline__ void multiply_tile8(float (&sums)[2][64], struct ring
     for (int h = 0; h < 2; h++) {
       if (h == 1 && !two) break;
       uint64_t da = tile_descriptor(a + at + (uint32_t)(h * HALF_A), 0);
+      part_sync(4 + half, 256);
       wgmma_fence();
 #pragma unroll
       for (int i = 0; i < 4; i++)
         wgmma_e4m3(part, da + (uint64_t)(2 * i), db + (uint64_t)(2 * i), i > 0);
       wgmma_commit();
+      asm volatile("bar.arrive %0, 256;" ::"r"(5 - half) : "memory");
       float up = shared_float(by + row + (uint32_t)(h * 256));
       float low = shared_float(by + row + (uint32_t)(h * 256 + 32));
       float of_b = S::WGRAD ? 1.0f : shared_float(by + column);
@@ -315,6 +317,7 @@ __device__ __forceinline__ void multiply_all(const struct qjob &j, const CUtenso
   struct walk at = {0, 0};
   struct place p;
   float sums[2][64];
+  if (half == 1) asm volatile("bar.arrive 4, 256;" ::: "memory");
   if (S::WGRAD && j.partial) add_squares(s, 0, false);
   for (int unit = (int)blockIdx.x / 2; find<S>(j, s, &at, unit, rank, &p);
        unit += (int)gridDim.x / 2) {
@@ -352,6 +355,7 @@ __device__ __forceinline__ void multiply_all(const struct qjob &j, const CUtenso
       if (S::WGRAD && j.partial) add_squares(s, squares<C>(sums[h]), true);
     }
   }
+  if (half == 0) asm volatile("bar.sync 4, 256;" ::: "memory");
   if (S::WGRAD && j.partial) write_partial(s, j.partial);
   if (threadIdx.x % 128 == 0) tma_all_done();
 }
