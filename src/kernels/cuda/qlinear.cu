@@ -287,9 +287,10 @@ static bool native_wgrad(const struct mt_backend *be, const struct mt_qlinear_wg
   return mt_cuda_qgrouped_sm90_takes(be, p);
 }
 
-/* Chips with such products of their own, of no rows too; false: it is none of theirs. */
+/* Chips with such products of their own, of no rows too; *done false: it is none of theirs. *summed:
+ * sumsq has been made on the way. */
 static mt_err wgrad_native(struct mt_backend *be, const char *op,
-                           const struct mt_qlinear_wgrad_args *a, bool *done) {
+                           const struct mt_qlinear_wgrad_args *a, bool *done, bool *summed) {
   struct mt_cuda_qgrouped p;
   struct mt_cuda_mx_job j;
   *done = true;
@@ -301,7 +302,11 @@ static mt_err wgrad_native(struct mt_backend *be, const char *op,
                                            mt_cuda_of(be)->stream),
                          op);
   }
-  if (native_wgrad(be, a, &p)) return mt_cuda_qgrouped_sm90(be, &p);
+  if (native_wgrad(be, a, &p)) {
+    *summed = a->sumsq && mt_cuda_qgrouped_sm90_sums(be, &p);
+    if (*summed) p.sumsq = a->sumsq;
+    return mt_cuda_qgrouped_sm90(be, &p);
+  }
   *done = false;
   if (!mt_cuda_mx_chip(be) || !mt_cuda_mx_wgrad_job(a, &j)) return MT_OK;
   return mt_cuda_mx_run(be, op, &j, done);
@@ -311,12 +316,12 @@ static mt_err wgrad_native(struct mt_backend *be, const char *op,
 extern "C" mt_err mt_cuda_qlinear_wgrad(struct mt_backend *be,
                                         const struct mt_qlinear_wgrad_args *a) {
   const char *op = "qlinear_wgrad";
-  bool done;
+  bool done, summed = false;
   MT_TRY(mt_check_qlinear_wgrad(a));
   MT_TRY(mt_cuda_format(op, &a->dw));
-  MT_TRY(wgrad_native(be, op, a, &done));
+  MT_TRY(wgrad_native(be, op, a, &done, &summed));
   if (done) {
-    if (!a->sumsq) return MT_OK;
+    if (!a->sumsq || summed) return MT_OK;
     struct mt_tensor all = mt_vec(a->dw.data, a->dw.dtype, mt_count(&a->dw));
     struct mt_sumsq_args sum = {.tensors = &all, .tensor_count = 1};
     sum.out = a->sumsq;

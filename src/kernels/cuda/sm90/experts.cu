@@ -294,7 +294,7 @@ __global__ __cluster_dims__(2, 1, 1)
     prefetch_map(&map_out);
     prefetch_map(&map_h);
     if (!S::UP) prefetch_map(&map_in);
-    init_ring<S>(s);
+    init_ring<S>(s, 1);
   }
   __syncthreads();
   cluster_sync();

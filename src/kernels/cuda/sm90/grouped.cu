@@ -127,33 +127,6 @@ __device__ __forceinline__ void write_zeros(typename S::C *c, int64_t ldc, int r
   }
 }
 
-template <class S>
-__device__ __noinline__ double old_squares(const typename S::C *c, int64_t ldc, int rows_left,
-                                           int cols_left) {
-  int cols = min(S::TILE_N, cols_left);
-  double sum = 0;
-  for (int r = 0; r < min(16, rows_left); r++) {
-    for (int col = (int)threadIdx.x % 32; col < cols; col += 32) {
-      double x = (double)to_float(c[r * ldc + col]);
-      sum += x * x;
-    }
-  }
-  return sum;
-}
-
-/* The block's sum over its multiplying threads, in a fixed order. */
-__device__ __forceinline__ void write_partial(const struct job &j, struct control *s,
-                                              double total) {
-  int warp = (int)threadIdx.x / 32 - 4;
-#pragma unroll
-  for (int i = 16; i > 0; i /= 2) total += __shfl_xor_sync(0xffffffffu, total, i);
-  if (threadIdx.x % 32 == 0) s->squares[warp] = total;
-  part_sync(3, 2 * 128);
-  if (threadIdx.x != 128) return;
-  for (int i = 1; i < MULTIPLIER_WARPS; i++) total += s->squares[i];
-  j.partial[blockIdx.x] = total;
-}
-
 /* A multiplying warpgroup's whole life; half: its 64 rows of each tile. */
 template <class S>
 __device__ __forceinline__ void multiply_all(const struct job &j, const CUtensorMap *map_c,
@@ -182,7 +155,8 @@ __device__ __forceinline__ void multiply_all(const struct job &j, const CUtensor
       C *c = (C *)j.c + ((int64_t)p.g * j.m + warp_row) * j.ldc + col;
       int rows_left = rows - warp_row, cols_left = j.n - col;
       if (!j.accumulate) write_zeros<S>(c, j.ldc, rows_left, cols_left);
-      if (j.accumulate && j.partial) total += old_squares<S>(c, j.ldc, rows_left, cols_left);
+      if (j.accumulate && j.partial)
+        total += old_squares(c, j.ldc, min(16, rows_left), min(S::TILE_N, cols_left));
       continue;
     }
     multiply_tile<S>(d, &r, steps, full, empty, mine, tiles + A_BYTES, [] {});
@@ -192,7 +166,10 @@ __device__ __forceinline__ void multiply_all(const struct job &j, const CUtensor
     }
     write_tile<S>(j, d, map_c, out, p, half, &total);
   }
-  if (S::WGRAD && j.partial) write_partial(j, s, total);
+  if (S::WGRAD && j.partial) {
+    add_squares(s, total, false);
+    write_partial(s, j.partial);
+  }
   if (threadIdx.x % 128 == 0) tma_all_done();
 }
 
@@ -214,7 +191,7 @@ __global__ __cluster_dims__(2, 1, 1)
     prefetch_map(&map_a);
     prefetch_map(&map_b);
     prefetch_map(&map_c);
-    init_ring<S>(s);
+    init_ring<S>(s, 1);
   }
   __syncthreads();
   cluster_sync();

@@ -5,7 +5,7 @@
 #define MT_KERNELS_CUDA_SM90_GROUPED_OUT_CUH
 
 #include "kernels/cuda/device.cuh"
-#include "kernels/cuda/sm90/gemm_ptx.cuh"
+#include "kernels/cuda/sm90/grouped_ring.cuh"
 
 enum { CHUNK_BYTES = 64 * 128 };
 
@@ -65,6 +65,35 @@ template <class C, int COUNT> __device__ __forceinline__ double squares(const fl
     wide += y * y;
   }
   return wide;
+}
+
+/* Of what stands in `rows` rows already; a warp's work, each lane's part of it. */
+template <class C>
+__device__ __noinline__ double old_squares(const C *c, int64_t ldc, int rows, int cols) {
+  double sum = 0;
+  for (int r = 0; r < rows; r++) {
+    for (int col = (int)threadIdx.x % 32; col < cols; col += 32) {
+      double x = (double)to_float(c[r * ldc + col]);
+      sum += x * x;
+    }
+  }
+  return sum;
+}
+
+/* A multiplying warp's sum (=, or += where more is set) from its lanes' parts; then the block's,
+ * always in one order. */
+__device__ __forceinline__ void add_squares(struct control *s, double part, bool more) {
+  int warp = (int)threadIdx.x / 32 - 4;
+#pragma unroll
+  for (int i = 16; i > 0; i /= 2) part += __shfl_xor_sync(0xffffffffu, part, i);
+  if (threadIdx.x % 32 == 0) s->squares[warp] = part + (more ? s->squares[warp] : 0);
+}
+__device__ __forceinline__ void write_partial(const struct control *s, double *partial) {
+  part_sync(3, 2 * 128);
+  if (threadIdx.x != 128) return;
+  double total = s->squares[0];
+  for (int i = 1; i < MULTIPLIER_WARPS; i++) total += s->squares[i];
+  partial[blockIdx.x] = total;
 }
 
 /* Chunk number `chunk` along the columns to the slot at `to`. */

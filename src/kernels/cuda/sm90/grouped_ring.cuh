@@ -34,11 +34,11 @@ template <int STAGES> __device__ __forceinline__ void advance(struct ring *r) {
   if (++r->stage == STAGES) r->stage = 0, r->parity ^= 1;
 }
 
-/* One thread readies the barriers: a stage is filled by one arrival and its bytes, and free again
- * once the multiplying warps of both blocks of the cluster are done with it. */
-template <class S> __device__ __forceinline__ void init_ring(struct control *s) {
+/* One thread readies the barriers: a stage is filled by so many arrivals and its bytes, and free
+ * again once the multiplying warps of both blocks of the cluster are done with it. */
+template <class S> __device__ __forceinline__ void init_ring(struct control *s, int arrivals) {
   for (int i = 0; i < S::STAGES; i++) {
-    barrier_init(shared_address(&s->full[i]), 1);
+    barrier_init(shared_address(&s->full[i]), arrivals);
     barrier_init(shared_address(&s->empty[i]), 2 * MULTIPLIER_WARPS);
   }
   barrier_init_done();

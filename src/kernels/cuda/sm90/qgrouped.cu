@@ -7,7 +7,9 @@
  *   wgrad  a = dy      [m, tokens],   scales 1 x 128; b = x [n, tokens], scales 1 x 128
  * Tensor cores keep about 14 bits of a sum, so sums of 128 products (one stage) are multiplied by
  * their scales and added up in float32 by the ordinary cores. A warpgroup makes 128 rows of 128
- * columns, 64 rows at a time: while it adds, the other one's products run. */
+ * columns, 64 rows at a time: while it adds, the other one's products run. Scales come into the
+ * ring with their stage: b's of wgrad as they lie, the others, which lie anywhere, by a warp beside
+ * the loading thread. */
 #include "kernels/cuda/sm90/qgrouped.cuh"
 
 #include "kernels/cuda/sm90/grouped_out.cuh"
@@ -19,24 +21,27 @@ struct qjob {
   const int32_t *offsets; /* wgrad: of the column copies */
   const float *a_scale, *b_scale;
   void *c;
+  double *partial; /* wgrad: of each block, of the squares of what is stored; or NULL */
   int groups, rows, m, n, k;
   int64_t a_scale_ld, ldc; /* a_scale [depth / 128][a_scale_ld]; wgrad: b_scale [tokens / 128][n] */
   int accumulate;
 };
 
+/* A stage's scales: a's of the tile's rows, then b's: of the tile's columns, or for rows one of
+ * each half of them. */
 template <bool WGRAD_, class C_> struct qdesign {
   typedef C_ C;
   static constexpr bool WGRAD = WGRAD_;
-  static constexpr int STAGES = 4, SLOTS = WGRAD ? 1 : 2;
+  static constexpr int STAGES = 3, SLOTS = 4;
   static constexpr int STAGE_BYTES = A_BYTES + 2 * HALF_B;
-  static constexpr int SCALE_BYTES = WGRAD ? Q_TILE_N * (int)sizeof(float) : 0; /* of b, a stage */
+  static constexpr int SCALE_BYTES = (TILE_M + (WGRAD ? (int)Q_TILE_N : 4)) * (int)sizeof(float);
   static constexpr int CHUNK_COLS = 128 / (int)sizeof(C), CHUNKS = HALF_N / CHUNK_COLS;
   static constexpr int RING_BYTES = STAGES * STAGE_BYTES, OUT_BYTES = SLOTS * CHUNK_BYTES;
   static constexpr int SCALES_AT = RING_BYTES + 2 * OUT_BYTES;
   static constexpr int CONTROL_AT = SCALES_AT + STAGES * SCALE_BYTES;
   static constexpr int SHARED_BYTES = CONTROL_AT + (int)sizeof(struct control);
   static_assert((int)A_BYTES == TILE_M * Q_DEPTH && STAGES <= 8, "a's tile, the ring's barriers");
-  static_assert(CHUNKS % SLOTS == 0 && SHARED_BYTES <= 232448, "does not fit");
+  static_assert(SLOTS % CHUNKS == 0 && SHARED_BYTES <= 232448, "does not fit");
 };
 
 template <class S>
@@ -101,7 +106,7 @@ __device__ __forceinline__ void load_all(const struct qjob &j, const CUtensorMap
       barrier_wait(empty + (uint32_t)r.stage * 8, r.parity);
       barrier_expect(bar, (uint32_t)S::STAGE_BYTES + scales);
       if (S::WGRAD && scales) {
-        bulk_load(tiles + (uint32_t)(S::SCALES_AT + r.stage * S::SCALE_BYTES),
+        bulk_load(tiles + (uint32_t)(S::SCALES_AT + r.stage * S::SCALE_BYTES + TILE_M * 4),
                   j.b_scale + (int64_t)(p.begin / Q_DEPTH + i) * j.n + col, scales, bar);
       }
       if (p.shares_b) {
@@ -113,6 +118,47 @@ __device__ __forceinline__ void load_all(const struct qjob &j, const CUtensorMap
         load_b8<S, false>(b, map_b, bar, p, 0, i * Q_DEPTH);
         load_b8<S, false>(b, map_b, bar, p, 1, i * Q_DEPTH);
       }
+      advance<S::STAGES>(&r);
+    }
+  }
+}
+
+/* Four bytes to shared memory, whenever they come; then an arrival at bar for all this thread's. */
+__device__ __forceinline__ void copy_word(uint32_t dst, const float *src) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(dst),
+               "l"(__cvta_generic_to_global(src))
+               : "memory");
+}
+__device__ __forceinline__ void arrive_after_copies(uint32_t bar) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(bar) : "memory");
+}
+
+/* A warp's whole life: a's scales, and for rows b's. Rows past the group's end, which are not
+ * written, take the last one's. */
+template <class S>
+__device__ __forceinline__ void load_scales(const struct qjob &j, const struct control *s,
+                                            uint32_t tiles, int rank) {
+  uint32_t full = shared_address(s->full), empty = shared_address(s->empty);
+  int lane = (int)threadIdx.x % 32, tall = (j.n + Q_DEPTH - 1) / Q_DEPTH;
+  struct ring r = {0, 1};
+  struct walk at = {0, 0};
+  struct place p;
+  for (int unit = (int)blockIdx.x / 2; find<S>(j, s, &at, unit, rank, &p);
+       unit += (int)gridDim.x / 2) {
+    int steps = step_count<S>(j, p), most = (S::WGRAD ? j.m : p.end - p.begin) - 1, row[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) row[i] = min(p.m * TILE_M + lane + 32 * i, most);
+    const float *a = j.a_scale + (S::WGRAD ? p.begin / Q_DEPTH * j.a_scale_ld : p.begin);
+    const float *b = NULL;
+    if (!S::WGRAD)
+      b = j.b_scale + ((int64_t)p.g * tall + min(p.n * 2 + lane % 2, tall - 1)) * steps;
+    for (int i = 0; i < steps; i++, a += j.a_scale_ld) {
+      uint32_t to = tiles + (uint32_t)(S::SCALES_AT + r.stage * S::SCALE_BYTES + lane * 4);
+      barrier_wait(empty + (uint32_t)r.stage * 8, r.parity);
+#pragma unroll
+      for (int k = 0; k < 4; k++) copy_word(to + (uint32_t)(k * 128), a + row[k]);
+      if (!S::WGRAD && lane < 2) copy_word(to + TILE_M * 4, b + i);
+      arrive_after_copies(full + (uint32_t)r.stage * 8);
       advance<S::STAGES>(&r);
     }
   }
@@ -131,84 +177,82 @@ __device__ __forceinline__ void wgmma_e4m3(float (&d)[64], uint64_t a, uint64_t 
                : "l"(a), "l"(b), "r"(add));
 }
 
-/* Scales of the thread's four rows of a (rows lane / 4 and 8 further on, of both halves of 64), and
- * of b for rows: one of the warpgroup's columns. Read a stage ahead, through the caches. */
-struct scale_reader {
-  const float *a, *b;
-  int64_t a_step;
-  int row[4];
-};
-template <class S>
-__device__ __forceinline__ struct scale_reader scales_of(const struct qjob &j,
-                                                         const struct place &p, int half) {
-  struct scale_reader r;
-  int first = (int)threadIdx.x / 32 % 4 * 16 + (int)threadIdx.x % 32 / 4;
-  int most = S::WGRAD ? j.m : p.end - p.begin; /* what lies past the end is not written */
-  r.a = j.a_scale + (S::WGRAD ? p.begin / Q_DEPTH * j.a_scale_ld : p.begin);
-  r.a_step = j.a_scale_ld;
-#pragma unroll
-  for (int i = 0; i < 4; i++)
-    r.row[i] = min(p.m * TILE_M + i / 2 * 64 + i % 2 * 8 + first, most - 1);
-  int deep = (j.k + Q_DEPTH - 1) / Q_DEPTH, tall = (j.n + Q_DEPTH - 1) / Q_DEPTH;
-  r.b = S::WGRAD ? NULL : j.b_scale + ((int64_t)p.g * tall + p.n * 2 + half) * deep;
-  return r;
+__device__ __forceinline__ float shared_float(uint32_t from) {
+  float x;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(from) : "memory");
+  return x;
 }
+__device__ __forceinline__ float2 shared_pair(uint32_t from) {
+  float2 x;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(from) : "memory");
+  return x;
+}
+
+/* sums += part by its scales: up and low of the thread's two rows, and for wgrad those of its
+ * columns, pairs 32 bytes apart from `columns` on, of which the first AHEAD are there already. */
+enum { AHEAD = 4 };
 template <class S>
-__device__ __forceinline__ void read_scales(const struct scale_reader &r, int step, float (&a)[4],
-                                            float *b) {
-  const float *line = r.a + step * r.a_step;
+__device__ __forceinline__ void add_part(float (&sums)[64], const float (&part)[64], float up,
+                                         float low, float2 (&ahead)[AHEAD], uint32_t columns) {
 #pragma unroll
-  for (int i = 0; i < 4; i++) a[i] = __ldg(line + r.row[i]);
-  *b = S::WGRAD ? 1.0f : __ldg(r.b + step);
+  for (int i = 0; i < 16; i++) {
+    float2 by = {1, 1};
+    if (S::WGRAD) {
+      by = ahead[i % AHEAD];
+      if (i + AHEAD < 16) ahead[i % AHEAD] = shared_pair(columns + (uint32_t)((i + AHEAD) * 32));
+    }
+    float *to = &sums[4 * i];
+    to[0] = fmaf(part[4 * i], S::WGRAD ? up * by.x : up, to[0]);
+    to[1] = fmaf(part[4 * i + 1], S::WGRAD ? up * by.y : up, to[1]);
+    to[2] = fmaf(part[4 * i + 2], S::WGRAD ? low * by.x : low, to[2]);
+    to[3] = fmaf(part[4 * i + 3], S::WGRAD ? low * by.y : low, to[3]);
+  }
 }
 
 /* sums [128 x 128 of the warpgroup, by halves of 64 rows] (=): all of a tile. a, b: in the first
- * stage; scales: b's of the first stage, this thread's first column. two: the second half of the
- * rows is there. */
+ * stage; scales: the first stage's; two: the second half of the rows is there. */
 template <class S>
-__device__ __forceinline__ void
-multiply_tile8(float (&sums)[2][64], struct ring *r, int steps, const struct scale_reader &reader,
-               bool two, uint32_t full, uint32_t empty, uint32_t a, uint32_t b, uint32_t scales) {
-  float part[64], sa[4], sb, next_a[4], next_b;
-  read_scales<S>(reader, 0, next_a, &next_b);
+__device__ __forceinline__ void multiply_tile8(float (&sums)[2][64], struct ring *r, int steps,
+                                               bool two, uint32_t full, uint32_t empty, uint32_t a,
+                                               uint32_t b, uint32_t scales, int half) {
+  float part[64];
+  float2 ahead[AHEAD];
+  uint32_t row = (threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4) * 4;
+  uint32_t column = TILE_M * 4 + (uint32_t)half * (S::WGRAD ? HALF_N * 4 : 4);
+  if (S::WGRAD) column += threadIdx.x % 4 * 8;
 #pragma unroll
   for (int i = 0; i < 64; i++) sums[0][i] = sums[1][i] = 0;
   for (int step = 0; step < steps; step++) {
     int stage = r->stage;
     uint32_t at = (uint32_t)(stage * S::STAGE_BYTES);
-#pragma unroll
-    for (int i = 0; i < 4; i++) sa[i] = next_a[i];
-    sb = next_b;
-    read_scales<S>(reader, min(step + 1, steps - 1), next_a, &next_b);
+    uint32_t by = scales + (uint32_t)(stage * S::SCALE_BYTES);
     barrier_wait(full + (uint32_t)stage * 8, r->parity);
     uint64_t db = tile_descriptor(b + at, 0);
 #pragma unroll
     for (int h = 0; h < 2; h++) {
       if (h == 1 && !two) break;
       uint64_t da = tile_descriptor(a + at + (uint32_t)(h * HALF_A), 0);
+      part_sync(4 + half, 256);
       wgmma_fence();
 #pragma unroll
       for (int i = 0; i < 4; i++)
         wgmma_e4m3(part, da + (uint64_t)(2 * i), db + (uint64_t)(2 * i), i > 0);
       wgmma_commit();
+      asm volatile("bar.arrive %0, 256;" ::"r"(5 - half) : "memory");
+      float up = shared_float(by + row + (uint32_t)(h * 256));
+      float low = shared_float(by + row + (uint32_t)(h * 256 + 32));
+      float of_b = S::WGRAD ? 1.0f : shared_float(by + column);
+#pragma unroll
+      for (int i = 0; S::WGRAD && i < AHEAD; i++)
+        ahead[i] = shared_pair(by + column + (uint32_t)(i * 32));
+      if (!S::WGRAD) up *= of_b, low *= of_b;
       wgmma_wait<0>();
       sums_ready(part);
-      if (!S::WGRAD && (h == 1 || !two)) leave(empty, stage);
-      float up = sa[2 * h] * sb, low = sa[2 * h + 1] * sb;
-#pragma unroll
-      for (int i = 0; i < 16; i++) {
-        float x = 1, y = 1;
-        if (S::WGRAD) {
-          asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
-                       : "=f"(x), "=f"(y)
-                       : "r"(scales + (uint32_t)(stage * S::SCALE_BYTES + i * 32)));
-        }
-        float *to = &sums[h][4 * i];
-        to[0] = fmaf(part[4 * i], S::WGRAD ? up * x : up, to[0]);
-        to[1] = fmaf(part[4 * i + 1], S::WGRAD ? up * y : up, to[1]);
-        to[2] = fmaf(part[4 * i + 2], S::WGRAD ? low * x : low, to[2]);
-        to[3] = fmaf(part[4 * i + 3], S::WGRAD ? low * y : low, to[3]);
+      if (!S::WGRAD && (h == 1 || !two)) {
+        __syncwarp();
+        leave(empty, stage);
       }
+      add_part<S>(sums[h], part, up, low, ahead, by + column);
     }
     if (S::WGRAD) { /* not before every lane has read the scales */
       __syncwarp();
@@ -218,35 +262,36 @@ multiply_tile8(float (&sums)[2][64], struct ring *r, int steps, const struct sca
   }
 }
 
-/* 64 rows of the warpgroup's columns out, from (row, col) of the group on. */
+/* 64 rows of the warpgroup's columns out, from (row, col) of the group on, through CHUNKS slots
+ * from `out` on; wait: TMA may still be reading there. */
 template <class S>
 __device__ __forceinline__ void write_half(const struct qjob &j, const float (&d)[64],
-                                           const CUtensorMap *map, uint32_t out,
+                                           const CUtensorMap *map, uint32_t out, bool wait,
                                            const struct place &p, int row, int col, int half) {
   bool leader = threadIdx.x % 128 == 0;
-#pragma unroll
-  for (int first = 0; first < S::CHUNKS; first += S::SLOTS) {
+  if (wait) {
     if (leader) tma_read_done();
     part_sync(1 + half, 128);
-#pragma unroll
-    for (int i = 0; i < S::SLOTS; i++)
-      stage_chunk(d, first + i, out + (uint32_t)(i * CHUNK_BYTES), (typename S::C *)NULL);
-    writes_for_tma();
-    part_sync(1 + half, 128);
-#pragma unroll
-    for (int i = 0; leader && i < S::SLOTS; i++) {
-      uint32_t from = out + (uint32_t)(i * CHUNK_BYTES);
-      int at = col + (first + i) * S::CHUNK_COLS;
-      if (at >= j.n) continue;
-      if (!S::WGRAD)
-        tma_put_4d(map, from, at, RAGGED_ROWS - (p.end - p.begin) + row, RAGGED_ROWS, p.end);
-      else if (sizeof(typename S::C) == 4 && j.accumulate)
-        tma_add_3d(map, from, at, row, p.g);
-      else
-        tma_put_3d(map, from, at, row, p.g);
-    }
-    if (leader) tma_commit();
   }
+#pragma unroll
+  for (int i = 0; i < S::CHUNKS; i++)
+    stage_chunk(d, i, out + (uint32_t)(i * CHUNK_BYTES), (typename S::C *)NULL);
+  writes_for_tma();
+  part_sync(1 + half, 128);
+  if (!leader) return;
+#pragma unroll
+  for (int i = 0; i < S::CHUNKS; i++) {
+    uint32_t from = out + (uint32_t)(i * CHUNK_BYTES);
+    int at = col + i * S::CHUNK_COLS;
+    if (at >= j.n) continue;
+    if (!S::WGRAD)
+      tma_put_4d(map, from, at, RAGGED_ROWS - (p.end - p.begin) + row, RAGGED_ROWS, p.end);
+    else if (sizeof(typename S::C) == 4 && j.accumulate)
+      tma_add_3d(map, from, at, row, p.g);
+    else
+      tma_put_3d(map, from, at, row, p.g);
+  }
+  tma_commit();
 }
 
 /* The warpgroup's part of a matrix whose group is empty: 128 x 128 at most. */
@@ -262,18 +307,18 @@ __device__ __forceinline__ void write_zeros(typename S::C *c, int64_t ldc, int r
 /* A multiplying warpgroup's whole life; half: its 128 columns of each tile. */
 template <class S>
 __device__ __forceinline__ void multiply_all(const struct qjob &j, const CUtensorMap *map_c,
-                                             const struct control *s, uint32_t tiles, int rank,
+                                             struct control *s, uint32_t tiles, int rank,
                                              int half) {
   typedef typename S::C C;
   uint32_t full = shared_address(s->full), empty = shared_address(s->empty);
   uint32_t b = tiles + (uint32_t)(A_BYTES + half * HALF_B);
   uint32_t out = tiles + (uint32_t)(S::RING_BYTES + half * S::OUT_BYTES);
-  uint32_t scales =
-      tiles + (uint32_t)(S::SCALES_AT + half * HALF_N * 4) + (uint32_t)(threadIdx.x % 4 * 8);
   struct ring r = {0, 0};
   struct walk at = {0, 0};
   struct place p;
   float sums[2][64];
+  if (half == 1) asm volatile("bar.arrive 4, 256;" ::: "memory");
+  if (S::WGRAD && j.partial) add_squares(s, 0, false);
   for (int unit = (int)blockIdx.x / 2; find<S>(j, s, &at, unit, rank, &p);
        unit += (int)gridDim.x / 2) {
     int steps = step_count<S>(j, p), row = p.m * TILE_M, col = p.n * Q_TILE_N + half * HALF_N;
@@ -286,11 +331,17 @@ __device__ __forceinline__ void multiply_all(const struct qjob &j, const CUtenso
     C *c = (C *)j.c + (first + row) * j.ldc + col;
     if (steps == 0) {
       if (!j.accumulate) write_zeros<S>(c, j.ldc, rows - row, j.n - col);
+      if (S::WGRAD && j.accumulate && j.partial) {
+        int first_row = (int)threadIdx.x / 32 % 4 * 32;
+        add_squares(s,
+                    old_squares(c + first_row * j.ldc, j.ldc, min(32, rows - row - first_row),
+                                min((int)HALF_N, j.n - col)),
+                    true);
+      }
       continue;
     }
     bool two = row + 64 < rows;
-    multiply_tile8<S>(sums, &r, steps, scales_of<S>(j, p, half), two, full, empty, tiles, b,
-                      scales);
+    multiply_tile8<S>(sums, &r, steps, two, full, empty, tiles, b, tiles + S::SCALES_AT, half);
 #pragma unroll
     for (int h = 0; h < 2; h++) {
       if (h == 1 && !two) break;
@@ -298,9 +349,14 @@ __device__ __forceinline__ void multiply_all(const struct qjob &j, const CUtenso
         add_old(sums[h], (const bf16 *)j.c + (first + row + h * 64) * j.ldc + col, j.ldc,
                 rows - row - h * 64, j.n - col);
       }
-      write_half<S>(j, sums[h], map_c, out, p, row + h * 64, col, half);
+      constexpr int BOTH = S::SLOTS / S::CHUNKS - 1; /* whether there are slots for both halves */
+      write_half<S>(j, sums[h], map_c, out + (uint32_t)(BOTH * h * S::CHUNKS * CHUNK_BYTES),
+                    h == 0 || !BOTH, p, row + h * 64, col, half);
+      if (S::WGRAD && j.partial) add_squares(s, squares<C>(sums[h]), true);
     }
   }
+  if (half == 0) asm volatile("bar.sync 4, 256;" ::: "memory");
+  if (S::WGRAD && j.partial) write_partial(s, j.partial);
   if (threadIdx.x % 128 == 0) tma_all_done();
 }
 
@@ -322,7 +378,7 @@ __global__ __cluster_dims__(2, 1, 1)
     prefetch_map(&map_a);
     prefetch_map(&map_b);
     prefetch_map(&map_c);
-    init_ring<S>(s);
+    init_ring<S>(s, 1 + 32);
   }
   __syncthreads();
   cluster_sync();
@@ -330,6 +386,7 @@ __global__ __cluster_dims__(2, 1, 1)
   if (threadIdx.x < 128) {
     registers_down<40>();
     if (threadIdx.x == 0) load_all<S>(j, &map_a, &map_b, s, tiles, rank);
+    if (threadIdx.x / 32 == 1) load_scales<S>(j, s, tiles, rank);
     __syncwarp();
   } else {
     registers_up<232>();
@@ -367,6 +424,7 @@ template <class S> static mt_err launch(struct mt_backend *be, const struct mt_c
                    .a_scale = p->a_scale,
                    .b_scale = p->b_scale,
                    .c = p->c,
+                   .partial = NULL,
                    .groups = p->groups,
                    .rows = (int)(S::WGRAD ? p->k : p->m),
                    .m = (int)p->m,
@@ -375,11 +433,16 @@ template <class S> static mt_err launch(struct mt_backend *be, const struct mt_c
                    .a_scale_ld = p->a_scale_ld,
                    .ldc = p->ldc,
                    .accumulate = p->accumulate};
+  void *partial = NULL;
+  int blocks = (int)(2 * clusters);
+  if (p->sumsq) MT_TRY(mt_cuda_scratch(be, "fp8 products", blocks * sizeof(double), &partial));
+  j.partial = (double *)partial;
   MT_TRY(mt_cuda_check(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::SHARED_BYTES),
       "fp8 products"));
-  kernel<<<(unsigned)(2 * clusters), THREADS, S::SHARED_BYTES, c->stream>>>(a, b, out, j);
-  return mt_cuda_launched("fp8 products");
+  kernel<<<(unsigned)blocks, THREADS, S::SHARED_BYTES, c->stream>>>(a, b, out, j);
+  MT_TRY(mt_cuda_launched("fp8 products"));
+  return p->sumsq ? mt_cuda_sum_partials(be, j.partial, blocks, p->sumsq) : MT_OK;
 }
 
 extern "C" bool mt_cuda_qgrouped_sm90_takes(const struct mt_backend *be,
@@ -394,6 +457,13 @@ extern "C" bool mt_cuda_qgrouped_sm90_takes(const struct mt_backend *be,
   if (mt * (p->n / HALF_N + 1) > INT32_MAX) return false;
   return p->k % 16 == 0 && (p->n | p->ldc) % 8 == 0 && aligned_to(p->a, 16) &&
          aligned_to(p->b, 16) && aligned_to(p->c, 16) && aligned_to(p->b_scale, p->wgrad ? 16 : 4);
+}
+
+/* float32 that is added to never comes into registers. */
+extern "C" bool mt_cuda_qgrouped_sm90_sums(const struct mt_backend *be,
+                                           const struct mt_cuda_qgrouped *p) {
+  return p->wgrad && !(p->c_dtype == MT_F32 && p->accumulate) &&
+         mt_cuda_of(be)->sm_count <= MT_CUDA_PARTIALS && mt_cuda_qgrouped_sm90_takes(be, p);
 }
 
 extern "C" mt_err mt_cuda_qgrouped_sm90(struct mt_backend *be, const struct mt_cuda_qgrouped *p) {

@@ -31,9 +31,12 @@ struct mt_cuda_qgrouped {
   int64_t ldc;
   enum mt_dtype c_dtype;
   int accumulate;
+  double *sumsq; /* device [1] (=) sum of squares of c as it is then, or NULL; needs ..._sums */
 };
 /* False where it does not take this shape, format or chip. */
 bool mt_cuda_qgrouped_sm90_takes(const struct mt_backend *be, const struct mt_cuda_qgrouped *p);
+/* Whether it also makes the sum of squares. */
+bool mt_cuda_qgrouped_sm90_sums(const struct mt_backend *be, const struct mt_cuda_qgrouped *p);
 mt_err mt_cuda_qgrouped_sm90(struct mt_backend *be, const struct mt_cuda_qgrouped *p);
 
 #ifdef __cplusplus
