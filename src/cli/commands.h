@@ -56,9 +56,10 @@ extern const struct mt_command mt_command_train, mt_command_eval, mt_command_gen
   {                                                                                                \
     .flag = "optim-state", .type = MT_OPT_NAME, .offset = offsetof(S, device.optim_state),         \
     .unit = "FORMAT", .choices = "fp32|bf16", .initial = "fp32",                                   \
-    .help = "Format of the optimizer's moments and master weights. bf16, with --precision bf16 "   \
-            "alone: moments and gradients in bf16 and no master weights, 8 bytes a parameter "     \
-            "instead of 18; what is kept is rounded at random, so that small updates count.",      \
+    .help = "Format of the optimizer's moments and master weights. bf16, with --precision bf16, "  \
+            "fp8 or mxfp8: moments and gradients in bf16 and no master weights, 8 bytes a "        \
+            "parameter instead of 18 (with 8-bit copies of a weight 10, also instead of 18); "     \
+            "what is kept is rounded at random, so that small updates count.",                     \
   }
 #define MT_ROW_GRAPHS(S)                                                                           \
   {                                                                                                \

@@ -252,6 +252,10 @@ mt_err mt_model_quantize_weights(struct mt_model *m) {
   return MT_OK;
 }
 
+bool mt_model_gathers_rows(const struct mt_model *m) {
+  return m->options.zero > 0 && m->recipe->qformat != MT_Q_NONE;
+}
+
 /* Layers of the stages before may learn, whoever is here. */
 static int lowest_learning(const struct mt_model *m) {
   int lowest = m->config.layers;

@@ -117,6 +117,10 @@ struct mt_memory mt_model_memory(const struct mt_model *m);
  * do in other recipes. Of masters that are cut over ranks mt_ranks_quantize makes them. */
 mt_err mt_model_quantize_weights(struct mt_model *m);
 
+/* Whether updated weights come back row by row (options.zero): in an 8-bit recipe copies in 8 bits
+ * lie between the others, or are all there is, so that these are no stretch of memory. */
+bool mt_model_gathers_rows(const struct mt_model *m);
+
 /* Whether gradients of a class are cut over several ranks: backward then overwrites those of each
  * micro-batch, whatever a pass says, in a ring (buckets.h), and who listens to grad_ready adds them
  * up elsewhere in time. */

@@ -348,7 +348,7 @@ static mt_err put_master(struct mt_ranks *r, int row, struct mt_tensor whole) {
 
 /* Whether mt_model_quantize_weights finds no whole source. */
 static bool quantized_here(const struct mt_ranks *r, const struct mt_param *p) {
-  return r->model->options.zero > 0 && p->learns && p->q.format != MT_Q_NONE;
+  return r->model->options.zero > 0 && p->learns && p->q.format != MT_Q_NONE && !p->compute.data;
 }
 
 mt_err mt_ranks_quantize(struct mt_ranks *r) {
@@ -372,8 +372,7 @@ mt_err mt_ranks_quantize(struct mt_ranks *r) {
 mt_err mt_ranks_parameters(struct mt_ranks *r) {
   const struct mt_model *m = r->model;
   if (m->options.zero == 0) return MT_OK;
-  /* In an 8-bit recipe some rows have nothing else, and the others are no stretch. */
-  bool by_rows = m->recipe->qformat != MT_Q_NONE;
+  bool by_rows = mt_model_gathers_rows(m);
   for (int i = 0; by_rows && i < m->params.count; i++) {
     const struct mt_param *p = &m->params.row[i];
     if (p->learns && p->compute.data) MT_TRY(gather_row(r, i, p->compute));
@@ -383,5 +382,6 @@ mt_err mt_ranks_parameters(struct mt_ranks *r) {
     MT_TRY(mt_sum_gather(&r->sum, sharers_of(r, k->sync), mt_ranks_bucket(r, k, true),
                          m->recipe->act, k->count));
   }
-  return mt_ranks_quantize(r);
+  return m->recipe->act == m->recipe->state ? mt_model_quantize_weights(r->model)
+                                            : mt_ranks_quantize(r);
 }

@@ -270,7 +270,7 @@ static mt_err count_passes(struct counter *c, struct mt_model *m, struct mt_opti
 
 /* What brings sums or weights back: mt_ranks_parameters. */
 static void count_weights(const struct mt_model *m, struct mt_count *out) {
-  bool by_rows = m->recipe->qformat != MT_Q_NONE;
+  bool by_rows = mt_model_gathers_rows(m);
   for (int i = 0; i < m->params.count; i++) {
     const struct mt_param *p = &m->params.row[i];
     int64_t n = by_rows ? mt_param_count(p) : mt_bucket_round(mt_param_count(p));
@@ -281,7 +281,7 @@ static void count_weights(const struct mt_model *m, struct mt_count *out) {
 
 static void count_calls(const struct mt_model *m, const struct mt_buckets *b,
                         struct mt_count *out) {
-  bool by_rows = m->options.zero > 0 && m->recipe->qformat != MT_Q_NONE;
+  bool by_rows = mt_model_gathers_rows(m);
   for (int i = 0; i < b->count; i++) {
     const struct mt_bucket *k = &b->item[i];
     out->buckets[k->sync]++;

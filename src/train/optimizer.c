@@ -112,5 +112,6 @@ mt_err mt_optimizer_update(struct mt_optimizer *o) {
                                                    .values = &o->model->acts.values->adamw,
                                                    .clip = o->options.clip,
                                                    .grad_sumsq = o->grad_sumsq}));
+  if (o->model->options.zero > 0) return MT_OK; /* mt_ranks_parameters, when all parts are back */
   return mt_model_quantize_weights(o->model);
 }

@@ -32,7 +32,8 @@ mt_err mt_device_open(const struct mt_device_options *o, const struct mt_recipe 
   const char *states = o->optim_state ? o->optim_state : "fp32";
   *recipe = mt_recipe_choose(precision, states);
   if (!*recipe && mt_recipe_find(precision)) {
-    return mt_fail(MT_EINVAL, "--optim-state %s goes with --precision bf16, not with %s", states,
+    return mt_fail(MT_EINVAL,
+                   "--optim-state %s goes with --precision bf16, fp8 or mxfp8, not with %s", states,
                    precision);
   }
   if (!*recipe) return mt_fail(MT_EUNSUPPORTED, "no precision '%s'", precision);

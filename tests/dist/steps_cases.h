@@ -134,6 +134,7 @@ static void steps_equal_to_one(const char *recipe, struct mt_model_options optio
     options.bucket_elements = cuts[run].bucket_elements;
     open_run(&mine, recipe, options, &c, &shard);
     take_weights(&mine, &before);
+    take_cut_masters(&mine, &before);
     OK(mt_ranks_open(&ranks, &world, &mesh));
     OK(mt_ranks_join(&ranks, &mine.m));
     int micro = cuts[run].micro;

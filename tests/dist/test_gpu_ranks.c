@@ -48,6 +48,7 @@ static void steps_cut_over_the_ranks(void **state) {
   (void)state;
   cut_steps_on_every_mesh("bf16-states");
   cut_steps_on_every_mesh("fp8");
+  cut_steps_on_every_mesh("fp8-states");
 }
 
 /* Both orders, one a way of recomputing, and sharded gradients. */

@@ -244,6 +244,7 @@ static void plans_are_what_ranks_take(void **state) {
           if (recompute > 0) continue;
           on_mesh(path, "bf16-states", ep, pp, zero, recompute, 1, 0);
           on_mesh(path_8bit, "mxfp8", ep, pp, zero, recompute, 1, 0);
+          on_mesh(path_8bit, "mxfp8-states", ep, pp, zero, recompute, 1, 0);
         }
       }
     }

@@ -6,10 +6,12 @@
 static void native_fp8(void **state) {
   (void)state;
   trains_as_the_cpu("cuda", "fp8", NULL);
+  trains_as_the_cpu("cuda", "fp8-states", NULL);
 }
 static void native_mxfp8(void **state) {
   (void)state;
   trains_as_the_cpu("cuda", "mxfp8", NULL);
+  trains_as_the_cpu("cuda", "mxfp8-states", NULL);
 }
 static void portable_fp8(void **state) {
   (void)state;

@@ -72,7 +72,7 @@ static void eight_bit_weights(struct mt_model *m) {
     struct mt_param *p = &m->params.row[i];
     struct mt_tensor *forms[] = {&p->compute, &p->master};
     for (int f = 0; f < 2 && p->rank > 1 && p->kind != MT_PARAM_ROUTER; f++) {
-      if (!forms[f]->data) continue;
+      if (!forms[f]->data || (f == 1 && forms[1]->data == forms[0]->data)) continue;
       size_t n = (size_t)mt_count(forms[f]);
       void *raw = malloc(n * sizeof(double));
       double *x = malloc(n * sizeof *x);
@@ -152,10 +152,13 @@ static double eight_bit_losses(const struct eight_bit_run *a, const struct eight
   return worst;
 }
 
-/* The backend's run, prepared so, beside the CPU's; and that a planted scale is seen. */
+/* The backend's run, prepared so, beside the CPU's; and that a planted scale is seen. Sums in
+ * another order round to other bf16 now and then, and those to other e4m3, a step of 6 to 12%: two
+ * backends are about as far from one another as either is from float32 (0.986 to 0.989 seen on
+ * Hopper). */
 static void trains_as_the_cpu(const char *backend, const char *recipe,
                               void (*prepare)(struct mt_backend *be)) {
-  double bound = mt_recipe_find(recipe)->backward_cosine;
+  double bound = mt_recipe_find(recipe)->grad_cosine;
   const double losses = 0.03;
   for (int i = MT_EXPERTS_LOOP; i <= MT_EXPERTS_FUSED; i++) {
     enum mt_experts_strategy experts = (enum mt_experts_strategy)i;

@@ -61,9 +61,10 @@ static void same_gradients(struct small_model *a, struct small_model *b, const c
 }
 
 static inline void gradients_are_the_same_on(const char *backend) {
-  static const char *const recipes[] = {"fp32", "bf16", "bf16-states", "mxfp8", "fp8"};
+  static const char *const recipes[] = {"fp32",  "bf16", "bf16-states",
+                                        "mxfp8", "fp8",  "fp8-states"};
   for (int way = 0; way < WAYS; way++) {
-    for (int r = 0; r < 5; r++) {
+    for (int r = 0; r < 6; r++) {
       struct mt_config c = deep_config(r >= 3);
       struct small_model kept;
       small_open(&kept, backend, recipes[r], &c, way_of(way, MT_RECOMPUTE_NONE));

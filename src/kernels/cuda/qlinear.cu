@@ -287,8 +287,8 @@ static bool native_wgrad(const struct mt_backend *be, const struct mt_qlinear_wg
   return mt_cuda_qgrouped_sm90_takes(be, p);
 }
 
-/* Chips with such products of their own, of no rows too; *done false: it is none of theirs. *summed:
- * sumsq has been made on the way. */
+/* Chips with such products of their own, of no rows too; *done false: it is none of theirs.
+ * *summed: sumsq has been made on the way. */
 static mt_err wgrad_native(struct mt_backend *be, const char *op,
                            const struct mt_qlinear_wgrad_args *a, bool *done, bool *summed) {
   struct mt_cuda_qgrouped p;
