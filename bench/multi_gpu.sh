@@ -79,19 +79,17 @@ tests() {
   MOETUNE_SHARED_GPU=1 CUDA_VISIBLE_DEVICES=0 run tests 90 "${launch[@]}" "$build/test_gpu_ranks"
 }
 
-# 2. Every rung at Mixtral-8x7B's width on the same global tokens: with bf16 states on all layers that
-# are asked for, and with float32 states, which rung 3's 8-bit recipe has, on as many as surely fit 80 GB
-# (by moetune plan 67, 57 and 47 GB a GPU on 2, 4 and 8).
+# 2. Every rung at Mixtral-8x7B's width on the same global tokens, with bf16 states.
 config=models/mixtral-8x7b.json
 length=8192
 steps=(--warmup-steps 2 --train-steps 6)
 case $gpus in
-2) layers=4 layers_fp32=4 ;;
-4) layers=8 layers_fp32=6 ;;
-8) layers=32 layers_fp32=8 ;;
+2) layers=4 ;;
+4) layers=8 ;;
+8) layers=32 ;;
 esac
 if [ "$device" = cpu ]; then
-  config=$out/small.json length=32 layers=4 layers_fp32=4
+  config=$out/small.json length=32 layers=4
   steps=(--warmup-steps 1 --train-steps 2)
   cat >"$config" <<'J'
 {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "hidden_size": 64,
@@ -101,18 +99,14 @@ if [ "$device" = cpu ]; then
  "tie_word_embeddings": false, "hidden_act": "silu", "router_aux_loss_coef": 0.02}
 J
 fi
-climb() { # STATES LAYERS
-  ranks "$gpus"
-  run ladder 150 "${launch[@]}" "$moetune" ladder --random "$config" --layers "$2" --batch-size 1 \
-    --max-seq-length "$length" --ep-size "$gpus" --device "$device" --precision bf16 --optim-state "$1" \
-    --recompute mlp "${steps[@]}" --svg "$out/ladder-$1.svg"
-}
 ladder() {
-  climb bf16 "$layers"
-  climb fp32 "$layers_fp32"
+  ranks "$gpus"
+  run ladder 200 "${launch[@]}" "$moetune" ladder --random "$config" --layers "$layers" --batch-size 1 \
+    --max-seq-length "$length" --ep-size "$gpus" --device "$device" --precision bf16 --optim-state bf16 \
+    --recompute mlp "${steps[@]}" --svg "$out/ladder.svg"
 }
 
-# transformers' device_map="auto" on the work of the ladder with bf16 states.
+# transformers' device_map="auto" on the work of the ladder.
 hf() {
   local all=()
   [ "$device" = cuda ] || all=(--gpus "$gpus")

@@ -82,7 +82,7 @@ def scaled_products(rows, out, width, counts):
         return q.float() * scale.unsqueeze(-1)
 
     def rowwise(kind, a, w):
-        (qa, sa), (qw, sw) = e4m3(a), e4m3(w)
+        (qa, sa), (qw, sw) = e4m3(a), e4m3(w.contiguous())
         return (
             kind,
             lambda: mm(qa, qw.transpose(1, 2), sa, sw, **options),

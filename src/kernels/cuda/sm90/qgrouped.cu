@@ -210,11 +210,14 @@ __device__ __forceinline__ void add_part(float (&sums)[64], const float (&part)[
 }
 
 /* sums [128 x 128 of the warpgroup, by halves of 64 rows] (=): all of a tile. a, b: in the first
- * stage; scales: the first stage's; two: the second half of the rows is there. */
+ * stage; scales: the first stage's; two: the second half of the rows is there; turns: the other
+ * warpgroup does the same, and each lets the other's product go before its own next, so that one is
+ * at work while the other scales (barriers TURN and TURN + 1: measured 5 to 8% faster). */
+enum { TURN = 4 };
 template <class S>
 __device__ __forceinline__ void multiply_tile8(float (&sums)[2][64], struct ring *r, int steps,
                                                bool two, uint32_t full, uint32_t empty, uint32_t a,
-                                               uint32_t b, uint32_t scales, int half) {
+                                               uint32_t b, uint32_t scales, int half, bool turns) {
   float part[64];
   float2 ahead[AHEAD];
   uint32_t row = (threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4) * 4;
@@ -232,13 +235,13 @@ __device__ __forceinline__ void multiply_tile8(float (&sums)[2][64], struct ring
     for (int h = 0; h < 2; h++) {
       if (h == 1 && !two) break;
       uint64_t da = tile_descriptor(a + at + (uint32_t)(h * HALF_A), 0);
-      part_sync(4 + half, 256);
+      if (turns) part_sync(TURN + half, 256);
       wgmma_fence();
 #pragma unroll
       for (int i = 0; i < 4; i++)
         wgmma_e4m3(part, da + (uint64_t)(2 * i), db + (uint64_t)(2 * i), i > 0);
       wgmma_commit();
-      asm volatile("bar.arrive %0, 256;" ::"r"(5 - half) : "memory");
+      if (turns) part_arrive(TURN + 1 - half, 256);
       float up = shared_float(by + row + (uint32_t)(h * 256));
       float low = shared_float(by + row + (uint32_t)(h * 256 + 32));
       float of_b = S::WGRAD ? 1.0f : shared_float(by + column);
@@ -317,7 +320,7 @@ __device__ __forceinline__ void multiply_all(const struct qjob &j, const CUtenso
   struct walk at = {0, 0};
   struct place p;
   float sums[2][64];
-  if (half == 1) asm volatile("bar.arrive 4, 256;" ::: "memory");
+  if (half == 1) part_arrive(TURN, 256);
   if (S::WGRAD && j.partial) add_squares(s, 0, false);
   for (int unit = (int)blockIdx.x / 2; find<S>(j, s, &at, unit, rank, &p);
        unit += (int)gridDim.x / 2) {
@@ -341,7 +344,9 @@ __device__ __forceinline__ void multiply_all(const struct qjob &j, const CUtenso
       continue;
     }
     bool two = row + 64 < rows;
-    multiply_tile8<S>(sums, &r, steps, two, full, empty, tiles, b, tiles + S::SCALES_AT, half);
+    bool turns = p.n * Q_TILE_N + HALF_N < j.n; /* the other warpgroup multiplies too */
+    multiply_tile8<S>(sums, &r, steps, two, full, empty, tiles, b, tiles + S::SCALES_AT, half,
+                      turns);
 #pragma unroll
     for (int h = 0; h < 2; h++) {
       if (h == 1 && !two) break;
@@ -355,7 +360,7 @@ __device__ __forceinline__ void multiply_all(const struct qjob &j, const CUtenso
       if (S::WGRAD && j.partial) add_squares(s, squares<C>(sums[h]), true);
     }
   }
-  if (half == 0) asm volatile("bar.sync 4, 256;" ::: "memory");
+  if (half == 0) part_sync(TURN, 256);
   if (S::WGRAD && j.partial) write_partial(s, j.partial);
   if (threadIdx.x % 128 == 0) tma_all_done();
 }
