@@ -7,7 +7,8 @@
  * read and write at the least. The norm before the block is outside.
  *   moe_block [--json] [--loop] [--unfused] [--precision RECIPE,...] [--runs N] [backend]
  *             [TOKENS HIDDEN FFN EXPERTS TOP_K]...
- * Recipes: bf16 (float32 gradients of parameters) and bf16-states (bf16 ones), both unless told. */
+ * Recipes: bf16 (float32 gradients of parameters) and bf16-states (bf16 ones), both unless told;
+ * those in 8 bits (fp8-states) run with experts fused. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -15,6 +16,8 @@
 #include "base/rng.h"
 #include "kernels/registry.h"
 #include "model/layers.h"
+#include "train/bench.h"
+#include "data/dataset.h"
 
 enum { WARM = 5, MOST_RUNS = 200, MOST_ROWS = 40, BLOCK = (1 << 20) + 7 };
 enum { FWD, BWD, PHASES };
@@ -227,11 +230,16 @@ static mt_err make_model(struct mt_model *m, const struct size *z, const struct 
     if (p->rank == 1)
       MT_TRY(ones(p->compute));
     else
-      MT_TRY(fill(p->compute, 0.02, (uint64_t)i));
+      MT_TRY(fill(p->compute.data ? p->compute : p->master, 0.02, (uint64_t)i));
   }
-  int32_t valid = z->tokens;
+  MT_TRY(mt_model_quantize_weights(m));
+  struct mt_batch batch = {0};
   mt_acts_enter(&m->acts, &bench.be, MT_ROOM_MOE);
-  MT_TRY(bench.be.upload(&bench.be, m->acts.valid_count, &valid, sizeof valid));
+  mt_err err = mt_random_batch(&batch, 0, 1, z->tokens, 64, 1);
+  if (!err) err = mt_acts_load(&m->acts, &bench.be, &batch);
+  if (!err) err = bench.be.sync(&bench.be);
+  mt_batch_destroy(&batch);
+  MT_TRY(err);
   return fill(m->acts.layer[0].s1, 1, 100);
 }
 
@@ -388,11 +396,15 @@ static mt_err one_size(const struct size *z, const struct options *o, const char
   struct mt_model m = {0};
   struct mt_tensor ds = {0};
   int32_t load[MT_MAX_EXPERTS];
+  static const char *const names[] = {"loop", "grouped", "fused"};
   const struct mt_recipe *recipe = mt_recipe_find(precision);
   if (!recipe) return mt_fail(MT_EUNSUPPORTED, "no precision '%s'", precision);
+  enum mt_experts_strategy experts = o->loop                        ? MT_EXPERTS_LOOP
+                                     : recipe->qformat == MT_Q_NONE ? MT_EXPERTS_GROUPED
+                                                                    : MT_EXPERTS_FUSED;
   struct result r = {.size = z,
                      .recipe = precision,
-                     .experts = o->loop ? "loop" : "grouped",
+                     .experts = names[experts],
                      .blocks = o->unfused ? "unfused" : "fused",
                      .weights = recipe->act,
                      .gradients = recipe->grad,
@@ -400,8 +412,7 @@ static mt_err one_size(const struct size *z, const struct options *o, const char
                      .least_rows = z->tokens};
   mt_err err;
   bench.size = *z;
-  MT_GO(make_model(&m, z, recipe, o->loop ? MT_EXPERTS_LOOP : MT_EXPERTS_GROUPED,
-                   o->unfused ? MT_BLOCKS_UNFUSED : MT_BLOCKS_FUSED));
+  MT_GO(make_model(&m, z, recipe, experts, o->unfused ? MT_BLOCKS_UNFUSED : MT_BLOCKS_FUSED));
   struct mt_tensor shape = m.acts.ds;
   MT_GO(bench.be.mem_alloc(&bench.be, mt_bytes(&shape), &shape.data));
   ds = shape;
