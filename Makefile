@@ -32,6 +32,7 @@ asan: ## build with AddressSanitizer and UBSan into build/asan and run all tests
 	@ctest --test-dir build/asan --output-on-failure
 
 dist: ## build and pack into build/moetune-dist what runs on another Linux machine
+	@tools/setup.sh --dist
 	@tools/build.sh dist
 	@tools/dist.sh build/moetune-dist
 

@@ -14,6 +14,7 @@ if [ "${1:-}" = --without-cuda-libraries ]; then
   shift
 fi
 [ $# -gt 0 ] || set -- build/dist/moetune
+command -v patchelf >/dev/null || { echo "patchelf is missing: tools/setup.sh --dist installs it" >&2; exit 1; }
 rm -rf "$out"
 mkdir -p "$out/lib"
 for program in "$@"; do
@@ -32,4 +33,19 @@ for near in /usr/local/cuda/lib64 .cache/cuda/root/lib; do
   [ -n "$nccl" ] || [ ! -e "$near/libnccl.so.2" ] || nccl=$near/libnccl.so.2
 done
 [ $cuda = no ] || [ -z "$nccl" ] || cp -L "$nccl" "$out/lib/libnccl.so.2"
+# A library with a path of its own (Debian's Open MPI) would not look where the program's RPATH says.
+for file in "$out"/lib/*; do
+  [ -z "$(patchelf --print-rpath "$file")" ] || patchelf --remove-rpath "$file"
+done
+# All that is needed lies here, but for the C library and what was left out on purpose.
+for program in "$@"; do
+  env -i PATH="$PATH" ldd "$out/$(basename "$program")"
+done | awk '$2 == "=>"' | grep -vE "=> $(cd "$out" && pwd)/|/\./lib/|^[[:space:]]*(libc|libm|libpthread|libdl|librt|ld-linux[^ ]*)\.so" |
+  if [ $cuda = yes ]; then cat; else grep -vE 'libcublas|libcudnn|libnccl'; fi | sort -u >"$out/outside.txt" || :
+if [ -s "$out/outside.txt" ]; then
+  echo "not packed:" >&2
+  cat "$out/outside.txt" >&2
+  exit 1
+fi
+rm -f "$out/outside.txt"
 echo "packed $* into $out ($(du -sh "$out" | cut -f1))"

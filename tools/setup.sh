@@ -3,6 +3,7 @@
 #   tools/setup.sh          compiler, build tools, libraries
 #   tools/setup.sh --ci     also what checks and fuzzing need: clang and its tools, zsh, mandoc
 #   tools/setup.sh --cuda   also what building the CUDA backend needs (tools/setup_cuda.sh)
+#   tools/setup.sh --dist   also what tools/dist.sh needs
 #   tools/setup.sh --list   prints the packages and installs nothing
 # Nothing missing: says so in one line and never calls apt-get.
 set -eu
@@ -39,6 +40,9 @@ cuda_packages='
 g++           cmd:g++                 what nvcc compiles host code with
 python3-venv  py:ensurepip            fetching nvcc where the system has none
 '
+dist_packages='
+patchelf      cmd:patchelf            libraries that find one another wherever they are put
+'
 packages=$build_packages
 list_only=0
 cuda=no
@@ -46,8 +50,9 @@ for arg in "$@"; do
   case $arg in
   --ci) packages="$packages$ci_packages" ;;
   --cuda) packages="$packages$cuda_packages" cuda=yes ;;
+  --dist) packages="$packages$dist_packages" ;;
   --list) list_only=1 ;;
-  *) echo "usage: tools/setup.sh [--ci] [--cuda] [--list]" >&2; exit 2 ;;
+  *) echo "usage: tools/setup.sh [--ci] [--cuda] [--dist] [--list]" >&2; exit 2 ;;
   esac
 done
 
