@@ -6,8 +6,9 @@ enum { GROUPS_MOST = MT_OPS_MAX_EXPERTS };
 
 /* Sources: of each of their tiles, four neighbours of a row, v (= where there are any). For bf16
  * with elements two to a register (quantize_packed.cuh): which row of the inputs a row is made of,
- * where input i lies, what the row is weighted with; make() makes a lane's elements of the tiles,
- * and sums that put_dots() has of two rows. */
+ * where input i lies and bytes from one of its rows to the next, what the row is weighted with;
+ * make() makes a lane's elements of the tiles, and sums that put_dots() has of two rows, of which
+ * `left` are there. */
 template <class T> struct plain_source {
   static constexpr int TILES = 1, INPUTS = 1;
   struct mat<const T> x;
@@ -21,15 +22,17 @@ template <class T> struct plain_source {
   bool packed() const { return packed_reads(x.p, x.ld); }
   __device__ int from(int64_t row) const { return row_source ? row_source[row] / top_k : (int)row; }
   __device__ const T *input(int) const { return x.p; }
-  __device__ int stride(int) const { return (int)x.ld; }
+  __device__ unsigned stride(int) const { return (unsigned)(x.ld * sizeof(T)); }
   __device__ float weight(int64_t) const { return 1.0f; }
   __device__ void make(const uint32_t (&x)[1][OWN_WORDS], float, uint32_t (&y)[1][OWN_WORDS],
                        float (&)[2]) const {
 #pragma unroll
     for (int i = 0; i < OWN_WORDS; i++) y[0][i] = x[0][i];
   }
-  __device__ void put_dots(const struct place &, const struct seat &, int,
-                           const float (&)[2][2]) const {}
+  __device__ float *dots_to(const struct place &, const struct seat &) const {
+    return NULL;
+  }
+  __device__ void put_dots(float *, int, const float (&)[2][2]) const {}
 };
 
 template <class T> struct swiglu_source {
@@ -56,8 +59,8 @@ template <class T> struct swiglu_source {
   __device__ const T *input(int i) const {
     return gate_up.p + i * f;
   }
-  __device__ int stride(int) const {
-    return (int)gate_up.ld;
+  __device__ unsigned stride(int) const {
+    return (unsigned)(gate_up.ld * sizeof(T));
   }
   __device__ float weight(int64_t row) const {
     return row_prob ? row_prob[row] : 1.0f;
@@ -69,8 +72,10 @@ template <class T> struct swiglu_source {
       y[0][i] = pair_of(swiglu_at<T>(low_float(x[0][i]), low_float(x[1][i]), weight),
                         swiglu_at<T>(high_float(x[0][i]), high_float(x[1][i]), weight));
   }
-  __device__ void put_dots(const struct place &, const struct seat &, int,
-                           const float (&)[2][2]) const {}
+  __device__ float *dots_to(const struct place &, const struct seat &) const {
+    return NULL;
+  }
+  __device__ void put_dots(float *, int, const float (&)[2][2]) const {}
 };
 
 /* What SwiGLU's backward reads. parts: [strips][R] what each strip of F adds to drow_prob, or NULL.
@@ -117,8 +122,8 @@ template <class T> struct gradients_source {
   __device__ const T *input(int i) const {
     return i < 2 ? in.gate_up.p + i * in.f : in.dh.p;
   }
-  __device__ int stride(int i) const {
-    return (int)(i < 2 ? in.gate_up.ld : in.dh.ld);
+  __device__ unsigned stride(int i) const {
+    return (unsigned)((i < 2 ? in.gate_up.ld : in.dh.ld) * sizeof(T));
   }
   __device__ float weight(int64_t row) const {
     return in.row_prob ? in.row_prob[row] : 1.0f;
@@ -135,13 +140,15 @@ template <class T> struct gradients_source {
       y[0][i] = pair_of(a.gate, b.gate), y[1][i] = pair_of(a.up, b.up), y[2][i] = pair_of(a.h, b.h);
     }
   }
-  /* The half warp's sums of two rows, added up in warp_sum's order. */
-  __device__ void put_dots(const struct place &p, const struct seat &s, int r,
-                           const float (&dots)[2][2]) const {
+  /* Where the lane puts the sums it has at last (pair_dots), if it does. */
+  __device__ float *dots_to(const struct place &p, const struct seat &s) const {
+    if (!in.parts || s.lane % 4 != 0 || s.lane >= 8) return NULL;
+    return in.parts + p.col / TILE * in.rows + p.row + s.row + s.lane / 4;
+  }
+  __device__ void put_dots(float *to, int left, const float (&dots)[2][2]) const {
     if (!in.parts) return;
     float dot = pair_dots(dots);
-    if (s.lane % 4 == 0 && s.lane < 8 && s.row + r + s.lane / 4 < p.rows)
-      in.parts[p.col / TILE * in.rows + p.row + s.row + r + s.lane / 4] = dot;
+    if (to && (int)(threadIdx.x / 4 % 2) < left) *to = dot;
   }
 };
 

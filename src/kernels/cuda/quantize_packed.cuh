@@ -28,7 +28,7 @@ constexpr int packed_blocks = Source::INPUTS == 1   ? 4
                                                     : 2;
 
 /* 16 bytes, or zeros where bytes = 0. */
-__device__ __forceinline__ void copy_slot(uint4 *to, const bf16 *from, int bytes) {
+__device__ __forceinline__ void copy_slot(uint4 *to, const char *from, int bytes) {
   asm volatile(
       "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((unsigned)__cvta_generic_to_shared(to)),
       "l"(from), "r"(bytes)
@@ -85,11 +85,12 @@ __device__ __forceinline__ uint32_t inverse_bits(unsigned byte) {
 
 /* One of 16 lanes' seats. */
 struct seat {
-  int lane, unit, row; /* row: the first of its eight */
+  unsigned lane, unit;
+  int row; /* the first of its eight */
 };
 __device__ __forceinline__ struct seat own_seat() {
-  int unit = (int)threadIdx.x / UNITS;
-  return {(int)threadIdx.x % UNITS, unit, unit * OWN_ROWS};
+  unsigned unit = threadIdx.x / UNITS;
+  return {threadIdx.x % UNITS, unit, (int)unit * OWN_ROWS};
 }
 /* What the lane that has the half warp's row r in hand has (lane r of 16 has row 8 half + r % 8 of
  * the warp's 16). */
@@ -101,16 +102,19 @@ template <class V> __device__ __forceinline__ V of_row(V mine, int r) {
 template <class Source>
 __device__ __forceinline__ void fetch(const Source &source, const struct place &p,
                                       const struct seat &s, uint4 *own) {
-  int warp_row = (int)threadIdx.x / 32 * 16 + s.lane;
-  int from = warp_row < p.rows ? source.from(p.row + warp_row) : 0;
+  int warp_row = (int)(threadIdx.x / 32 * 16 + s.lane);
+  unsigned from = warp_row < p.rows ? (unsigned)source.from(p.row + warp_row) : 0u;
+  const char *base[Source::INPUTS];
+#pragma unroll
+  for (int i = 0; i < Source::INPUTS; i++)
+    base[i] = (const char *)(source.input(i) + p.col + s.lane * OWN_ROWS);
 #pragma unroll
   for (int r = 0; r < OWN_ROWS; r++) {
-    int64_t row = of_row(from, r);
+    uint64_t row = of_row(from, r); /* times 32 bits: one instruction an address */
     int bytes = s.row + r < p.rows ? 16 : 0;
 #pragma unroll
     for (int i = 0; i < Source::INPUTS; i++)
-      copy_slot(own + i * TILE_SLOTS + r * UNITS,
-                source.input(i) + row * source.stride(i) + p.col + s.lane * OWN_ROWS, bytes);
+      copy_slot(own + i * TILE_SLOTS + r * UNITS, base[i] + row * source.stride(i), bytes);
     if (r % 2) copies_end();
   }
 }
@@ -120,10 +124,11 @@ struct own_tops {
   uint32_t row[OWN_ROWS / 2], col[OWN_WORDS];
 };
 
-/* Makes two rows of each tile of what has come, in place. */
+/* Makes two rows of each tile of what has come, in place. left: of the half warp's from its first
+ * on, how many are there. */
 template <class Source>
-__device__ __forceinline__ void make_pair(const Source &source, const struct place &p,
-                                          const struct seat &s, float weight, uint4 *own, int pair,
+__device__ __forceinline__ void make_pair(const Source &source, float weight, int left, uint4 *own,
+                                          int pair, float *dots_to,
                                           struct own_tops (&tops)[Source::TILES]) {
   constexpr int TILES = Source::TILES;
   float dots[2][2] = {};
@@ -150,7 +155,7 @@ __device__ __forceinline__ void make_pair(const Source &source, const struct pla
 #pragma unroll
   for (int t = 0; t < TILES; t++)
     tops[t].row[pair] = __vmaxu2(lower_of(all[t][0], all[t][1]), higher_of(all[t][0], all[t][1]));
-  source.put_dots(p, s, 2 * pair, dots);
+  source.put_dots(dots_to ? dots_to + 2 * pair : NULL, left - 2 * pair, dots);
 }
 
 /* Over the half warp: of each four lanes, the l-th get rows 2 l and 2 l + 1. Exchanging halves of
@@ -251,18 +256,17 @@ __device__ __forceinline__ void write_columns_packed(const struct mt_qtensor &q,
     turned[(s.lane * OWN_ROWS + c) * UNITS + (s.unit ^ s.lane)] =
         make_uint2(word[0][c], word[1][c]);
   __syncthreads();
-  /* Half warps have columns in turn, lanes 8 bytes of one. */
+  /* Half warps have columns in turn, 16 i + unit, and their lanes 8 bytes of one. */
   uint8_t *to = q.col + (p.col + s.unit) * q.col_rows + p.at + s.lane * OWN_ROWS;
   int64_t step = UNITS * q.col_rows;
+  unsigned at = s.lane ^ s.unit / OWN_ROWS;
+  turned += s.unit * UNITS;
 #pragma unroll
-  for (int i = 0; i < TILE / UNITS; i++, to += step) {
-    int c = i * UNITS + s.unit;
-    *(uint2 *)to = turned[c * UNITS + (s.lane ^ (c / OWN_ROWS))];
-  }
+  for (unsigned i = 0; i < TILE / UNITS; i++, to += step)
+    *(uint2 *)to = turned[i * UNITS * UNITS + (at ^ 2 * i)];
 }
 
-/* quantize_tiles for bf16 and FP8. No widths, strides or addresses but packed_reads and
- * packed_writes. */
+/* quantize_tiles for bf16 and FP8, where packed_reads and packed_writes. */
 template <class Source>
 __global__ void __launch_bounds__(THREADS, packed_blocks<Source>)
     quantize_packed(Source source, struct groups g, int64_t width,
@@ -276,17 +280,19 @@ __global__ void __launch_bounds__(THREADS, packed_blocks<Source>)
   struct place p = place_of(g, blockIdx.y, (int64_t)blockIdx.x * TILE, width);
   if (p.rows <= 0) return;
   fetch(source, p, s, own);
-  int warp_row = (int)threadIdx.x / 32 * 16 + s.lane;
+  int warp_row = (int)(threadIdx.x / 32 * 16 + s.lane);
   float weight = warp_row < p.rows ? source.weight(p.row + warp_row) : 1.0f;
+  float *dots_to = source.dots_to(p, s);
+  int left = p.rows - s.row;
   struct own_tops mine[TILES] = {};
   copies_wait<3>();
-  make_pair(source, p, s, weight, own, 0, mine);
+  make_pair(source, weight, left, own, 0, dots_to, mine);
   copies_wait<2>();
-  make_pair(source, p, s, weight, own, 1, mine);
+  make_pair(source, weight, left, own, 1, dots_to, mine);
   copies_wait<1>();
-  make_pair(source, p, s, weight, own, 2, mine);
+  make_pair(source, weight, left, own, 2, dots_to, mine);
   copies_wait<0>();
-  make_pair(source, p, s, weight, own, 3, mine);
+  make_pair(source, weight, left, own, 3, dots_to, mine);
   bool any = false;
 #pragma unroll
   for (int t = 0; t < TILES; t++) {
@@ -305,8 +311,8 @@ __global__ void __launch_bounds__(THREADS, packed_blocks<Source>)
   for (int t = 0; t < TILES; t++) {
     struct place at = p;
     at.col += out.shift[t];
-    if (out.q[t].col && threadIdx.x / TILE_WORDS == t)
-      put_column_scales(out.q[t], at, threadIdx.x % TILE_WORDS,
+    if (out.q[t].col && (int)threadIdx.x / TILE_WORDS == t)
+      put_column_scales(out.q[t], at, (int)threadIdx.x % TILE_WORDS,
                         (const uint32_t *)(tops + t * TOPS_SLOTS),
                         (uint32_t *)(by + t * TILE_WORDS / 4));
   }
