@@ -1,12 +1,16 @@
 /* Quantizing to 8 bits, by itself and joined with SwiGLU, on any GPU. */
-#include "kernels/cuda/quantize_tile.cuh"
+#include "kernels/cuda/quantize_packed.cuh"
 #include "kernels/cuda/swiglu.cuh"
 
 enum { GROUPS_MOST = MT_OPS_MAX_EXPERTS };
 
-/* Sources: of each of their tiles, four neighbours of a row, v (= where there are any). */
+/* Sources: of each of their tiles, four neighbours of a row, v (= where there are any). For bf16
+ * with elements two to a register (quantize_packed.cuh): which row of the inputs a row is made of,
+ * where input i lies and bytes from one of its rows to the next, what the row is weighted with;
+ * make() makes a lane's elements of the tiles, and sums that put_dots() has of two rows, of which
+ * `left` are there. */
 template <class T> struct plain_source {
-  static constexpr int TILES = 1;
+  static constexpr int TILES = 1, INPUTS = 1;
   struct mat<const T> x;
   const int32_t *row_source;
   int top_k;
@@ -15,10 +19,24 @@ template <class T> struct plain_source {
     if (row_source) row = row_source[row] / top_k;
     if (first < p.cols) read_four<T>(row_of(x, row) + p.col + first, p.cols - first, is_wide, v[0]);
   }
+  bool packed() const { return packed_reads(x.p, x.ld); }
+  __device__ int from(int64_t row) const { return row_source ? row_source[row] / top_k : (int)row; }
+  __device__ const T *input(int) const { return x.p; }
+  __device__ unsigned stride(int) const { return (unsigned)(x.ld * sizeof(T)); }
+  __device__ float weight(int64_t) const { return 1.0f; }
+  __device__ void make(const uint32_t (&x)[1][OWN_WORDS], float, uint32_t (&y)[1][OWN_WORDS],
+                       float (&)[2]) const {
+#pragma unroll
+    for (int i = 0; i < OWN_WORDS; i++) y[0][i] = x[0][i];
+  }
+  __device__ float *dots_to(const struct place &, const struct seat &) const {
+    return NULL;
+  }
+  __device__ void put_dots(float *, int, const float (&)[2][2]) const {}
 };
 
 template <class T> struct swiglu_source {
-  static constexpr int TILES = 1;
+  static constexpr int TILES = 1, INPUTS = 2;
   struct mat<const T> gate_up;
   const float *row_prob;
   int64_t f;
@@ -32,6 +50,32 @@ template <class T> struct swiglu_source {
 #pragma unroll
     for (int i = 0; i < 4; i++) v[0][i] = rounded<T>(swiglu_at<T>(g[i], u[i], weight));
   }
+  bool packed() const {
+    return packed_reads(gate_up.p, gate_up.ld);
+  }
+  __device__ int from(int64_t row) const {
+    return (int)row;
+  }
+  __device__ const T *input(int i) const {
+    return gate_up.p + i * f;
+  }
+  __device__ unsigned stride(int) const {
+    return (unsigned)(gate_up.ld * sizeof(T));
+  }
+  __device__ float weight(int64_t row) const {
+    return row_prob ? row_prob[row] : 1.0f;
+  }
+  __device__ void make(const uint32_t (&x)[2][OWN_WORDS], float weight, uint32_t (&y)[1][OWN_WORDS],
+                       float (&)[2]) const {
+#pragma unroll
+    for (int i = 0; i < OWN_WORDS; i++)
+      y[0][i] = pair_of(swiglu_at<T>(low_float(x[0][i]), low_float(x[1][i]), weight),
+                        swiglu_at<T>(high_float(x[0][i]), high_float(x[1][i]), weight));
+  }
+  __device__ float *dots_to(const struct place &, const struct seat &) const {
+    return NULL;
+  }
+  __device__ void put_dots(float *, int, const float (&)[2][2]) const {}
 };
 
 /* What SwiGLU's backward reads. parts: [strips][R] what each strip of F adds to drow_prob, or NULL.
@@ -52,7 +96,7 @@ template <class T> struct gradient_inputs {
 /* The gradients of gate and up, and h, of the same columns: everything is read once. For widths
  * where no block is of gate and up. */
 template <class T> struct gradients_source {
-  static constexpr int TILES = 3;
+  static constexpr int TILES = 3, INPUTS = 3;
   struct gradient_inputs<T> in;
   __device__ void load(const struct place &p, int64_t row, int first, float (&v)[3][4]) const {
     float dot = 0, weight = in.row_prob ? in.row_prob[row] : 1.0f, g[4], u[4], dy[4];
@@ -69,12 +113,49 @@ template <class T> struct gradients_source {
     }
     in.add_part(p, row, dot);
   }
+  bool packed() const {
+    return packed_reads(in.gate_up.p, in.gate_up.ld) && packed_reads(in.dh.p, in.dh.ld);
+  }
+  __device__ int from(int64_t row) const {
+    return (int)row;
+  }
+  __device__ const T *input(int i) const {
+    return i < 2 ? in.gate_up.p + i * in.f : in.dh.p;
+  }
+  __device__ unsigned stride(int i) const {
+    return (unsigned)((i < 2 ? in.gate_up.ld : in.dh.ld) * sizeof(T));
+  }
+  __device__ float weight(int64_t row) const {
+    return in.row_prob ? in.row_prob[row] : 1.0f;
+  }
+  __device__ void make(const uint32_t (&x)[3][OWN_WORDS], float weight, uint32_t (&y)[3][OWN_WORDS],
+                       float (&dots)[2]) const {
+#pragma unroll
+    for (int i = 0; i < OWN_WORDS; i++) {
+      float *dot = &dots[i / 2]; /* of four neighbours, as load() has them */
+      struct swiglu_gradient a =
+          swiglu_bwd_at<T>(low_float(x[0][i]), low_float(x[1][i]), low_float(x[2][i]), weight, dot);
+      struct swiglu_gradient b = swiglu_bwd_at<T>(high_float(x[0][i]), high_float(x[1][i]),
+                                                  high_float(x[2][i]), weight, dot);
+      y[0][i] = pair_of(a.gate, b.gate), y[1][i] = pair_of(a.up, b.up), y[2][i] = pair_of(a.h, b.h);
+    }
+  }
+  /* Where the lane puts the sums it has at last (pair_dots), if it does. */
+  __device__ float *dots_to(const struct place &p, const struct seat &s) const {
+    if (!in.parts || s.lane % 4 != 0 || s.lane >= 8) return NULL;
+    return in.parts + p.col / TILE * in.rows + p.row + s.row + s.lane / 4;
+  }
+  __device__ void put_dots(float *to, int left, const float (&dots)[2][2]) const {
+    if (!in.parts) return;
+    float dot = pair_dots(dots);
+    if (to && (int)(threadIdx.x / 4 % 2) < left) *to = dot;
+  }
 };
 
 /* For the others, and where three tiles do not fit: columns [0, F): the gate's gradient, [F, 2F):
  * up's; or, where `again`, h. */
 template <class T> struct gradient_source {
-  static constexpr int TILES = 1;
+  static constexpr int TILES = 1, INPUTS = 0; /* not packed */
   struct gradient_inputs<T> in;
   bool again;
   __device__ void load(const struct place &p, int64_t row, int first, float (&v)[1][4]) const {
@@ -92,15 +173,16 @@ template <class T> struct gradient_source {
   }
 };
 
-template <class T, bool FP8, class Source>
-static mt_err launch(struct mt_backend *be, const char *op, const Source &source,
-                     const struct groups &g, int64_t width,
-                     const struct outputs<Source::TILES> &out) {
-  constexpr size_t shared = tiles_bytes<T, FP8, Source::TILES>;
+template <class Source>
+using tiles_kernel = void (*)(Source, struct groups, int64_t, struct outputs<Source::TILES>);
+
+template <class Source>
+static mt_err launch_kernel(struct mt_backend *be, const char *op, tiles_kernel<Source> kernel,
+                            size_t shared, const Source &source, const struct groups &g,
+                            int64_t width, const struct outputs<Source::TILES> &out) {
   bool many = out.q[0].rank == 3;
   int64_t strips = div_up(width, TILE);
   int64_t bands = mt_q_col_rows(g.rows, g.offsets ? g.count : 1) / TILE;
-  auto kernel = quantize_tiles<T, FP8, Source>;
   if (strips == 0 || bands == 0) return MT_OK;
   if (bands > 65535) /* of a grid's second dimension */
     return mt_fail(MT_EUNSUPPORTED, "%s: %lld rows", op, (long long)g.rows);
@@ -111,10 +193,33 @@ static mt_err launch(struct mt_backend *be, const char *op, const Source &source
   return mt_cuda_launched(op);
 }
 
+template <class T, bool FP8, class Source>
+static mt_err launch(struct mt_backend *be, const char *op, const Source &source,
+                     const struct groups &g, int64_t width,
+                     const struct outputs<Source::TILES> &out) {
+  return launch_kernel<Source>(be, op, quantize_tiles<T, FP8, Source>,
+                               tiles_bytes<T, FP8, Source::TILES>, source, g, width, out);
+}
+
+/* Whether quantize_packed can have it. */
+template <class Source>
+static bool packed_fits(const struct mt_backend *be, const Source &source, int64_t width,
+                        const struct outputs<Source::TILES> &out) {
+  bool fits = width % TILE == 0 && source.packed() &&
+              packed_bytes<Source> <= mt_cuda_of(be)->shared_optin_bytes;
+  for (int t = 0; t < Source::TILES; t++) fits = fits && packed_writes(&out.q[t]);
+  return fits;
+}
+
 template <class T, class Source>
 static mt_err launch_by_format(struct mt_backend *be, const char *op, const Source &source,
                                const struct groups &g, int64_t width,
                                const struct outputs<Source::TILES> &out) {
+  if constexpr (sizeof(T) == sizeof(bf16) && Source::INPUTS > 0) {
+    if (packed_fits(be, source, width, out))
+      return launch_kernel<Source>(be, op, quantize_packed<Source>, packed_bytes<Source>, source, g,
+                                   width, out);
+  }
   if (out.q[0].format == MT_Q_FP8) return launch<T, true, Source>(be, op, source, g, width, out);
   return launch<T, false, Source>(be, op, source, g, width, out);
 }

@@ -27,20 +27,21 @@ struct place {
   int rows, cols;
 };
 
+/* Whole warps must call it. */
 __device__ static struct place place_of(const struct groups &g, int64_t band, int64_t col,
                                         int64_t cols) {
   struct place p = {band * TILE, band * TILE, col, 0, 0};
   int64_t end = g.rows;
   if (g.offsets) {
-    int low = 0, high = g.count; /* the group whose rows these are: the last that begins before */
-    if (p.at >= g.padded[g.count]) return p;
-    while (high - low > 1) {
-      int middle = (low + high) / 2;
-      if (g.padded[middle] <= p.at)
-        low = middle;
-      else
-        high = middle;
+    /* The group whose rows these are, the last that begins before; one read a lane, not one after
+     * the other. */
+    int low = -1, total = g.padded[g.count];
+#pragma unroll 1
+    for (int i = 0; i < g.count; i += 32) {
+      int group = i + (int)threadIdx.x % 32;
+      low += __popc(__ballot_sync(0xffffffffu, group < g.count && g.padded[group] <= p.at));
     }
+    if (p.at >= total) return p;
     p.row = g.offsets[low] + (p.at - g.padded[low]);
     end = g.offsets[low + 1];
   }
