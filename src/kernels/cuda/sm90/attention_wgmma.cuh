@@ -316,11 +316,6 @@ __device__ __forceinline__ void store_sums(const float (&sums)[64], const float 
 __device__ __forceinline__ int unit_after(const struct attention_call &c, int unit) {
   return (int)gridDim.x + (c.units_taken ? atomicAdd(c.units_taken, 1) : unit);
 }
-/* The same number in every lane, in a way that the compiler sees: loops over what came from shared
- * memory would else have every descriptor worked out in each lane, and moved for each product. */
-__device__ __forceinline__ int uniform(int x) {
-  return __reduce_max_sync(0xffffffffu, x);
-}
 /* Of the copying warpgroup alone. */
 __device__ __forceinline__ void copiers_sync() {
   asm volatile("bar.sync 1, 128;" ::: "memory");

@@ -202,7 +202,7 @@ __global__ __cluster_dims__(2, 1, 1)
     __syncwarp();
   } else {
     registers_up<232>();
-    multiply_all<S>(j, &map_c, s, tiles, rank, (int)threadIdx.x / 128 - 1);
+    multiply_all<S>(j, &map_c, s, tiles, rank, uniform((int)threadIdx.x / 128) - 1);
   }
   cluster_sync(); /* a block must not leave while the other may still write to it */
 }

@@ -11,6 +11,12 @@ __device__ __forceinline__ void wgmma_commit() {
 template <int LEFT> __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
 }
+/* The same number in every lane, in a way that the compiler sees: what hangs on a warp's number or
+ * came from shared memory would else have every descriptor worked out in each lane, and moved for
+ * each product. */
+__device__ __forceinline__ int uniform(int x) {
+  return __reduce_max_sync(0xffffffffu, x);
+}
 /* Sums are not to be read before this point, where the products are done. */
 template <int N> __device__ __forceinline__ void sums_ready(float (&d)[N]) {
 #pragma unroll
