@@ -169,12 +169,14 @@ static void case_unpack_rows(struct bench_case *c, const struct size *z, int acc
   }
 }
 
-/* Of the master's format, way 1 of the activations'. */
+/* Of the master's format, way 1 of the activations'; then of whole tiles, for which kernels may
+ * have a way of their own. */
 static void case_quantize_weight(struct bench_case *c, const struct size *z, int acc) {
-  for (int i = 0; i < 2; i++) {
-    struct dual w = dual(c, "w", acc ? ACT : STATE, 'r', 0.3, acc ? z->f : z->e, acc ? z->h : z->f,
-                         acc ? 0 : z->h);
-    struct dual_q q = dual_weight(c, "q", q_formats[i], acc ? 0 : z->e, z->f, z->h);
+  for (int i = 0; i < 4; i++) {
+    int64_t n = i < 2 ? z->f : mt_q_col_rows(z->f, 1), k = i < 2 ? z->h : mt_q_col_rows(z->h, 1);
+    struct dual w =
+        dual(c, "w", acc ? ACT : STATE, 'r', 0.3, acc ? n : z->e, acc ? k : n, acc ? 0 : k);
+    struct dual_q q = dual_weight(c, "q", q_formats[i % 2], acc ? 0 : z->e, n, k);
     ARGS(quantize_weight, T(w, w); Q(q, q);)
     RUN(quantize_weight);
     expect_q(c, &q);

@@ -363,6 +363,11 @@ extern "C" mt_err mt_cuda_quantize_weight(struct mt_backend *be,
             a->w.rank == 3 ? (unsigned)a->w.dim[0] : 1);
   mt_err err = MT_OK;
   if (n == 0 || k == 0 || grid.z == 0) return MT_OK;
+  if (packed_weight(&a->w, &a->q)) {
+    quantize_weight_packed<<<grid, THREADS, 0, mt_cuda_of(be)->stream>>>(
+        (const char *)a->w.data, (unsigned)(a->w.ld * sizeof(bf16)), n, k, a->q);
+    return mt_cuda_launched(op);
+  }
   MT_CUDA_BY_FORMAT(a->w.dtype, {
     if (a->q.format == MT_Q_FP8) {
       constexpr int shared = (int)(TILE * TILE * sizeof(T));

@@ -1,8 +1,9 @@
-/* Tiles of bf16 that become FP8, where widths are multiples of 128: the bytes of quantize_tile.cuh,
- * with elements two to a register. Half warp u has rows 8 u to 8 u + 7 of the tile and its lane l
- * columns 8 l to 8 l + 7. Each thread has all its elements copied to a place of shared memory that
- * it alone reads (everything is on its way before the first is used, and takes no registers), makes
- * the tiles' elements of them in the same place, and reads them again once the scales are known. */
+/* Tiles of bf16 that become FP8, where widths (of weights heights too) are multiples of 128: the
+ * bytes of quantize_tile.cuh, with elements two to a register. Half warp u has rows 8 u to 8 u + 7
+ * of the tile and its lane l columns 8 l to 8 l + 7. Each thread has all its elements copied to a
+ * place of shared memory that it alone reads (everything is on its way before the first is used,
+ * and takes no registers), makes the tiles' elements of them in the same place, and reads them
+ * again once the scales are known. */
 #ifndef MT_KERNELS_CUDA_QUANTIZE_PACKED_CUH
 #define MT_KERNELS_CUDA_QUANTIZE_PACKED_CUH
 
@@ -14,7 +15,8 @@ enum {
   UNITS = TILE / OWN_ROWS,   /* half warps; lanes of one; words of 8 bytes of a column */
   TILE_SLOTS = TILE * UNITS, /* of 16 bytes */
   TILE_WORDS = TILE / 2,     /* of two columns */
-  TOPS_SLOTS = UNITS * TILE_WORDS / 4
+  TOPS_SLOTS = UNITS * TILE_WORDS / 4,
+  WEIGHT_BLOCKS = 5 /* with a weight's tile each: Hopper has the registers */
 };
 
 /* Shared memory: the inputs; tops of columns by half warp; what columns are multiplied with. Not
@@ -222,9 +224,27 @@ __device__ __forceinline__ void put_column_scales(const struct mt_qtensor &q, co
   *(float2 *)to = make_float2(scale_value(low), scale_value(high));
 }
 
-/* The tile's columns, turned through its own memory: a thread's eight rows of a column are 8 bytes,
- * at a place of the column that differs from lane to lane, so that neither way of going through
- * them meets a bank twice. All threads must call it. */
+/* A tile's columns: the thread's eight rows of a column are 8 bytes, at a place of the column that
+ * differs from lane to lane, so that neither way of going through them meets a bank twice. Columns
+ * from `to` on, ld apart. All threads must call it. */
+__device__ __forceinline__ void put_turned(uint2 *turned, const uint32_t (&word)[2][OWN_ROWS],
+                                           const struct seat &s, uint8_t *to, int64_t ld) {
+#pragma unroll
+  for (int c = 0; c < OWN_ROWS; c++)
+    turned[(s.lane * OWN_ROWS + c) * UNITS + (s.unit ^ s.lane)] =
+        make_uint2(word[0][c], word[1][c]);
+  __syncthreads();
+  /* Half warps have columns in turn, 16 i + unit, and their lanes 8 bytes of one. */
+  to += s.unit * ld + s.lane * OWN_ROWS;
+  int64_t step = UNITS * ld;
+  unsigned at = s.lane ^ s.unit / OWN_ROWS;
+  turned += s.unit * UNITS;
+#pragma unroll
+  for (unsigned i = 0; i < TILE / UNITS; i++, to += step)
+    *(uint2 *)to = turned[i * UNITS * UNITS + (at ^ 2 * i)];
+}
+
+/* The tile's columns, turned through its own memory. All threads must call it. */
 __device__ __forceinline__ void write_columns_packed(const struct mt_qtensor &q,
                                                      const struct place &p, const struct seat &s,
                                                      uint4 *tile, const uint4 *by_all) {
@@ -250,20 +270,7 @@ __device__ __forceinline__ void write_columns_packed(const struct mt_qtensor &q,
     }
   }
   __syncthreads(); /* all have read theirs */
-  uint2 *turned = (uint2 *)tile;
-#pragma unroll
-  for (int c = 0; c < OWN_ROWS; c++)
-    turned[(s.lane * OWN_ROWS + c) * UNITS + (s.unit ^ s.lane)] =
-        make_uint2(word[0][c], word[1][c]);
-  __syncthreads();
-  /* Half warps have columns in turn, 16 i + unit, and their lanes 8 bytes of one. */
-  uint8_t *to = q.col + (p.col + s.unit) * q.col_rows + p.at + s.lane * OWN_ROWS;
-  int64_t step = UNITS * q.col_rows;
-  unsigned at = s.lane ^ s.unit / OWN_ROWS;
-  turned += s.unit * UNITS;
-#pragma unroll
-  for (unsigned i = 0; i < TILE / UNITS; i++, to += step)
-    *(uint2 *)to = turned[i * UNITS * UNITS + (at ^ 2 * i)];
+  put_turned((uint2 *)tile, word, s, q.col + p.col * q.col_rows + p.at, q.col_rows);
 }
 
 /* quantize_tiles for bf16 and FP8, where packed_reads and packed_writes. */
@@ -334,6 +341,90 @@ static inline bool packed_writes(const struct mt_qtensor *q) {
   return q->format == MT_Q_NONE ||
          (q->format == MT_Q_FP8 && q->rank == 2 && q->dim[1] % TILE == 0 && aligned_to(q->row, 8) &&
           aligned_to(q->col, 8) && aligned_to(q->col_scale, 8) && q->col_rows % OWN_ROWS == 0);
+}
+
+/* The scale's byte of a tile of which each thread has `tops`. tops_of: a word a warp. All threads
+ * must call it. */
+__device__ __forceinline__ unsigned tile_scale_byte(uint32_t tops, uint32_t *tops_of) {
+  uint32_t top = __reduce_max_sync(0xffffffffu, max(tops & 0xffffu, tops >> 16));
+  if (threadIdx.x % 32 == 0) tops_of[threadIdx.x / 32] = top;
+  __syncthreads();
+  top = 0;
+#pragma unroll
+  for (int i = 0; i < WARPS; i += 4) {
+    uint4 v = *(const uint4 *)(tops_of + i);
+    top = max(top, max(max(v.x, v.y), max(v.z, v.w)));
+  }
+  return scale_byte<true>(top << 16);
+}
+
+/* What a thread has of a tile: elements as pairs of bf16, then bytes, with one scale for all. */
+__device__ __forceinline__ void convert_own(const uint32_t (&x)[OWN_ROWS][OWN_WORDS], uint32_t by,
+                                            uint32_t (&bytes)[2][OWN_ROWS]) {
+#pragma unroll
+  for (int r = 0; r < OWN_ROWS; r++) {
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      uint32_t a = scaled(x[r][2 * h], by), b = scaled(x[r][2 * h + 1], by);
+      bytes[h][r] = four_e4m3(low_float(a), high_float(a), low_float(b), high_float(b));
+    }
+  }
+}
+
+/* Rows of four bytes, bytes[which columns][row], to columns of four, word[which rows][column]. */
+__device__ __forceinline__ void turn_own(const uint32_t (&bytes)[2][OWN_ROWS],
+                                         uint32_t (&word)[2][OWN_ROWS]) {
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const uint32_t *row = bytes[i % 2] + i / 2 * 4;
+    uint32_t *col = word[i / 2] + i % 2 * 4;
+    uint32_t a = __byte_perm(row[0], row[1], 0x5140), b = __byte_perm(row[2], row[3], 0x5140);
+    uint32_t c = __byte_perm(row[0], row[1], 0x7362), d = __byte_perm(row[2], row[3], 0x7362);
+    col[0] = lower_of(a, b), col[1] = higher_of(a, b);
+    col[2] = lower_of(c, d), col[3] = higher_of(c, d);
+  }
+}
+
+/* quantize_weight for bf16, where packed_weight. Both copies of a tile are of the same bytes, so
+ * its elements are converted once; they stay in registers from the reads, all of which are on their
+ * way before the first is used. w: rows `stride` bytes apart. */
+__global__ static void __launch_bounds__(THREADS, WEIGHT_BLOCKS)
+    quantize_weight_packed(const char *w, unsigned stride, int64_t n, int64_t k,
+                           struct mt_qtensor q) {
+  __shared__ __align__(16) uint2 turned[TILE * UNITS];
+  __shared__ __align__(16) uint32_t tops_of[WARPS];
+  struct seat s = own_seat();
+  int64_t g = blockIdx.z, row = (int64_t)blockIdx.y * TILE, col = (int64_t)blockIdx.x * TILE;
+  uint32_t x[OWN_ROWS][OWN_WORDS], tops = 0, bytes[2][OWN_ROWS], word[2][OWN_ROWS];
+  w += (g * n + row + s.row) * stride + (col + s.lane * OWN_ROWS) * 2;
+#pragma unroll
+  for (unsigned r = 0; r < OWN_ROWS; r++)
+    read_slot((const uint4 *)(w + (uint64_t)r * stride), x[r]);
+#pragma unroll
+  for (int r = 0; r < OWN_ROWS; r++) {
+#pragma unroll
+    for (int i = 0; i < OWN_WORDS; i++) tops = __vmaxu2(tops, magnitudes(x[r][i]));
+  }
+  unsigned byte = tile_scale_byte(tops, tops_of);
+  if (threadIdx.x == 0 && q.row)
+    put_scale<true>(q.row_scale, (g * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x, byte);
+  if (threadIdx.x == 0 && q.col)
+    put_scale<true>(q.col_scale, (g * gridDim.x + blockIdx.x) * gridDim.y + blockIdx.y, byte);
+  convert_own(x, inverse_bits(byte) * 0x10001u, bytes);
+  uint8_t *to = q.row + (g * n + row + s.row) * k + col + s.lane * OWN_ROWS;
+#pragma unroll
+  for (int r = 0; q.row && r < OWN_ROWS; r++, to += k)
+    *(uint2 *)to = make_uint2(bytes[0][r], bytes[1][r]);
+  if (!q.col) return;
+  turn_own(bytes, word);
+  put_turned(turned, word, s, q.col + (g * k + col) * n + row, n);
+}
+
+/* Whether quantize_weight_packed can have it. */
+static inline bool packed_weight(const struct mt_tensor *w, const struct mt_qtensor *q) {
+  return q->format == MT_Q_FP8 && w->dtype == MT_BF16 && w->dim[w->rank - 1] % TILE == 0 &&
+         w->dim[w->rank - 2] % TILE == 0 && packed_reads(w->data, w->ld) && aligned_to(q->row, 8) &&
+         aligned_to(q->col, 8);
 }
 
 #endif
