@@ -98,12 +98,17 @@ static void case_pad_offsets(struct bench_case *c, const struct size *z, int acc
 }
 
 /* Way 1: rows gathered into groups. */
+/* Ragged widths in both formats, then whole blocks, which have kernels of their own. */
+static int64_t width_of(const struct size *z, int i) {
+  return i < 2 ? z->f : mt_q_col_rows(z->f, 1);
+}
 static void case_quantize(struct bench_case *c, const struct size *z, int acc) {
-  for (int i = 0; i < 2; i++) {
+  for (int i = 0; i < 4; i++) {
+    int64_t f = width_of(z, i);
     struct plan p = plan_of(c, z);
     struct dual_ints padded = padded_of(c, &p, z->e);
-    struct dual x = A("x", 'r', 3, z->t, z->f, 0);
-    struct dual_q q = dual_rows(c, "q", q_formats[i], acc ? z->t * z->k : z->t, z->f,
+    struct dual x = A("x", 'r', 3, z->t, f, 0);
+    struct dual_q q = dual_rows(c, "q", q_formats[i % 2], acc ? z->t * z->k : z->t, f,
                                 acc ? z->e : 1, MT_SIDE_BOTH);
     ARGS(quantize, T(x, x); Q(q, q);)
     if (acc) {
@@ -276,14 +281,15 @@ static void case_qlinear_wgrad(struct bench_case *c, const struct size *z, int a
 /* The backend's own swiglu_fwd and quantize, one after the other, are the measure: the same bytes.
  */
 static void case_swiglu_quantize_fwd(struct bench_case *c, const struct size *z, int acc) {
-  for (int i = 0; i < 2; i++) {
+  for (int i = 0; i < 4; i++) {
+    int64_t f = width_of(z, i);
     struct plan p = plan_of(c, z);
     struct dual_ints padded = padded_of(c, &p, z->e);
     int rows = z->t * z->k;
-    struct dual gu = A("gate_up", 'r', 2, rows, 2 * z->f, 0), h = A("h", 'n', 1, rows, z->f, 0);
+    struct dual gu = A("gate_up", 'r', 2, rows, 2 * f, 0), h = A("h", 'n', 1, rows, f, 0);
     struct dual prob = S("row_prob", 'r', 1, rows, 0, 0);
-    struct dual_q joined = dual_rows(c, "h", q_formats[i], rows, z->f, z->e, MT_SIDE_BOTH);
-    struct dual_q apart = dual_rows(c, "h", q_formats[i], rows, z->f, z->e, MT_SIDE_BOTH);
+    struct dual_q joined = dual_rows(c, "h", q_formats[i % 2], rows, f, z->e, MT_SIDE_BOTH);
+    struct dual_q apart = dual_rows(c, "h", q_formats[i % 2], rows, f, z->e, MT_SIDE_BOTH);
     struct mt_swiglu_quantize_fwd_args a = {.gate_up = gu.dev, .h = joined.dev};
     struct mt_swiglu_fwd_args s = {
         .gate_up = gu.dev, .row_count = p.offsets.dev + z->e, .h = h.dev};
@@ -301,21 +307,22 @@ static void case_swiglu_quantize_fwd(struct bench_case *c, const struct size *z,
 
 /* Likewise; drow_prob beside the reference's. Way 1: without h and the probabilities. */
 static void case_swiglu_quantize_bwd(struct bench_case *c, const struct size *z, int acc) {
-  for (int i = 0; i < 2; i++) {
+  for (int i = 0; i < 4; i++) {
+    int64_t f = width_of(z, i);
     struct plan p = plan_of(c, z);
     struct dual_ints padded = padded_of(c, &p, z->e);
     int rows = z->t * z->k;
-    struct dual gu = A("gate_up", 'r', 2, rows, 2 * z->f, 0), dh = A("dh", 'r', 1, rows, z->f, 0);
+    struct dual gu = A("gate_up", 'r', 2, rows, 2 * f, 0), dh = A("dh", 'r', 1, rows, f, 0);
     struct dual prob = S("row_prob", 'r', 1, rows, 0, 0);
     struct dual dprob = S("drow_prob", 'n', 1, rows, 0, 0);
-    struct dual dgu = A("dgate_up", 'n', 1, rows, 2 * z->f, 0);
-    struct dual h = A("h", 'n', 1, rows, z->f, 0);
+    struct dual dgu = A("dgate_up", 'n', 1, rows, 2 * f, 0);
+    struct dual h = A("h", 'n', 1, rows, f, 0);
     struct dual_q to[2], apart[2]; /* dgate_up and h */
     for (int o = 0; o < 2; o++) {
-      int64_t cols = o ? z->f : 2 * z->f;
+      int64_t cols = o ? f : 2 * f;
       int sides = o ? MT_SIDE_COL : MT_SIDE_BOTH;
-      to[o] = dual_rows(c, o ? "h" : "dgate_up", q_formats[i], rows, cols, z->e, sides);
-      apart[o] = dual_rows(c, "apart", q_formats[i], rows, cols, z->e, sides);
+      to[o] = dual_rows(c, o ? "h" : "dgate_up", q_formats[i % 2], rows, cols, z->e, sides);
+      apart[o] = dual_rows(c, "apart", q_formats[i % 2], rows, cols, z->e, sides);
     }
     ARGS(swiglu_quantize_bwd, T(gate_up, gu); T(dh, dh); Q(dgate_up, to[0]); GROUPS;
          N(group_count, z->e);)
