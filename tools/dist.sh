@@ -37,15 +37,17 @@ done
 for file in "$out"/lib/*; do
   [ -z "$(patchelf --print-rpath "$file")" ] || patchelf --remove-rpath "$file"
 done
-# All that is needed lies here, but for the C library and what was left out on purpose.
-for program in "$@"; do
-  env -i PATH="$PATH" ldd "$out/$(basename "$program")"
-done | awk '$2 == "=>"' | grep -vE "=> $(cd "$out" && pwd)/|/\./lib/|^[[:space:]]*(libc|libm|libpthread|libdl|librt|ld-linux[^ ]*)\.so" |
-  if [ $cuda = yes ]; then cat; else grep -vE 'libcublas|libcudnn|libnccl'; fi | sort -u >"$out/outside.txt" || :
-if [ -s "$out/outside.txt" ]; then
-  echo "not packed:" >&2
-  cat "$out/outside.txt" >&2
-  exit 1
+# All that is needed lies here, but for the C library.
+if [ $cuda = yes ]; then
+  here=$(cd "$out" && pwd)
+  for program in "$@"; do
+    env -i PATH="$PATH" ldd "$here/$(basename "$program")"
+  done | awk '$2 == "=>"' | grep -vE "=> $here/|^[[:space:]]*(libc|libm|libpthread|libdl|librt)\.so" >"$out/outside.txt" || :
+  if [ -s "$out/outside.txt" ]; then
+    echo "not packed:" >&2
+    sort -u "$out/outside.txt" >&2
+    exit 1
+  fi
+  rm -f "$out/outside.txt"
 fi
-rm -f "$out/outside.txt"
 echo "packed $* into $out ($(du -sh "$out" | cut -f1))"
