@@ -149,10 +149,6 @@ __device__ __forceinline__ void writes_for_tma() {
 __device__ __forceinline__ void part_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
-/* Counts towards a part_sync of others without waiting. */
-__device__ __forceinline__ void part_arrive(int id, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
 /* Four 8x8 matrices of bf16 from the layout of a product's sums; lane l names the place of row l %
  * 8 of matrix l / 8. */
 __device__ __forceinline__ void store_matrices(uint32_t to, const uint32_t (&v)[4]) {

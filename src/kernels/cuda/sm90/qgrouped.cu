@@ -209,25 +209,6 @@ __device__ __forceinline__ void add_part(float (&sums)[64], const float (&part)[
   }
 }
 
-/* The warpgroups' products take turns: each lets the other's go before its own next, so that one
- * multiplies while the other scales (5 to 8% faster). */
-enum { TURN = 4 };
-
-/* One that has nothing to multiply lets its stages and its turns go by, step by step, as the other
- * waits for both (a choice whether to take turns, within the loop of products, costs more). turns:
- * in a step. */
-template <class S>
-__device__ __forceinline__ void pass_steps(struct ring *r, int steps, int turns, uint32_t full,
-                                           uint32_t empty, int half) {
-  for (int step = 0; step < steps; step++) {
-    pass_stages<S>(r, 1, full, empty);
-    for (int i = 0; i < turns; i++) {
-      part_sync(TURN + half, 256);
-      part_arrive(TURN + 1 - half, 256);
-    }
-  }
-}
-
 /* sums [128 x 128 of the warpgroup, by halves of 64 rows] (=): all of a tile. a, b: in the first
  * stage; scales: the first stage's; two: the second half of the rows is there. */
 template <class S>
@@ -251,13 +232,11 @@ __device__ __forceinline__ void multiply_tile8(float (&sums)[2][64], struct ring
     for (int h = 0; h < 2; h++) {
       if (h == 1 && !two) break;
       uint64_t da = tile_descriptor(a + at + (uint32_t)(h * HALF_A), 0);
-      part_sync(TURN + half, 256);
       wgmma_fence();
 #pragma unroll
       for (int i = 0; i < 4; i++)
         wgmma_e4m3(part, da + (uint64_t)(2 * i), db + (uint64_t)(2 * i), i > 0);
       wgmma_commit();
-      part_arrive(TURN + 1 - half, 256);
       float up = shared_float(by + row + (uint32_t)(h * 256));
       float low = shared_float(by + row + (uint32_t)(h * 256 + 32));
       float of_b = S::WGRAD ? 1.0f : shared_float(by + column);
@@ -336,14 +315,13 @@ __device__ __forceinline__ void multiply_all(const struct qjob &j, const CUtenso
   struct walk at = {0, 0};
   struct place p;
   float sums[2][64];
-  if (half == 1) part_arrive(TURN, 256);
   if (S::WGRAD && j.partial) add_squares(s, 0, false);
   for (int unit = (int)blockIdx.x / 2; find<S>(j, s, &at, unit, rank, &p);
        unit += (int)gridDim.x / 2) {
     int steps = step_count<S>(j, p), row = p.m * TILE_M, col = p.n * Q_TILE_N + half * HALF_N;
     int rows = S::WGRAD ? j.m : p.end - p.begin;
     if (row >= rows || col >= j.n) { /* nothing to make, but the ring goes on */
-      pass_steps<S>(&r, steps, row >= rows ? 0 : row + 64 < rows ? 2 : 1, full, empty, half);
+      pass_stages<S>(&r, steps, full, empty);
       continue;
     }
     int64_t first = S::WGRAD ? (int64_t)p.g * j.m : p.begin;
@@ -374,7 +352,6 @@ __device__ __forceinline__ void multiply_all(const struct qjob &j, const CUtenso
       if (S::WGRAD && j.partial) add_squares(s, squares<C>(sums[h]), true);
     }
   }
-  if (half == 0) part_sync(TURN, 256);
   if (S::WGRAD && j.partial) write_partial(s, j.partial);
   if (threadIdx.x % 128 == 0) tma_all_done();
 }
