@@ -14,10 +14,10 @@
 #include <string.h>
 
 #include "base/rng.h"
+#include "data/dataset.h"
 #include "kernels/registry.h"
 #include "model/layers.h"
 #include "train/bench.h"
-#include "data/dataset.h"
 
 enum { WARM = 5, MOST_RUNS = 200, MOST_ROWS = 40, BLOCK = (1 << 20) + 7 };
 enum { FWD, BWD, PHASES };

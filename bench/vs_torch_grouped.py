@@ -8,9 +8,10 @@ usage: bench/vs_torch_grouped.py [--grouped-gemm PROGRAM] [--runs N] [--only PAR
 The cases and their row counts are what `PROGRAM --loads` prints; with --mixtral, so many rows shared
 evenly by 8 experts of hidden 4096 and ffn 14336 (bench/fp8_grouped's), and the rate of all six
 products together. --scaled adds torch._scaled_grouped_mm: e4m3 with a scale for each row of either
-operand, the one recipe it has on Hopper, on operands that are quantized before the clock starts. Results are compared with products
-of torch.matmul one expert at a time ("off": largest difference over the largest value). wgrad is
-bf16, the only format that it has. Needs python3 with torch, and a GPU.
+operand, the one recipe it has on Hopper, on operands that are quantized before the clock starts.
+Results are compared with products of torch.matmul one expert at a time ("off": largest difference
+over the largest value). wgrad is bf16, the only format that it has. Needs python3 with torch, and a
+GPU.
 """
 
 import argparse

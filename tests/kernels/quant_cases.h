@@ -97,11 +97,12 @@ static void case_pad_offsets(struct bench_case *c, const struct size *z, int acc
   expect_ints(c, "padded", &padded);
 }
 
-/* Way 1: rows gathered into groups. */
 /* Ragged widths in both formats, then whole blocks, which have kernels of their own. */
 static int64_t width_of(const struct size *z, int i) {
   return i < 2 ? z->f : mt_q_col_rows(z->f, 1);
 }
+
+/* Way 1: rows gathered into groups. */
 static void case_quantize(struct bench_case *c, const struct size *z, int acc) {
   for (int i = 0; i < 4; i++) {
     int64_t f = width_of(z, i);

@@ -139,7 +139,8 @@ static void goes_on_elsewhere(void **state) {
 static void sharded_state_is_the_same(void **state) {
   (void)state;
   static const char *const recipes[] = {"fp32", "bf16", "bf16 --optim-state bf16",
-                                        "fp8 --fp8-skip attn"};
+                                        "fp8 --fp8-skip attn",
+                                        "fp8 --fp8-skip attn --optim-state bf16"};
   char args[512];
   for (size_t i = 0; i < sizeof recipes / sizeof *recipes; i++) {
     static const char *const outs[] = {"whole", "cut", "cut-too"};
