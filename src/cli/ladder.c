@@ -63,7 +63,12 @@ static const struct mt_option rows[] = {
     MT_ROW_RECOMPUTE(S),
     MT_ROW_SEED(S, "Decides tokens and random weights."),
     {.group = "What is shown",
-     .flag = "svg",
+     .flag = "ops",
+     .type = MT_OPT_FLAG,
+     .offset = AT(ops),
+     .help = "Add a table of the operations of each rung, rank 0's, timed one by one in further "
+             "steps, as `moetune bench --ops` does."},
+    {.flag = "svg",
      .type = MT_OPT_TEXT,
      .offset = AT(svg),
      .unit = "FILE",
@@ -79,6 +84,7 @@ static mt_err finish(void *options, const struct mt_parsed *parsed) {
   if (o->model && o->random) {
     return mt_fail(MT_EINVAL, "--model %s and --random %s: one of them", o->model, o->random);
   }
+  if (o->ops && o->json) return mt_fail(MT_EINVAL, "--ops is a table: it does not go with --json");
   if (o->layers && !o->random) return mt_fail(MT_EINVAL, "--layers goes with --random");
   return mt_check_micro_batch(o->batch_size, o->max_seq_length);
 }
@@ -126,7 +132,8 @@ const struct mt_command mt_command_ladder = {
     .description =
         "Trains the same model on the same random tokens on each rung of --improvement that this "
         "machine has, one after another, and prints the time of a step, the speed-up over the "
-        "lowest rung, tokens and model FLOPs a second. Nothing is written but the chart.\n\n"
+        "lowest rung, tokens and model FLOPs a second, and rank 0's time by phases. Nothing is "
+        "written but the chart.\n\n"
         "Started by mpirun or srun, the ranks climb together: rung 0 has the layers in sequence "
         "over them, the others share experts as --ep-size says. --batch-size is of a rank, so "
         "that every rung trains on as many tokens.",

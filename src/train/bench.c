@@ -44,14 +44,7 @@ static mt_err operations(const struct mt_bench_options *o, struct mt_step_queue 
   struct mt_ceilings c = {.flops_per_s =
                               2.0 * (double)y->n * (double)y->n * (double)y->n / (yard_ms * 1e-3)};
   MT_TRY(mt_yardstick_copy_rate(y, &c.bytes_per_s));
-  mt_profile_begin(&p, q->model->be, o->max_seq_length);
-  mt_err err = MT_OK;
-  for (int i = 0; !err && i < STEPS; i++) {
-    struct mt_step_result r;
-    err = mt_step_run(q, &batch, 1, &r);
-  }
-  MT_TRY(mt_profile_end(&p));
-  MT_TRY(err);
+  MT_TRY(mt_profile_steps(&p, q, batch, o->max_seq_length, STEPS));
   if (o->json)
     printf(", \"copy_gb_per_s\": %.1f, \"ops\": {", c.bytes_per_s * 1e-9);
   else

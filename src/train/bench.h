@@ -4,6 +4,9 @@
 
 #include "model/model.h"
 
+struct mt_profile;
+struct mt_step_queue;
+
 /* Sorts x[n] and gives its middle. */
 double mt_median(double *x, int n);
 bool mt_bench_on_gpu(const struct mt_backend *be);
@@ -24,6 +27,11 @@ void mt_yardstick_free(struct mt_yardstick *y);
 mt_err mt_yardstick_ms(struct mt_yardstick *y, double *ms);
 /* Bytes a second of y = a + b over the yardstick's matrices, the median of several. */
 mt_err mt_yardstick_copy_rate(struct mt_yardstick *y, double *bytes_per_s);
+
+/* Steps of the queue with every operation timed into *p (=). Errors: those of a step, with the
+ * backend's own operations given back. */
+mt_err mt_profile_steps(struct mt_profile *p, struct mt_step_queue *q, struct mt_batch *batch,
+                        double sequence_length, int steps);
 
 /* Random weights in all forms (=), those of the whole model whatever part of it is here; one random
  * block again and again, since billions of random numbers would take longer than what is measured.

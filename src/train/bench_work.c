@@ -7,7 +7,9 @@
 #include <oneapi/dnnl/dnnl.h>
 
 #include "base/rng.h"
+#include "train/profile.h"
 #include "train/session.h"
+#include "train/step.h"
 
 static int ascending(const void *a, const void *b) {
   double x = *(const double *)a, y = *(const double *)b;
@@ -155,4 +157,16 @@ done:
   free(ids);
   free(learn);
   return err;
+}
+
+mt_err mt_profile_steps(struct mt_profile *p, struct mt_step_queue *q, struct mt_batch *batch,
+                        double sequence_length, int steps) {
+  mt_err err = MT_OK;
+  mt_profile_begin(p, q->model->be, sequence_length);
+  for (int i = 0; !err && i < steps; i++) {
+    struct mt_step_result r;
+    err = mt_step_run(q, &batch, 1, &r);
+  }
+  mt_err end = mt_profile_end(p);
+  return err ? err : end;
 }

@@ -1,5 +1,6 @@
 #include "train/ladder.h"
 
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -25,7 +26,7 @@ static const struct {
     {2, "experts grouped, blocks fused", MT_EXPERTS_GROUPED, MT_BLOCKS_FUSED},
     {3, "experts fused, in 8 bits", MT_EXPERTS_FUSED, MT_BLOCKS_FUSED},
 };
-enum { RUNGS = sizeof rungs / sizeof *rungs };
+enum { RUNGS = sizeof rungs / sizeof *rungs, PROFILED_STEPS = 3 };
 _Static_assert((int)RUNGS <= (int)MT_LADDER_RUNGS, "a result for each");
 
 /* What all rungs train. */
@@ -154,6 +155,23 @@ static void end_climb(struct climb *c) {
   mt_batch_destroy(&c->batch);
 }
 
+/* Further steps with every operation timed. */
+static mt_err operations(struct climb *c, const struct mt_ladder_options *o, struct mt_rung *r) {
+  struct mt_yardstick y = {0};
+  double n, ms;
+  mt_err err;
+  MT_GO(mt_yardstick_make(&y, &c->be, c->recipe));
+  MT_GO(mt_yardstick_ms(&y, &ms)); /* the first takes longer */
+  MT_GO(mt_yardstick_ms(&y, &ms));
+  n = (double)y.n;
+  r->ceilings.flops_per_s = 2 * n * n * n / (ms * 1e-3);
+  MT_GO(mt_yardstick_copy_rate(&y, &r->ceilings.bytes_per_s));
+  MT_GO(mt_profile_steps(&r->ops, &c->queue, &c->batch, o->max_seq_length, PROFILED_STEPS));
+done:
+  mt_yardstick_free(&y);
+  return err;
+}
+
 static mt_err measure(struct climb *c, struct work *w, struct mt_rung *r) {
   const struct mt_ladder_options *o = w->o;
   struct mt_batch *micro[] = {&c->batch};
@@ -164,7 +182,10 @@ static mt_err measure(struct climb *c, struct work *w, struct mt_rung *r) {
     struct mt_step_result step;
     MT_GO(mt_step_run(&c->queue, micro, 1, &step));
     if (i == o->warmup_steps) r->loss = step.loss;
-    if (i >= o->warmup_steps) ms[i - o->warmup_steps] = step.ms;
+    if (i < o->warmup_steps) continue;
+    ms[i - o->warmup_steps] = step.ms;
+    for (int p = 0; p < MT_PHASE_COUNT; p++)
+      r->phase_ms[p] += 1e3 * step.phase_s[p] / (double)o->train_steps;
   }
   double ranks = w->world ? w->world->size : 1, tokens = o->batch_size * ranks * o->max_seq_length;
   struct mt_memory m = mt_model_memory(&c->model);
@@ -174,6 +195,7 @@ static mt_err measure(struct climb *c, struct work *w, struct mt_rung *r) {
               ranks * 1e-12;
   r->memory_bytes = m.parameters + m.gradients + m.optimizer + m.activations;
   r->ran = true;
+  if (o->ops) MT_GO(operations(c, o, r));
 done:
   free(ms);
   return err;
@@ -241,6 +263,10 @@ static mt_err print_json(const struct mt_ladder_options *o, const struct mt_ladd
                                        r->tokens_per_s, "model_tflops", r->tflops, "loss", r->loss,
                                        "memory_bytes", (json_int_t)r->memory_bytes));
       json_object_set_new(one, "speedup", json_real(mt_ladder_speedup(l, r)));
+      json_t *phases = json_object();
+      for (int p = 0; p < MT_PHASE_COUNT; p++)
+        json_object_set_new(phases, mt_phase_name((enum mt_phase)p), json_real(r->phase_ms[p]));
+      json_object_set_new(one, "phase_ms", phases);
     } else {
       json_object_set_new(one, "why", json_string(r->why));
     }
@@ -255,6 +281,19 @@ static mt_err print_json(const struct mt_ladder_options *o, const struct mt_ladd
   free(text);
   json_decref(all);
   return err;
+}
+
+static void print_phases(const struct mt_ladder *l) {
+  printf("\n%-22s", "ms of rank 0, rung");
+  for (int i = 0; i < l->count; i++) printf(" %9d", l->rung[i].number);
+  for (int p = 0; p < MT_PHASE_COUNT; p++) {
+    double most = 0;
+    for (int i = 0; i < l->count; i++) most = fmax(most, l->rung[i].phase_ms[p]);
+    if (most == 0) continue;
+    printf("\n  %-20s", mt_phase_name((enum mt_phase)p));
+    for (int i = 0; i < l->count; i++) printf(" %9.2f", l->rung[i].phase_ms[p]);
+  }
+  printf("\n");
 }
 
 mt_err mt_ladder_print(const struct mt_ladder_options *o, const struct mt_ladder *l) {
@@ -275,6 +314,14 @@ mt_err mt_ladder_print(const struct mt_ladder_options *o, const struct mt_ladder
     printf("%4d  %-34s %-9s %10.2f %7.2fx %10.0f %8.2f %7.2f %9.5f\n", r->number, r->what,
            r->precision, r->ms, mt_ladder_speedup(l, r), r->tokens_per_s, r->tflops,
            (double)r->memory_bytes / (1 << 30), r->loss);
+  }
+  print_phases(l);
+  for (int i = 0; o->ops && i < l->count; i++) {
+    const struct mt_rung *r = &l->rung[i];
+    if (!r->ran) continue;
+    printf("\nrung %d, operations of rank 0; %.1f TFLOP/s, copy %.0f GB/s\n", r->number,
+           r->ceilings.flops_per_s * 1e-12, r->ceilings.bytes_per_s * 1e-9);
+    mt_profile_print(&r->ops, PROFILED_STEPS, r->ceilings, false);
   }
   return MT_OK;
 }

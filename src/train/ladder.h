@@ -3,6 +3,7 @@
 #define MT_TRAIN_LADDER_H
 
 #include "train/options.h"
+#include "train/profile.h"
 
 enum { MT_LADDER_RUNGS = 4 };
 
@@ -16,6 +17,9 @@ struct mt_rung {
   double tokens_per_s, tflops; /* of all ranks; of one */
   double loss;                 /* of the first measured step: the rungs' differ by rounding alone */
   size_t memory_bytes;
+  double phase_ms[MT_PHASE_COUNT]; /* of rank 0, the mean of the measured steps */
+  struct mt_profile ops;           /* of rank 0, if they are asked for */
+  struct mt_ceilings ceilings;
 };
 
 struct mt_ladder {

@@ -208,6 +208,7 @@ struct mt_ladder_options {
   struct mt_device_options device;
   int recompute;
   uint64_t seed;
+  bool ops; /* a table of operations for each rung */
   const char *svg;
   bool json;
 };
