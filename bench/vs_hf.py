@@ -7,7 +7,7 @@ usage: bench/vs_hf.py [--works 2x8192,4x512] [--only NAME,...] [--clip yes|no|bo
 Same shape of model, batch and optimizer on both sides; each contender is a process of its own, one
 after another, since each fills the GPU. transformers: parameters, gradients and AdamW's states
 (fused) in BF16, weights random; experts eager, grouped_mm, and grouped_mm under torch.compile.
-moetune: its three rungs; where `moetune bench` has --optim-state (and --states does not say fp32)
+moetune: its four rungs, the last one in FP8; where `moetune bench` has --optim-state (and --states does not say fp32)
 gradients and states are BF16 too, else float32 with float32 masters. moetune always clips at 1.0, so
 its ratio is to the fastest row of transformers that clips, if there is one. transformers' attention
 is its sdpa with the faster of PyTorch's kernels, and without the mask that it makes under
@@ -47,8 +47,9 @@ RUNGS = {
     "moetune-0": ["--experts", "loop", "--blocks", "unfused"],
     "moetune-1": ["--experts", "loop", "--blocks", "fused"],
     "moetune-2": ["--experts", "grouped", "--blocks", "fused"],
+    "moetune-3": ["--experts", "fused", "--blocks", "fused"],
 }
-BLOCK_RUNGS = {"moetune-0": ["--loop", "--unfused"], "moetune-1": ["--loop"], "moetune-2": []}
+BLOCK_RUNGS = {"moetune-0": ["--loop", "--unfused"], "moetune-1": ["--loop"], "moetune-2": [], "moetune-3": []}
 CLIPS = {"yes": [True], "no": [False], "both": [True, False]}
 SHAPES = "2048x4096x14336x8x2,8192x4096x14336x8x2,16384x4096x14336x8x2,8192x2048x768x128x8"
 SIZES = ("hidden", "ffn", "layers", "heads", "kv_heads", "experts", "top_k", "vocab")
@@ -411,6 +412,10 @@ def bf16_states(a):
     return a.states == "bf16" or (a.states == "auto" and "--optim-state" in moetune_help(a.moetune)[0])
 
 
+def precision_of(name):
+    return "fp8" if name == "moetune-3" else "bf16"
+
+
 def moetune_rows(a, name):
     """`moetune bench` once a work."""
     rows, (_, wrong) = [], moetune_help(a.moetune)
@@ -419,7 +424,7 @@ def moetune_rows(a, name):
     for samples, length in works_of(a.works):
         row = {"name": name, "work": [samples, length], "clip": True, "states": states}
         rows.append(row)
-        flags = {"device": a.device, "precision": "bf16", "batch-size": samples, "max-seq-length": length,
+        flags = {"device": a.device, "precision": precision_of(name), "batch-size": samples, "max-seq-length": length,
                  "warmup-steps": a.warmup, "train-steps": a.steps, **sizes}  # fmt: skip
         if states == "bf16":
             flags["optim-state"] = states
@@ -516,7 +521,7 @@ def block_rows(a, name):
                 row["ms"] = [statistics.median(part) for part in row["ms"]]
         return rows
     for row in rows:  # one process a shape: one that fails must not take the others along
-        recipe = "bf16-states" if bf16_states(a) else "bf16"
+        recipe = precision_of(name) + ("-states" if bf16_states(a) else "")
         command = [a.moe_block, "--json", *BLOCK_RUNGS[name], "--precision", recipe, "--runs", str(a.block_runs)]
         command += [a.device, *(str(n) for n in row["shape"])]
         text, wrong = run_process(command, a.timeout, f"{name} {row['shape']}")
