@@ -3,7 +3,7 @@
 
 /* A weight's dimensions are rank, d0..d2; activations' [d0, d1]. copies: bits 1 row, 2 col. groups:
  * of the rows that the column copy must have room for. */
-enum { ROW = 1, COL = 2 };
+enum { ROW = 1, COL = 2, ROW_TURNED = 5 };
 static mt_err want_q(const char *op, const char *arg, const struct mt_qtensor *q, int copies,
                      int64_t groups, int rank, int64_t d0, int64_t d1, int64_t d2) {
   bool weight = groups == 0;
@@ -122,8 +122,10 @@ mt_err mt_check_qlinear_fwd(const struct mt_qlinear_fwd_args *a) {
   return rows_product("qlinear_fwd", "x", &a->x, &a->w, "y", &a->y, a->offsets, ROW);
 }
 
+/* FP8's square blocks are the same either way. */
 mt_err mt_check_qlinear_dgrad(const struct mt_qlinear_dgrad_args *a) {
-  return rows_product("qlinear_dgrad", "dy", &a->dy, &a->w, "dx", &a->dx, a->offsets, COL);
+  int copy = a->w.format == MT_Q_FP8 && !a->w.col ? ROW_TURNED : COL;
+  return rows_product("qlinear_dgrad", "dy", &a->dy, &a->w, "dx", &a->dx, a->offsets, copy);
 }
 
 mt_err mt_check_qlinear_wgrad(const struct mt_qlinear_wgrad_args *a) {

@@ -62,9 +62,11 @@ static inline struct mt_qstored mt_qstored_rows(const struct mt_qtensor *q, int6
 }
 
 /* Rows [row, row + rows) of the operand in a column copy (row: a multiple of MT_Q_PAD; of a weight
- * all). */
+ * all). FP8's weights have the same elements and scales either way: without a column copy it is
+ * their row copy, as it lies. */
 static inline struct mt_qstored mt_qstored_cols(const struct mt_qtensor *q, int64_t row,
                                                 int64_t rows) {
+  if (q->format == MT_Q_FP8 && q->weight && !q->col) return mt_qstored_rows(q, row, rows);
   int64_t n = q->dim[q->rank - 2], k = q->dim[q->rank - 1], block = mt_q_block(q->format);
   int64_t tall = mt_q_blocks(q->format, n);
   struct mt_qstored s = {.e = q->col + row * k,

@@ -79,7 +79,8 @@ static double *apart_numbers(const struct mt_qtensor *q, bool col, bool rounded)
   struct mt_qstored s = col ? mt_qstored_cols(q, 0, rows) : mt_qstored_rows(q, 0, rows);
   double *to = malloc((size_t)(matrices * rows * cols) * sizeof *to + 1);
   const struct source *from = apart_state.sources;
-  while (from && ((col ? from->col : from->row) != (col ? q->col : q->row) || from->cols != cols))
+  bool by_col = col && q->col; /* FP8's weights may have their rows alone, for both */
+  while (from && ((by_col ? from->col != q->col : from->row != q->row) || from->cols != cols))
     from = from->next;
   assert_non_null(from);
   for (int64_t i = 0; i < matrices * rows * cols; i++) {

@@ -233,16 +233,19 @@ static void case_qlinear_fwd(struct bench_case *c, const struct size *z, int acc
   }
 }
 
+/* Both formats, then FP8 whose weight has no column copy. */
 static void case_qlinear_dgrad(struct bench_case *c, const struct size *z, int acc) {
-  for (int i = 0; i < 2; i++) {
+  for (int i = 0; i < 3; i++) {
+    enum mt_qformat format = i < 2 ? q_formats[i] : MT_Q_FP8;
     struct plan p = plan_of(c, z);
     struct dual_ints padded = padded_of(c, &p, z->e);
     int rows = acc ? z->t * z->k : z->t;
     struct dual_q dy =
-        some_rows(c, "dy", q_formats[i], rows, z->f, acc ? &p : NULL, &padded, z->e, MT_SIDE_ROW);
-    struct dual_q w = some_weight(c, q_formats[i], acc ? z->e : 0, z->f, z->h);
-    struct dual dx = A("dx", i ? 'r' : 'n', 1, rows, z->h, 0);
-    ARGS(qlinear_dgrad, Q(dy, dy); Q(w, w); T(dx, dx); N(accumulate, i);)
+        some_rows(c, "dy", format, rows, z->f, acc ? &p : NULL, &padded, z->e, MT_SIDE_ROW);
+    struct dual_q w = some_weight(c, format, acc ? z->e : 0, z->f, z->h);
+    struct dual dx = A("dx", i % 2 ? 'r' : 'n', 1, rows, z->h, 0);
+    ARGS(qlinear_dgrad, Q(dy, dy); Q(w, w); T(dx, dx); N(accumulate, i % 2);)
+    if (i == 2) dev.w.col = ref.w.col = NULL, dev.w.col_scale = ref.w.col_scale = NULL;
     if (acc) dev.offsets = p.offsets.dev, ref.offsets = p.offsets.ref;
     RUN(qlinear_dgrad);
     expect(c, &dx);

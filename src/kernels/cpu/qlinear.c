@@ -85,7 +85,6 @@ mt_err mt_cpu_qlinear_dgrad(struct mt_backend *be, const struct mt_qlinear_dgrad
   MT_TRY(mt_check_qlinear_dgrad(a));
   MT_TRY(mt_cpu_format(op, &a->dx));
   int64_t n = a->dy.dim[1], k = a->dx.dim[1];
-  bool turned = a->w.format == MT_Q_FP8; /* w is stored [K,N] */
   for (int64_t g = 0; g < (a->offsets ? a->w.dim[0] : 1); g++) {
     struct mt_qtensor q = a->offsets ? mt_q_slice(&a->w, g) : a->w;
     uint16_t *dy = NULL, *w = NULL;
@@ -100,7 +99,7 @@ mt_err mt_cpu_qlinear_dgrad(struct mt_backend *be, const struct mt_qlinear_dgrad
     mt_cpu_products(
         be,
         &(struct cpu_product){.a = {dy, MT_BF16, n, 1},
-                              .b = {w, MT_BF16, turned ? 1 : k, turned ? n : 1},
+                              .b = {w, MT_BF16, sw.turned ? 1 : k, sw.turned ? n : 1},
                               .c = {row_at(&a->dx, begin), a->dx.dtype, a->dx.ld, a->accumulate},
                               .i_count = rows,
                               .j_count = k,

@@ -4,6 +4,7 @@
 #include "kernels/cuda/mxproducts.cuh"
 #include "kernels/cuda/quantize.cuh"
 #include "kernels/cuda/sm90/qgrouped.cuh"
+#include "kernels/cuda/turned.cuh"
 
 extern "C" {
 #include "backend/dequant.h"
@@ -48,10 +49,25 @@ static bool hopper_takes_all(const struct mt_backend *be, const struct mt_limits
          hopper_takes(l->tokens, 1, qkv, l->hidden) && hopper_takes(l->tokens, 1, l->hidden, q);
 }
 
+/* For weights that dgrad must turn, whichever of the model's is largest. */
+static size_t turned_bytes(const struct mt_limits *l) {
+  int64_t q = l->heads * l->head_dim, qkv = q + 2 * l->kv_heads * l->head_dim;
+  const struct mt_cuda_turned of[] = {mt_cuda_turned_of(l->experts, 2 * l->ffn, l->hidden),
+                                      mt_cuda_turned_of(l->experts, l->hidden, l->ffn),
+                                      mt_cuda_turned_of(1, qkv, l->hidden),
+                                      mt_cuda_turned_of(1, l->hidden, q)};
+  size_t most = 0;
+  for (size_t i = 0; i < sizeof of / sizeof *of; i++) {
+    if (of[i].bytes > most) most = of[i].bytes;
+  }
+  return most;
+}
+
 extern "C" size_t mt_cuda_qlinear_bytes(const struct mt_backend *be, const struct mt_limits *l) {
   size_t item = l->act == MT_F32 ? sizeof(float) : sizeof(bf16);
   size_t count = mt_dequant_elements(l, l->experts);
-  if (count == 0 || hopper_takes_all(be, l)) return 0;
+  if (count == 0) return 0;
+  if (hopper_takes_all(be, l)) return turned_bytes(l);
   /* On Blackwell both: what its library declines is brought back. */
   size_t back = count * item + PRODUCTS_BYTES,
          native = mt_cuda_mx_chip(be) ? mt_cuda_mx_bytes(l) : 0;
@@ -248,19 +264,48 @@ static mt_err dgrad(struct mt_backend *be, const struct mt_qlinear_dgrad_args *a
   return mt_cuda_linear_dgrad(be, &l);
 }
 
+/* On Hopper; a weight without a column copy is turned first, some experts at a time. *done false:
+ * it takes none of it. */
+static mt_err dgrad_native(struct mt_backend *be, const struct mt_qlinear_dgrad_args *a,
+                           bool *done) {
+  struct mt_qtensor w = a->w;
+  struct mt_cuda_qgrouped p;
+  int64_t matrices = w.rank == 3 ? w.dim[0] : 1;
+  struct mt_cuda_turned t = mt_cuda_turned_of(matrices, w.dim[w.rank - 2], w.dim[w.rank - 1]);
+  *done = true;
+  if (w.col && native_rows(be, &a->dy, &w, true, &a->dx, a->offsets, a->accumulate, &p))
+    return mt_cuda_qgrouped_sm90(be, &p);
+  for (int64_t g = 0; !w.col && w.format == MT_Q_FP8 && g < matrices; g += t.at_once) {
+    struct mt_qtensor part = w;
+    void *scratch;
+    if (part.rank == 3) part.dim[0] = matrices - g < t.at_once ? matrices - g : t.at_once;
+    part.col = (uint8_t *)256, part.col_scale = part.col; /* as it will lie */
+    if (!native_rows(be, &a->dy, &part, true, &a->dx, a->offsets ? a->offsets + g : NULL,
+                     a->accumulate, &p))
+      break;
+    MT_TRY(mt_cuda_scratch(be, "qlinear_dgrad", t.bytes, &scratch));
+    part.col = (uint8_t *)scratch, part.col_scale = part.col + t.scales_at;
+    p.b = part.col, p.b_scale = (const float *)part.col_scale;
+    MT_TRY(mt_cuda_turn(be, &w, g, &part));
+    MT_TRY(mt_cuda_qgrouped_sm90(be, &p));
+    if (g + t.at_once >= matrices) return MT_OK;
+  }
+  *done = false;
+  return MT_OK;
+}
+
 extern "C" mt_err mt_cuda_qlinear_dgrad(struct mt_backend *be,
                                         const struct mt_qlinear_dgrad_args *a) {
   MT_TRY(mt_check_qlinear_dgrad(a));
   MT_TRY(mt_cuda_format("qlinear_dgrad", &a->dx));
-  struct mt_cuda_qgrouped p;
   struct mt_cuda_mx_job j;
   bool done = false;
   if (a->dy.dim[0] == 0) return MT_OK;
   if (mt_cuda_mx_chip(be) && mt_cuda_mx_dgrad_job(a, &j))
     MT_TRY(mt_cuda_mx_run(be, "qlinear_dgrad", &j, &done));
   if (done) return MT_OK;
-  if (native_rows(be, &a->dy, &a->w, true, &a->dx, a->offsets, a->accumulate, &p))
-    return mt_cuda_qgrouped_sm90(be, &p);
+  MT_TRY(dgrad_native(be, a, &done));
+  if (done) return MT_OK;
   return a->dx.dtype == MT_F32 ? dgrad<float>(be, a) : dgrad<bf16>(be, a);
 }
 

@@ -47,6 +47,7 @@ static double row_at(const struct mt_qtensor *q, int64_t row, int64_t col) {
          scale_at(q, q->row_scale, row_scale_index(q, row, col));
 }
 static double col_at(const struct mt_qtensor *q, int64_t row, int64_t col) {
+  if (!q->col) return row_at(q, row, col); /* a weight in square blocks */
   return (double)mt_e4m3_to_f32(q->col[col_index(q, row, col)]) *
          scale_at(q, q->col_scale, col_scale_index(q, row, col));
 }
