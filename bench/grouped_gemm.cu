@@ -3,12 +3,15 @@
  * counts on the host, which no model has, and what can be prepared is prepared outside of the
  * clock: their best case.
  *   grouped_gemm [--loads] [--runs N] [--only PART_OF_A_NAME] [--ways hlsgx] [--no-check]
+ *                [--beside SMS]
  * Cases: mixtral, 8 experts of hidden 4096 and ffn 14336; qwen3, 128 of hidden 2048 and ffn 768; so
  * many routed rows, shared evenly or by Dirichlet's distribution.
- * ways: h moetune on Hopper, p moetune's portable kernel, l cuBLASLt in a loop over experts, s the
- * same over 8 streams, g cublasGemmGroupedBatchedEx, x CUTLASS (where it was built with
- * -DMOETUNE_CUTLASS_DIR=, see bench/get_cutlass.sh). Each way's result is first compared with h's:
- * the largest difference over the largest value stands under "off".
+ * ways: h moetune on Hopper, t the same with units by turns, p moetune's portable kernel, l
+ * cuBLASLt in a loop over experts, s the same over 8 streams, g cublasGemmGroupedBatchedEx, x
+ * CUTLASS (where it was built with -DMOETUNE_CUTLASS_DIR=, see bench/get_cutlass.sh). Each way's
+ * result is first compared with h's: the largest difference over the largest value stands under
+ * "off".
+ * --beside: another kernel holds so many multiprocessors all the while, as transfers do.
  * --loads prints the rows of each expert in each case instead, for other programs. */
 #include "bench/common.cuh"
 #include "bench/grouped_gemm/contender.h"
@@ -26,6 +29,14 @@ static mt_err own_prepare(struct mt_backend *be, const struct test *t, void **st
 static mt_err own_run(struct mt_backend *be, const struct test *t, void *) {
   return mt_cuda_grouped_sm90(be, &t->p);
 }
+static mt_err turns_run(struct mt_backend *be, const struct test *t, void *) {
+  struct mt_cuda *c = mt_cuda_of(be);
+  int *taken = c->taken;
+  c->taken = NULL;
+  mt_err err = mt_cuda_grouped_sm90(be, &t->p);
+  c->taken = taken;
+  return err;
+}
 static mt_err portable_prepare(struct mt_backend *be, const struct test *, void **state) {
   *state = be;
   return MT_OK;
@@ -35,17 +46,19 @@ static mt_err portable_run(struct mt_backend *be, const struct test *t, void *) 
 }
 static void nothing(void *) {}
 static const struct contender own = {'h', "moetune", own_prepare, own_run, nothing, NULL};
+static const struct contender turns = {'t', "by turns", own_prepare, turns_run, nothing, NULL};
 static const struct contender portable = {
     'p', "moetune portable", portable_prepare, portable_run, nothing, NULL};
 #ifndef BENCH_WITH_CUTLASS
 extern const struct contender bench_cutlass = {};
 #endif
 static const struct contender *const known[] = {
-    &own, &portable, &bench_lt_loop, &bench_lt_streams, &bench_cublas_grouped, &bench_cutlass};
+    &own,          &turns, &portable, &bench_lt_loop, &bench_lt_streams, &bench_cublas_grouped,
+    &bench_cutlass};
 
 struct bench {
   struct mt_backend native;
-  int runs;
+  int runs, beside;
   const char *only, *ways;
   bool check, loads;
   const struct contender *way[WAYS_MOST];
@@ -73,6 +86,39 @@ static double off_by(struct bench *b, const struct test *t, void *const *state, 
   return most;
 }
 
+/* Holds a multiprocessor (it asks for most of the shared memory) until *stop is set. */
+enum { HOLD_BYTES = 200 << 10 };
+__global__ void hold(int *begun, const volatile int *stop) {
+  atomicAdd(begun, 1);
+  while (!*stop) __nanosleep(1000);
+}
+
+struct holder {
+  cudaStream_t stream;
+  int *flags; /* device: begun, stop */
+};
+static void hold_begin(const struct bench *b, struct holder *h) {
+  int begun = 0;
+  if (b->beside == 0) return;
+  if (!h->flags) {
+    CHECK(cudaStreamCreateWithFlags(&h->stream, cudaStreamNonBlocking));
+    h->flags = (int *)device_memory(2 * sizeof(int));
+    CHECK(cudaFuncSetAttribute(hold, cudaFuncAttributeMaxDynamicSharedMemorySize, HOLD_BYTES));
+  }
+  CHECK(cudaMemsetAsync(h->flags, 0, 2 * sizeof(int), h->stream));
+  CHECK(cudaStreamSynchronize(h->stream));
+  hold<<<(unsigned)b->beside, 32, HOLD_BYTES, h->stream>>>(h->flags, h->flags + 1);
+  cudaStream_t looks = mt_cuda_of(&b->native)->stream;
+  while (begun < b->beside) {
+    CHECK(cudaMemcpyAsync(&begun, h->flags, sizeof begun, cudaMemcpyDeviceToHost, looks));
+    CHECK(cudaStreamSynchronize(looks));
+  }
+}
+/* Once what the stream has so far is done. */
+static void hold_end(const struct bench *b, const struct holder *h, cudaStream_t stream) {
+  if (b->beside > 0) CHECK(cudaMemsetAsync(h->flags + 1, 1, sizeof(int), stream));
+}
+
 /* Medians in ms [WAYS_MOST] (=). The ways take turns in an order that moves on each time, behind a
  * run that is not counted: what comes first after a pause is slower, whichever it is. The host
  * waits once a turn: launches of one hide behind the products of another. */
@@ -80,10 +126,12 @@ static void time_ways(struct bench *b, const struct test *t, void *const *state,
   static double all[WAYS_MOST][RUNS_MOST];
   cudaStream_t stream = mt_cuda_of(&b->native)->stream;
   cudaEvent_t at[2 * WAYS_MOST];
+  static struct holder holder;
   int lead = 0, ways = b->way_count;
   while (lead < ways - 1 && !state[lead]) lead++;
   for (int i = 0; i < 2 * ways; i++) CHECK(cudaEventCreate(&at[i]));
   for (int run = -WARM; run < b->runs; run++) {
+    hold_begin(b, &holder);
     if (state[lead]) OK(b->way[lead]->run(&b->native, t, state[lead]));
     for (int turn = 0; turn < ways; turn++) {
       int i = (run + WARM + turn) % ways;
@@ -92,7 +140,9 @@ static void time_ways(struct bench *b, const struct test *t, void *const *state,
       OK(b->way[i]->run(&b->native, t, state[i]));
       CHECK(cudaEventRecord(at[2 * i + 1], stream));
     }
+    hold_end(b, &holder, stream);
     CHECK(cudaStreamSynchronize(stream));
+    if (b->beside > 0) CHECK(cudaStreamSynchronize(holder.stream));
     for (int i = 0; i < ways && run >= 0; i++) {
       float one;
       if (!state[i]) continue;
@@ -219,14 +269,18 @@ static void parse(struct bench *b, int argc, char **argv) {
       b->check = false;
     else if (!strcmp(argv[i], "--runs") && value)
       b->runs = atoi(argv[++i]);
+    else if (!strcmp(argv[i], "--beside") && value)
+      b->beside = atoi(argv[++i]);
     else if (!strcmp(argv[i], "--only") && value)
       b->only = argv[++i];
     else if (!strcmp(argv[i], "--ways") && value)
       b->ways = argv[++i];
     else
-      die(argv[i], "grouped_gemm [--loads] [--runs N] [--only NAME] [--ways hlsgx] [--no-check]");
+      die(argv[i], "grouped_gemm [--loads] [--runs N] [--only NAME] [--ways hlsgx] [--no-check] "
+                   "[--beside N]");
   }
   if (b->runs < 1 || b->runs > RUNS_MOST) die("--runs", "1 to 100");
+  if (b->beside < 0 || b->beside > 64) die("--beside", "0 to 64");
   for (size_t i = 0; i < sizeof known / sizeof *known; i++) {
     if (known[i]->name && strchr(b->ways, known[i]->letter)) b->way[b->way_count++] = known[i];
   }

@@ -276,6 +276,7 @@ static void destroy(struct mt_backend *be) {
     if (c->ring_free[i]) (void)cudaEventDestroy(c->ring_free[i]);
   }
   if (c->ring) (void)cudaFreeHost(c->ring);
+  if (c->taken) (void)cudaFree(c->taken);
   if (c->stream) (void)cudaStreamDestroy(c->stream);
   free(c);
   be->impl = NULL;
@@ -321,6 +322,10 @@ static mt_err open_device(struct mt_backend *be, struct mt_cuda *c, int device) 
   be->capability = c->portable ? 0 : c->capability;
   if (mt_cuda_mx_chip(be)) be->counted_format = MT_Q_MXFP8;
   MT_TRY(open_ring(c));
+  if (c->capability == 90 && !c->portable && !getenv("MOETUNE_TURNS")) {
+    MT_TRY(mt_cuda_check(cudaMalloc((void **)&c->taken, sizeof *c->taken), "a counter"));
+    MT_TRY(mt_cuda_check(cudaMemsetAsync(c->taken, 0, sizeof *c->taken, c->stream), "a counter"));
+  }
   if (cublasLtCreate(&c->lt) != CUBLAS_STATUS_SUCCESS) {
     return mt_fail(MT_EDEVICE, "cuBLASLt cannot be started");
   }

@@ -31,6 +31,7 @@ struct mt_cuda {
   int ring_next;
   cudaEvent_t stamps[MT_STAMPS]; /* made when first asked for */
   cublasLtHandle_t lt;
+  int *taken; /* device, 0 between kernels: units begun of a grouped product; NULL: by turns */
   struct mt_cuda_plans *plans;   /* algorithms chosen for products so far (products.cu) */
   struct mt_cuda_counts *counts; /* sizes of groups that the host knows (mxproducts.cu), or NULL */
 };

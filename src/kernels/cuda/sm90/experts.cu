@@ -21,6 +21,7 @@ struct experts_job {
   const float *row_prob;  /* [rows] or NULL */
   float *parts;           /* [tiles along n][rows] or NULL */
   int groups, rows, n, k; /* n: columns of h */
+  int *taken;             /* grouped_units.cuh */
 };
 
 /* Offsets of the boxes in a stage, warpgroup 0's; the other's lie next to them. */
@@ -70,6 +71,18 @@ __device__ __forceinline__ void load_chunk(uint32_t dst, const CUtensorMap *map,
   }
 }
 
+/* A thread's whole life beside the loading one. */
+template <class S>
+__device__ __forceinline__ void hand_out(const struct experts_job &j, const struct control *s,
+                                         int rank) {
+  struct walk at = {0, 0};
+  struct place p;
+  struct units u = first_unit();
+  for (; find<S>(j, s, &at, u.unit, rank, &p); next_unit<true>(&s->units, j.taken, &u))
+    take_unit(&s->units, j.taken, rank, &u);
+  end_units(j.taken, rank, &u, at.before);
+}
+
 /* The loading thread's whole life (see grouped.cu). */
 template <class S>
 __device__ __forceinline__ void load_all(const struct experts_job &j, const CUtensorMap *map_a,
@@ -80,8 +93,8 @@ __device__ __forceinline__ void load_all(const struct experts_job &j, const CUte
   struct walk at = {0, 0};
   struct place p;
   int steps = (j.k + DEPTH - 1) / DEPTH;
-  for (int unit = (int)blockIdx.x / 2; find<S>(j, s, &at, unit, rank, &p);
-       unit += (int)gridDim.x / 2) {
+  for (struct units u = first_unit(); find<S>(j, s, &at, u.unit, rank, &p);
+       next_unit<true>(&s->units, j.taken, &u)) {
     for (int i = 0; i < steps + S::CHUNKS; i++) {
       uint32_t bar = full + (uint32_t)r.stage * 8, a = tiles + (uint32_t)(r.stage * S::STAGE_BYTES);
       uint32_t b = a + A_BYTES;
@@ -250,8 +263,8 @@ multiply_all(const struct experts_job &j, const CUtensorMap *map_out, const CUte
   struct place p;
   int steps = (j.k + DEPTH - 1) / DEPTH, owed = -1;
   float d[128];
-  for (int unit = (int)blockIdx.x / 2; find<S>(j, s, &at, unit, rank, &p);
-       unit += (int)gridDim.x / 2) {
+  for (struct units u = first_unit(); find<S>(j, s, &at, u.unit, rank, &p);
+       next_unit<false>(&s->units, j.taken, &u)) {
     int row = p.m * TILE_M + half * 64, rows = p.end - p.begin;
     if (row >= rows || !p.inside) { /* nothing to make, but the ring goes on */
       settle(empty, &owed);
@@ -294,7 +307,7 @@ __global__ __cluster_dims__(2, 1, 1)
     prefetch_map(&map_out);
     prefetch_map(&map_h);
     if (!S::UP) prefetch_map(&map_in);
-    init_ring<S>(s, 1);
+    init_ring<S>(s, false);
   }
   __syncthreads();
   cluster_sync();
@@ -302,6 +315,7 @@ __global__ __cluster_dims__(2, 1, 1)
   if (threadIdx.x < 128) {
     registers_down<40>();
     if (threadIdx.x == 0) load_all<S>(j, &map_a, &map_w, &map_in, s, tiles, rank);
+    if (threadIdx.x == UNITS_THREAD && j.taken) hand_out<S>(j, s, rank);
     __syncwarp();
   } else {
     registers_up<232>();
@@ -344,6 +358,7 @@ static mt_err launch(struct mt_backend *be, const struct experts_tensors *t, con
   MT_TRY(ragged_map(&in, t->in->data, 2 * n, t->in->ld, 64));
   MT_TRY(ragged_map(&out, t->out->data, 2 * n, t->out->ld, 64));
   MT_TRY(ragged_map(&h, t->h->data, n, t->h->ld, 64));
+  j->taken = c->taken;
   j->groups = (int)groups, j->rows = (int)rows, j->n = (int)n, j->k = (int)k;
   int64_t clusters = c->sm_count / 2, units = (n + S::COLS - 1) / S::COLS;
   units *= rows / TILE_M + groups; /* or fewer: a unit is two tiles, or one at the edge */

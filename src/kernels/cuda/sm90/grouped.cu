@@ -17,6 +17,7 @@ struct job {
   int groups, rows, m, n, k;
   int64_t ldc;
   int accumulate;
+  int *taken;      /* grouped_units.cuh */
   double *partial; /* wgrad: [blocks] of the squares of c, or NULL */
 };
 
@@ -43,9 +44,28 @@ __device__ __forceinline__ bool find(const struct job &j, const struct control *
   return find_rows(at, s->offsets, j.groups, nt, unit, rank, p);
 }
 
+/* Of all; at: at its end. */
+template <class S>
+__device__ __forceinline__ int unit_count(const struct job &j, const struct walk *at) {
+  return S::WGRAD
+             ? j.groups * units_of((j.m + TILE_M - 1) / TILE_M, (j.n + S::TILE_N - 1) / S::TILE_N)
+             : at->before;
+}
+
 template <class S>
 __device__ __forceinline__ int step_count(const struct job &j, const struct place &p) {
   return ((S::WGRAD ? p.end - p.begin : j.k) + DEPTH - 1) / DEPTH;
+}
+
+/* A thread's whole life beside the loading one. */
+template <class S>
+__device__ __forceinline__ void hand_out(const struct job &j, const struct control *s, int rank) {
+  struct walk at = {0, 0};
+  struct place p;
+  struct units u = first_unit();
+  for (; find<S>(j, s, &at, u.unit, rank, &p); next_unit<true>(&s->units, j.taken, &u))
+    take_unit(&s->units, j.taken, rank, &u);
+  end_units(j.taken, rank, &u, unit_count<S>(j, &at));
 }
 
 /* The loading thread's whole life. A stage is loaded again once the multipliers of both blocks have
@@ -58,8 +78,8 @@ __device__ __forceinline__ void load_all(const struct job &j, const CUtensorMap 
   struct ring r = {0, 1}; /* the first waits find the ring empty */
   struct walk at = {0, 0};
   struct place p;
-  for (int unit = (int)blockIdx.x / 2; find<S>(j, s, &at, unit, rank, &p);
-       unit += (int)gridDim.x / 2) {
+  for (struct units u = first_unit(); find<S>(j, s, &at, u.unit, rank, &p);
+       next_unit<true>(&s->units, j.taken, &u)) {
     int steps = step_count<S>(j, p);
     for (int i = 0; i < steps; i++) {
       uint32_t bar = full + (uint32_t)r.stage * 8, a = tiles + (uint32_t)(r.stage * S::STAGE_BYTES);
@@ -141,8 +161,8 @@ __device__ __forceinline__ void multiply_all(const struct job &j, const CUtensor
   struct place p;
   float d[S::TILE_N / 2];
   double total = 0;
-  for (int unit = (int)blockIdx.x / 2; find<S>(j, s, &at, unit, rank, &p);
-       unit += (int)gridDim.x / 2) {
+  for (struct units u = first_unit(); find<S>(j, s, &at, u.unit, rank, &p);
+       next_unit<false>(&s->units, j.taken, &u)) {
     int steps = step_count<S>(j, p);
     int row = p.m * TILE_M + half * 64, col = p.n * S::TILE_N;
     int rows = S::WGRAD ? j.m : p.end - p.begin;
@@ -191,7 +211,7 @@ __global__ __cluster_dims__(2, 1, 1)
     prefetch_map(&map_a);
     prefetch_map(&map_b);
     prefetch_map(&map_c);
-    init_ring<S>(s, 1);
+    init_ring<S>(s, false);
   }
   __syncthreads();
   cluster_sync();
@@ -199,6 +219,7 @@ __global__ __cluster_dims__(2, 1, 1)
   if (threadIdx.x < 128) {
     registers_down<40>();
     if (threadIdx.x == 0) load_all<S>(j, &map_a, &map_b, s, tiles, rank);
+    if (threadIdx.x == UNITS_THREAD && j.taken) hand_out<S>(j, s, rank);
     __syncwarp();
   } else {
     registers_up<232>();
@@ -241,6 +262,7 @@ template <class S> static mt_err launch(struct mt_backend *be, const struct mt_c
                   .k = (int)p->k,
                   .ldc = p->ldc,
                   .accumulate = p->accumulate,
+                  .taken = p->sumsq ? NULL : c->taken, /* whose sums are of what a block made */
                   .partial = NULL};
   void *partial = NULL;
   size_t partial_bytes = (size_t)(2 * clusters) * sizeof(double);

@@ -7,6 +7,7 @@
 #include "kernels/cuda/sm90/gemm_ptx.cuh"
 #include "kernels/cuda/sm90/grouped_maps.cuh"
 #include "kernels/cuda/sm90/grouped_tile.cuh"
+#include "kernels/cuda/sm90/grouped_units.cuh"
 
 enum {
   DEPTH = 64, /* of a stage: one row of the 128-byte swizzle */
@@ -21,6 +22,7 @@ enum {
 /* Shared memory past the ring and the staging memory. */
 struct control {
   uint64_t full[8], empty[8];
+  struct unit_places units;
   double squares[MULTIPLIER_WARPS];
   int offsets[GROUPS_MOST + 1];
 };
@@ -34,9 +36,12 @@ template <int STAGES> __device__ __forceinline__ void advance(struct ring *r) {
   if (++r->stage == STAGES) r->stage = 0, r->parity ^= 1;
 }
 
-/* One thread readies the barriers: a stage is filled by so many arrivals and its bytes, and free
- * again once the multiplying warps of both blocks of the cluster are done with it. */
-template <class S> __device__ __forceinline__ void init_ring(struct control *s, int arrivals) {
+/* One thread readies the barriers: a stage is filled by its bytes and an arrival of each of the
+ * loading threads, 1 or with `beside` a warp besides, and free again once the multiplying warps of
+ * both blocks of the cluster are done with it. */
+template <class S> __device__ __forceinline__ void init_ring(struct control *s, bool beside) {
+  int arrivals = beside ? 1 + 32 : 1;
+  init_units(&s->units, MULTIPLIER_WARPS + (beside ? 3 : 2));
   for (int i = 0; i < S::STAGES; i++) {
     barrier_init(shared_address(&s->full[i]), arrivals);
     barrier_init(shared_address(&s->empty[i]), 2 * MULTIPLIER_WARPS);

@@ -25,6 +25,7 @@ struct qjob {
   int groups, rows, m, n, k;
   int64_t a_scale_ld, ldc; /* a_scale [depth / 128][a_scale_ld]; wgrad: b_scale [tokens / 128][n] */
   int accumulate;
+  int *taken; /* grouped_units.cuh */
 };
 
 /* A stage's scales: a's of the tile's rows, then b's: of the tile's columns, or for rows one of
@@ -51,6 +52,14 @@ __device__ __forceinline__ bool find(const struct qjob &j, const struct control 
   if (S::WGRAD)
     return find_matrix(s->offsets, j.groups, (j.m + TILE_M - 1) / TILE_M, nt, unit, rank, p);
   return find_rows(at, s->offsets, j.groups, nt, unit, rank, p);
+}
+
+/* Of all; at: at its end. */
+template <class S>
+__device__ __forceinline__ int unit_count(const struct qjob &j, const struct walk *at) {
+  return S::WGRAD
+             ? j.groups * units_of((j.m + TILE_M - 1) / TILE_M, (j.n + Q_TILE_N - 1) / Q_TILE_N)
+             : at->before;
 }
 
 template <class S>
@@ -87,6 +96,17 @@ __device__ __forceinline__ void bulk_load(uint32_t dst, const void *src, uint32_
                : "memory");
 }
 
+/* A thread's whole life beside the loading one. */
+template <class S>
+__device__ __forceinline__ void hand_out(const struct qjob &j, const struct control *s, int rank) {
+  struct walk at = {0, 0};
+  struct place p;
+  struct units u = first_unit();
+  for (; find<S>(j, s, &at, u.unit, rank, &p); next_unit<true>(&s->units, j.taken, &u))
+    take_unit(&s->units, j.taken, rank, &u);
+  end_units(j.taken, rank, &u, unit_count<S>(j, &at));
+}
+
 /* The loading thread's whole life (see grouped.cu). */
 template <class S>
 __device__ __forceinline__ void load_all(const struct qjob &j, const CUtensorMap *map_a,
@@ -96,8 +116,8 @@ __device__ __forceinline__ void load_all(const struct qjob &j, const CUtensorMap
   struct ring r = {0, 1}; /* the first waits find the ring empty */
   struct walk at = {0, 0};
   struct place p;
-  for (int unit = (int)blockIdx.x / 2; find<S>(j, s, &at, unit, rank, &p);
-       unit += (int)gridDim.x / 2) {
+  for (struct units u = first_unit(); find<S>(j, s, &at, u.unit, rank, &p);
+       next_unit<true>(&s->units, j.taken, &u)) {
     int steps = step_count<S>(j, p), col = p.n * Q_TILE_N;
     uint32_t scales = S::WGRAD && col < j.n ? (uint32_t)min(Q_TILE_N, j.n - col) * 4 : 0;
     for (int i = 0; i < steps; i++) {
@@ -143,8 +163,8 @@ __device__ __forceinline__ void load_scales(const struct qjob &j, const struct c
   struct ring r = {0, 1};
   struct walk at = {0, 0};
   struct place p;
-  for (int unit = (int)blockIdx.x / 2; find<S>(j, s, &at, unit, rank, &p);
-       unit += (int)gridDim.x / 2) {
+  for (struct units u = first_unit(); find<S>(j, s, &at, u.unit, rank, &p);
+       next_unit<false>(&s->units, j.taken, &u)) {
     int steps = step_count<S>(j, p), most = (S::WGRAD ? j.m : p.end - p.begin) - 1, row[4];
 #pragma unroll
     for (int i = 0; i < 4; i++) row[i] = min(p.m * TILE_M + lane + 32 * i, most);
@@ -316,8 +336,8 @@ __device__ __forceinline__ void multiply_all(const struct qjob &j, const CUtenso
   struct place p;
   float sums[2][64];
   if (S::WGRAD && j.partial) add_squares(s, 0, false);
-  for (int unit = (int)blockIdx.x / 2; find<S>(j, s, &at, unit, rank, &p);
-       unit += (int)gridDim.x / 2) {
+  for (struct units u = first_unit(); find<S>(j, s, &at, u.unit, rank, &p);
+       next_unit<false>(&s->units, j.taken, &u)) {
     int steps = step_count<S>(j, p), row = p.m * TILE_M, col = p.n * Q_TILE_N + half * HALF_N;
     int rows = S::WGRAD ? j.m : p.end - p.begin;
     if (row >= rows || col >= j.n) { /* nothing to make, but the ring goes on */
@@ -374,7 +394,7 @@ __global__ __cluster_dims__(2, 1, 1)
     prefetch_map(&map_a);
     prefetch_map(&map_b);
     prefetch_map(&map_c);
-    init_ring<S>(s, 1 + 32);
+    init_ring<S>(s, true);
   }
   __syncthreads();
   cluster_sync();
@@ -383,6 +403,7 @@ __global__ __cluster_dims__(2, 1, 1)
     registers_down<40>();
     if (threadIdx.x == 0) load_all<S>(j, &map_a, &map_b, s, tiles, rank);
     if (threadIdx.x / 32 == 1) load_scales<S>(j, s, tiles, rank);
+    if (threadIdx.x == UNITS_THREAD && j.taken) hand_out<S>(j, s, rank);
     __syncwarp();
   } else {
     registers_up<232>();
@@ -428,7 +449,8 @@ template <class S> static mt_err launch(struct mt_backend *be, const struct mt_c
                    .k = (int)p->k,
                    .a_scale_ld = p->a_scale_ld,
                    .ldc = p->ldc,
-                   .accumulate = p->accumulate};
+                   .accumulate = p->accumulate,
+                   .taken = p->sumsq ? NULL : c->taken};
   void *partial = NULL;
   int blocks = (int)(2 * clusters);
   if (p->sumsq) MT_TRY(mt_cuda_scratch(be, "fp8 products", blocks * sizeof(double), &partial));
