@@ -322,7 +322,7 @@ static mt_err open_device(struct mt_backend *be, struct mt_cuda *c, int device) 
   be->capability = c->portable ? 0 : c->capability;
   if (mt_cuda_mx_chip(be)) be->counted_format = MT_Q_MXFP8;
   MT_TRY(open_ring(c));
-  if (c->capability == 90 && !c->portable && !getenv("MOETUNE_TURNS")) {
+  if (c->capability == 90 && !c->portable) {
     MT_TRY(mt_cuda_check(cudaMalloc((void **)&c->taken, sizeof *c->taken), "a counter"));
     MT_TRY(mt_cuda_check(cudaMemsetAsync(c->taken, 0, sizeof *c->taken, c->stream), "a counter"));
   }

@@ -76,12 +76,8 @@ __device__ __forceinline__ void next_unit(const struct unit_places *s, const int
                : "r"(shared_address(&s->next[place]))
                : "memory");
   u->unit = __reduce_max_sync(ALONE ? 1u : 0xffffffffu, u->unit); /* see uniform() */
-  if (ALONE || threadIdx.x % 32 == 0) {
-    asm volatile("{\n .reg .b32 there;\n mapa.shared::cluster.u32 there, %0, 0;\n"
-                 "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(
-                     shared_address(&s->read[place]))
-                 : "memory");
-  }
+  if (ALONE || threadIdx.x % 32 == 0)
+    barrier_arrive_at(shared_address(&s->read[place]), 0); /* the number is there: max needed it */
   u->told++;
 }
 
