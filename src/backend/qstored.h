@@ -4,12 +4,7 @@
 #define MT_BACKEND_QSTORED_H
 
 #include "backend/qtensor.h"
-
-#ifdef __CUDACC__
-#define MT_ON_BOTH static __host__ __device__ __forceinline__
-#else
-#define MT_ON_BOTH static inline
-#endif
+#include "base/on_both.h"
 
 /* Element (g, r, c) as stored is e[g * rows * cols + r * ld + c]; matrices whose rows are apart by
  * more than cols are single ones. Its scale is that of index g * scale_count + (r / tall) *

@@ -6,11 +6,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-#ifdef __CUDACC__
-#define MT_HOST_TOO static __host__ __device__ __forceinline__
-#else
-#define MT_HOST_TOO static inline
-#endif
+#include "base/on_both.h"
 
 /* Scale (i, j) of matrix m, outer index i, block j along the contraction, is
  * scales[m * by_matrix + i * by_outer + j * by_block]. Without offsets there are `matrices` of
@@ -37,12 +33,12 @@ struct mt_mx_tile {
   int outer, blocks;
 };
 
-MT_HOST_TOO int mt_mx_least(int64_t a, int b) {
+MT_ON_BOTH int mt_mx_least(int64_t a, int b) {
   return a < 0 ? 0 : a < b ? (int)a : b;
 }
 
 /* The last group that begins at `at` or before, rows as padded; -1 past the last group. */
-MT_HOST_TOO int mt_mx_group(const struct mt_mx_scales *s, int64_t at) {
+MT_ON_BOTH int mt_mx_group(const struct mt_mx_scales *s, int64_t at) {
   int low = 0, high = s->groups;
   if (at >= s->padded[s->groups]) return -1;
   while (high - low > 1) {
@@ -56,8 +52,8 @@ MT_HOST_TOO int mt_mx_group(const struct mt_mx_scales *s, int64_t at) {
 }
 
 /* Tile (i, j) of matrix m, counted as if there were no groups. */
-MT_HOST_TOO struct mt_mx_tile mt_mx_tile_of(const struct mt_mx_scales *s, int64_t m, int64_t i,
-                                            int64_t j) {
+MT_ON_BOTH struct mt_mx_tile mt_mx_tile_of(const struct mt_mx_scales *s, int64_t m, int64_t i,
+                                           int64_t j) {
   int64_t tall = (s->outer + 127) / 128, wide = (s->blocks + 3) / 4;
   int64_t outer = i * 128, end = s->outer;
   struct mt_mx_tile t = {-1, 0, 0, 0};
@@ -82,8 +78,8 @@ MT_HOST_TOO struct mt_mx_tile mt_mx_tile_of(const struct mt_mx_scales *s, int64_
 }
 
 /* Word w of the tile's 128: the four scales of one outer index, the first in the lowest byte. */
-MT_HOST_TOO uint32_t mt_mx_tile_word(const struct mt_mx_scales *s, const struct mt_mx_tile *t,
-                                     int w) {
+MT_ON_BOTH uint32_t mt_mx_tile_word(const struct mt_mx_scales *s, const struct mt_mx_tile *t,
+                                    int w) {
   int i = w / 4 + w % 4 * 32;
   uint32_t word = 0;
   if (i >= t->outer) return 0;
@@ -93,7 +89,7 @@ MT_HOST_TOO uint32_t mt_mx_tile_word(const struct mt_mx_scales *s, const struct 
 }
 
 /* Tile rows and columns to go through, with groups those that there is room for. */
-MT_HOST_TOO int64_t mt_mx_tiles_tall(const struct mt_mx_scales *s) {
+MT_ON_BOTH int64_t mt_mx_tiles_tall(const struct mt_mx_scales *s) {
   int64_t rows = s->outer;
   if (s->offsets && !s->along_blocks) { /* as mt_q_col_rows */
     int64_t held = s->groups < rows ? s->groups : rows;
@@ -101,11 +97,11 @@ MT_HOST_TOO int64_t mt_mx_tiles_tall(const struct mt_mx_scales *s) {
   }
   return (rows + 127) / 128;
 }
-MT_HOST_TOO int64_t mt_mx_tiles_wide(const struct mt_mx_scales *s) {
+MT_ON_BOTH int64_t mt_mx_tiles_wide(const struct mt_mx_scales *s) {
   return (s->blocks + 3) / 4;
 }
 /* Bytes of all of it. */
-MT_HOST_TOO int64_t mt_mx_scales_bytes(const struct mt_mx_scales *s) {
+MT_ON_BOTH int64_t mt_mx_scales_bytes(const struct mt_mx_scales *s) {
   return s->matrices * mt_mx_tiles_tall(s) * mt_mx_tiles_wide(s) * 512;
 }
 

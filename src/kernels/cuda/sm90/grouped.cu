@@ -118,19 +118,8 @@ __device__ __forceinline__ void write_tile(const struct job &j, const float (&d)
       stage_chunk(d, first + i, out + (uint32_t)(i * CHUNK_BYTES), (typename S::C *)NULL);
     writes_for_tma();
     part_sync(1 + half, 128);
-#pragma unroll
-    for (int i = 0; leader && i < S::SLOTS; i++) {
-      uint32_t from = out + (uint32_t)(i * CHUNK_BYTES);
-      int at = col + (first + i) * S::CHUNK_COLS;
-      if (at >= j.n) continue;
-      if (!S::WGRAD)
-        tma_put_4d(map, from, at, RAGGED_ROWS - (p.end - p.begin) + row, RAGGED_ROWS, p.end);
-      else if (sizeof(typename S::C) == 4 && j.accumulate)
-        tma_add_3d(map, from, at, row, p.g);
-      else
-        tma_put_3d(map, from, at, row, p.g);
-    }
-    if (leader) tma_commit();
+    if (leader)
+      put_chunks<S, S::SLOTS>(map, out, p, row, col + first * S::CHUNK_COLS, j.n, j.accumulate);
     if (S::WGRAD && first == 0 && j.partial) *total += squares<typename S::C>(d);
   }
 }

@@ -132,4 +132,24 @@ __device__ __forceinline__ void stage_chunk(const float (&d)[COUNT], int chunk, 
   }
 }
 
+/* One thread: COUNT chunks from `out` on to c from (row, col) of p's group on, what lies within its
+ * n columns; float32 is added to what is there where `accumulate` is set. S: as in
+ * grouped_ring.cuh, and C, CHUNK_COLS. */
+template <class S, int COUNT>
+__device__ __forceinline__ void put_chunks(const CUtensorMap *map, uint32_t out,
+                                           const struct place &p, int row, int col, int n,
+                                           int accumulate) {
+#pragma unroll
+  for (int i = 0; i < COUNT; i++, out += CHUNK_BYTES, col += S::CHUNK_COLS) {
+    if (col >= n) continue;
+    if (!S::WGRAD)
+      tma_put_4d(map, out, col, RAGGED_ROWS - (p.end - p.begin) + row, RAGGED_ROWS, p.end);
+    else if (sizeof(typename S::C) == 4 && accumulate)
+      tma_add_3d(map, out, col, row, p.g);
+    else
+      tma_put_3d(map, out, col, row, p.g);
+  }
+  tma_commit();
+}
+
 #endif

@@ -296,20 +296,7 @@ __device__ __forceinline__ void write_half(const struct qjob &j, const float (&d
     stage_chunk(d, i, out + (uint32_t)(i * CHUNK_BYTES), (typename S::C *)NULL);
   writes_for_tma();
   part_sync(1 + half, 128);
-  if (!leader) return;
-#pragma unroll
-  for (int i = 0; i < S::CHUNKS; i++) {
-    uint32_t from = out + (uint32_t)(i * CHUNK_BYTES);
-    int at = col + i * S::CHUNK_COLS;
-    if (at >= j.n) continue;
-    if (!S::WGRAD)
-      tma_put_4d(map, from, at, RAGGED_ROWS - (p.end - p.begin) + row, RAGGED_ROWS, p.end);
-    else if (sizeof(typename S::C) == 4 && j.accumulate)
-      tma_add_3d(map, from, at, row, p.g);
-    else
-      tma_put_3d(map, from, at, row, p.g);
-  }
-  tma_commit();
+  if (leader) put_chunks<S, S::CHUNKS>(map, out, p, row, col, j.n, j.accumulate);
 }
 
 /* The warpgroup's part of a matrix whose group is empty: 128 x 128 at most. */
