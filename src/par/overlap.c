@@ -5,7 +5,12 @@
  * of backward, which is the same everywhere. On a host gatherings are started in that order too,
  * whenever their parts have come, and have communicators of their own, so that neither order
  * depends on the other. Between GPUs nobody asks what has come: a bucket is added up when its place
- * is needed by the one that many later, which is the same moment of the stream on every rank.
+ * is needed by the one that many later, which is the same moment of the stream on every rank, and
+ * exchanges and gatherings share the group's communicator.
+ *
+ * Whoever waits here waits for ranks of its own stage, at the same backward: they make the same
+ * list of forwards and backwards and start the same sums in it. What that backward needs of other
+ * stages they sent before, and nothing that those still need comes before its end.
  *
  * Sharded gradients are added up in every micro-batch, to what the rank has of its parts; and the
  * place in the ring that backward comes to next is cleared when a group has left. */
@@ -38,6 +43,11 @@ struct mt_overlap {
 
 static struct mt_comm *group_of(struct mt_ranks *r, const struct mt_bucket *k) {
   return r->tensor[k->sync == MT_SYNC_DENSE ? MT_GROUP_DENSE : MT_GROUP_DATA];
+}
+
+/* Where sums are sent around. */
+static struct mt_comm *gathers_of(struct mt_ranks *r, const struct mt_bucket *k) {
+  return r->model->be->memory_used ? group_of(r, k) : &r->late[k->sync];
 }
 
 static enum mt_dtype format(const struct mt_ranks *r) {
@@ -80,7 +90,7 @@ static mt_err add_up(struct mt_ranks *r) {
   if (c->size == 1 || r->model->options.zero > 0) return MT_OK;
   struct mt_parts parts, places;
   mt_sum_places(o->numbers, c, k->count, &parts, &places);
-  return mt_comm_all_gather(&r->late[k->sync], mt_ranks_bucket(r, k, false), parts,
+  return mt_comm_all_gather(gathers_of(r, k), mt_ranks_bucket(r, k, false), parts,
                             mt_dtype_bytes(format(r)), &f->t);
 }
 
@@ -160,7 +170,7 @@ static void on_ready(void *context, struct mt_param *p) {
   if (!r->overlap->err) r->overlap->err = ready(r, p);
 }
 
-int mt_ranks_overlap_places(const struct mt_ranks *r) {
+static int places_of(const struct mt_ranks *r) {
   int n = 0;
   for (int i = 0; i < r->buckets.count; i++) {
     bool dense = r->buckets.item[i].sync == MT_SYNC_DENSE;
@@ -185,7 +195,7 @@ static mt_err open_overlap(struct mt_ranks *r) {
     bytes *= mt_dtype_bytes(format(r));
     if (bytes > o->stage_bytes) o->stage_bytes = bytes;
   }
-  o->stages = mt_ranks_overlap_places(r);
+  o->stages = places_of(r);
   size_t all = (size_t)o->stages * o->stage_bytes;
   return all ? r->model->be->mem_alloc(r->model->be, all, &o->memory) : MT_OK;
 }
@@ -210,7 +220,7 @@ static mt_err settle(struct mt_ranks *r) {
 mt_err mt_ranks_begin(struct mt_ranks *r, int micro, int micro_count) {
   struct mt_model *m = r->model;
   bool every = m->options.zero > 1;
-  if (!every && (micro + 1 < micro_count || m->be->memory_used || r->mesh.pp > 1)) return MT_OK;
+  if (!every && (r->behind || micro + 1 < micro_count)) return MT_OK;
   mt_err err = r->overlap ? MT_OK : open_overlap(r);
   if (err) mt_ranks_end_overlap(r);
   MT_TRY(err);
@@ -239,7 +249,7 @@ mt_err mt_ranks_finish(struct mt_ranks *r) {
   MT_TRY(settle(r));
   for (int i = 0; i < o->left; i++) {
     const struct mt_bucket *k = &r->buckets.item[o->order[i]];
-    MT_TRY(mt_comm_wait(&r->late[k->sync], &o->flight[o->order[i]].t));
+    MT_TRY(mt_comm_wait(gathers_of(r, k), &o->flight[o->order[i]].t));
   }
   return MT_OK;
 }

@@ -31,6 +31,7 @@ struct mt_ranks {
   struct mt_comm late[MT_SYNC_COUNT]; /* over the host's memory, for gatherings behind sums */
   struct mt_overlap *overlap;         /* of sums with backward (overlap.c) */
   bool begun;                         /* it is under way */
+  bool behind; /* set by the owner, to compare: whole gradients are summed behind backward */
 };
 
 /* Communicators of every group of the mesh. Collective. Errors: MT_ECOMM, MT_ENOMEM. */
@@ -84,15 +85,12 @@ mt_err mt_ranks_token(struct mt_ranks *r, int32_t *id);
  * or for all where there are fewer. */
 enum { MT_OVERLAP_BUCKETS = 8 };
 
-int mt_ranks_overlap_places(const struct mt_ranks *r);
-
 /* Memory that sums take beside the arenas. */
 size_t mt_ranks_sum_bytes(const struct mt_ranks *r);
 
 /* Before the backward of each of a step's micro-batches: where that is the step's last one or
  * gradients are sharded, each bucket's sum begins when its last gradient is finished, through the
- * model's grad_ready, which is the caller's again after mt_ranks_gradients. Where memory is not the
- * host's or the model has stages, and gradients are whole, nothing happens. A pipeline calls it by
+ * model's grad_ready, which is the caller's again after mt_ranks_gradients. A pipeline calls it by
  * itself. Errors: MT_ENOMEM; MT_ECOMM, of the micro-batch before. */
 mt_err mt_ranks_begin(struct mt_ranks *r, int micro, int micro_count);
 
@@ -109,9 +107,12 @@ mt_err mt_ranks_parameters(struct mt_ranks *r);
  * which come together where the gradient lies. Nothing to do without sharded state. */
 mt_err mt_ranks_quantize(struct mt_ranks *r);
 
-/* Internal to par/: overlap.c's end of a step and of itself; collect.c's; where a bucket lies among
- * gradients or in what operations read. */
+/* The first half of mt_ranks_gradients, for who counts sums without the norm: what has been begun
+ * comes to its end. */
 mt_err mt_ranks_finish(struct mt_ranks *r);
+
+/* Internal to par/: overlap.c's own end; collect.c's; where a bucket lies among gradients or in
+ * what operations read. */
 void mt_ranks_end_overlap(struct mt_ranks *r);
 void mt_ranks_end_collecting(struct mt_ranks *r);
 char *mt_ranks_bucket(const struct mt_ranks *r, const struct mt_bucket *k, bool compute);

@@ -180,20 +180,24 @@ static mt_err no_wait(struct mt_comm *c, struct mt_transfer *t) {
   return MT_OK;
 }
 
+static struct mt_comm group_of(const struct mt_mesh *mesh, enum mt_group group) {
+  struct mt_group_span span = mt_mesh_group(mesh, group);
+  struct mt_comm c = mt_comm_self(mt_group_name(group));
+  c.size = span.count;
+  c.rank = span.index;
+  c.all_to_all = no_exchange;
+  c.all_gather = no_gathering;
+  c.send = no_message;
+  c.recv = no_answer;
+  c.wait = no_wait;
+  return c;
+}
+
 static mt_err join(struct mt_ranks *r, struct mt_model *m, const struct mt_mesh *mesh) {
   r->mesh = *mesh;
-  for (int g = 0; g < MT_GROUP_COUNT; g++) {
-    struct mt_group_span span = mt_mesh_group(mesh, (enum mt_group)g);
-    struct mt_comm *c = &r->comm[g];
-    *c = mt_comm_self(mt_group_name((enum mt_group)g));
-    c->size = span.count;
-    c->rank = span.index;
-    c->all_to_all = no_exchange;
-    c->all_gather = no_gathering;
-    c->send = no_message;
-    c->recv = no_answer;
-    c->wait = no_wait;
-  }
+  for (int g = 0; g < MT_GROUP_COUNT; g++) r->comm[g] = group_of(mesh, (enum mt_group)g);
+  r->late[MT_SYNC_DENSE] = group_of(mesh, MT_GROUP_DENSE);
+  r->late[MT_SYNC_EXPERT] = group_of(mesh, MT_GROUP_DATA);
   return mt_ranks_join(r, m);
 }
 
@@ -229,7 +233,7 @@ static mt_err run_passes(struct mt_model *m, struct mt_ranks *ranks, struct mt_p
                          int count) {
   if (ranks->mesh.pp > 1) return mt_pipeline_run(&ranks->pipeline, passes, count);
   mt_model_say_summed(m, passes[0].sum_squares);
-  if (m->options.zero > 1) MT_TRY(mt_ranks_begin(ranks, 0, 1));
+  if (ranks->model) MT_TRY(mt_ranks_begin(ranks, 0, 1));
   return mt_model_pass_launch(m, &passes[0]);
 }
 
@@ -246,13 +250,14 @@ static void take_additions(struct counter *c, struct mt_count *out, int times) {
 }
 
 /* Passes that only add, then those of a step's beginning, whose first does not. */
-static mt_err count_passes(struct counter *c, struct mt_model *m, struct mt_optimizer *opt,
-                           struct mt_ranks *ranks, struct mt_pass *passes, int count,
-                           struct mt_count *out, struct mt_profile *profile) {
+static mt_err count_passes(struct counter *c, struct mt_model *m, struct mt_ranks *ranks,
+                           struct mt_pass *passes, int count, struct mt_count *out,
+                           struct mt_profile *profile) {
+  int times = m->options.zero > 1 ? count : 1; /* sums of whole gradients: in the last one */
   bool sum_squares = passes[0].sum_squares;
   for (int i = 0; i < count; i++) passes[i].accumulate = 1, passes[i].sum_squares = false;
   MT_TRY(run_passes(m, ranks, passes, count));
-  if (ranks->begun) MT_TRY(mt_ranks_gradients(ranks, opt->grad_sumsq));
+  if (ranks->begun) MT_TRY(mt_ranks_finish(ranks));
   take_additions(c, &(struct mt_count){0}, 1);
   take_rows(c, &out->more, &out->more_s, NULL);
   out->stage_bytes = (double)ranks->comm[MT_GROUP_PIPE].sent[MT_COMM_SEND].bytes / count;
@@ -260,7 +265,7 @@ static mt_err count_passes(struct counter *c, struct mt_model *m, struct mt_opti
   passes[0].sum_squares = sum_squares;
   MT_TRY(run_passes(m, ranks, passes, count));
   add_rows(profile, &c->profile);
-  take_additions(c, out, count);
+  take_additions(c, out, times);
   take_rows(c, &out->first, &out->first_s, out);
   out->more_s /= count;
   out->ends_s /= count;
@@ -311,7 +316,7 @@ static mt_err run(struct counter *c, struct mt_model *m, struct mt_optimizer *op
   for (int i = 0; i < count; i++)
     passes[i] = (struct mt_pass){.batch = &batch, .sum_squares = alone};
   if (!alone) MT_GO(join(ranks, m, o->mesh));
-  MT_GO(count_passes(c, m, opt, ranks, passes, count, out, profile));
+  MT_GO(count_passes(c, m, ranks, passes, count, out, profile));
   if (alone) {
     MT_GO(mt_optimizer_norm(opt));
   } else {
@@ -325,7 +330,6 @@ static mt_err run(struct counter *c, struct mt_model *m, struct mt_optimizer *op
     count_calls(m, &ranks->buckets, out);
   }
   out->rows_bytes = c->taken_bytes - before - out->sums_bytes;
-  out->sums_places = alone ? 1 : mt_ranks_overlap_places(ranks);
   MT_GO(mt_optimizer_update(opt));
   if (!alone) MT_GO(mt_ranks_parameters(ranks));
   add_rows(profile, &c->profile);

@@ -155,9 +155,6 @@ static mt_err count_stage(struct mt_planner *p, const struct mt_mesh *m,
   MT_GO(class_of(p, c, &rows, &co.model, MT_SYNC_EXPERT, &out->expert_grad));
   co.model.zero = e->zero;
   MT_GO(mt_count_step(&co, &out->count, NULL));
-  /* Beside backward, in the host's memory and without stages, several buckets are on their way. */
-  if (e->zero < 2 && !wants_cuda(p->options) && m->pp == 1)
-    out->count.sums_bytes *= (size_t)out->count.sums_places;
 done:
   mt_params_free(&rows);
   return err;

@@ -13,7 +13,6 @@ struct mt_count {
   struct mt_memory arenas;
   size_t rows_bytes; /* over ranks: what is taken beside the arenas for the rows that come */
   size_t sums_bytes; /* and for sums of gradients (`sums` is one micro-batch's, and the norm) */
-  int sums_places;   /* as many of that there are where sums run beside backward */
   struct mt_work first, more, sums, update; /* a step's first pass, each further one; the sums */
   double first_s, more_s, sums_s, norm_s, update_s; /* without what travels; sums_s: as above, but
                                                        for the norm */
