@@ -8,9 +8,9 @@
  * is needed by the one that many later, which is the same moment of the stream on every rank, and
  * exchanges and gatherings share the group's communicator.
  *
- * Whoever waits here waits for ranks of its own stage, at the same backward: they make the same
- * list of forwards and backwards and start the same sums in it. What that backward needs of other
- * stages they sent before, and nothing that those still need comes before its end.
+ * Who waits here waits for ranks of its own stage to come to the same place of the same backward,
+ * and they for what comes earlier in the order that all stages' lists are cut from (pipeline.h):
+ * whoever is first in that order waits for nobody.
  *
  * Sharded gradients are added up in every micro-batch, to what the rank has of its parts; and the
  * place in the ring that backward comes to next is cleared when a group has left. */

@@ -180,22 +180,31 @@ static void memory_is_the_share(const struct run *mine, const struct run *whole,
 }
 
 static const struct order orders[] = {
-    {false, {.experts = MT_EXPERTS_GROUPED, .blocks = MT_BLOCKS_FUSED}},
+    {false, {.experts = MT_EXPERTS_GROUPED, .blocks = MT_BLOCKS_FUSED, .bucket_elements = 999}},
     {true,
      {.experts = MT_EXPERTS_GROUPED, .blocks = MT_BLOCKS_UNFUSED, .recompute = MT_RECOMPUTE_FULL}},
+    {false,
+     {.experts = MT_EXPERTS_GROUPED, .blocks = MT_BLOCKS_FUSED, .zero = 1, .bucket_elements = 999}},
     {false,
      {.experts = MT_EXPERTS_GROUPED, .blocks = MT_BLOCKS_FUSED, .zero = 2, .bucket_elements = 999}},
     {false,
      {.experts = MT_EXPERTS_GROUPED, .blocks = MT_BLOCKS_FUSED, .recompute = MT_RECOMPUTE_FULL}},
-    {false,
-     {.experts = MT_EXPERTS_GROUPED, .blocks = MT_BLOCKS_FUSED, .zero = 1, .bucket_elements = 999}},
     {false, {.experts = MT_EXPERTS_LOOP, .blocks = MT_BLOCKS_FUSED, .recompute = MT_RECOMPUTE_MLP}},
     {true, {.experts = MT_EXPERTS_LOOP, .blocks = MT_BLOCKS_UNFUSED}},
     {true, {.experts = MT_EXPERTS_LOOP, .blocks = MT_BLOCKS_FUSED, .zero = 2}}};
 enum { ORDERS = sizeof orders / sizeof *orders, GROUPED_ORDERS = 5 };
 static int orders_run = ORDERS;
 
-/* runs: 2 to compare their bits too. */
+/* Numbers of orders[0], whose bits sharded state must have too. */
+static struct numbers unsharded;
+
+static void same_bits(const struct numbers *a, const struct numbers *b) {
+  assert_memory_equal(a->loss, b->loss, sizeof a->loss);
+  assert_memory_equal(a->norm, b->norm, sizeof a->norm);
+}
+
+/* runs: 2 to compare their bits too; whole gradients are summed beside backward in one of them,
+ * behind it in the other. */
 static void stages_equal_to_one(const char *recipe, const struct order *order, int ep, int pp,
                                 int runs, struct near near) {
   struct mt_config c = layered(STAGE_LAYERS);
@@ -222,9 +231,13 @@ static void stages_equal_to_one(const char *recipe, const struct order *order, i
     take_weights(&mine, &before);
     take_cut_masters(&mine, &before);
     struct numbers *n = run == 0 ? &got : &again;
+    ranks.behind = run == 1;
     run_together(&mine, &ranks, STAGE_MICRO, n);
     same_numbers(n, &want, near);
+    assert_true((ranks.overlap != NULL) == (run == 0 || o.options.zero > 1));
     if (run == 1) assert_memory_equal(&got, &again, sizeof got);
+    if (order == orders) unsharded = got;
+    if (order->options.zero == 1) same_bits(&got, &unsharded);
     messages_are_those_of_the_formulas(&mine, &ranks);
     double off = parameters_off(&mine, &whole, &before);
     if (off > worst_stage) worst_stage = off;

@@ -1,6 +1,7 @@
 /* Steps of many ranks against those of one rank that has all their batches as one: losses, norms,
  * loads and parameters after ten updates with clipping, accumulation, uneven routing, the auxiliary
- * loss, and ranks whose batch is small. And the same bits twice. */
+ * loss, and ranks whose batch is small. And the same bits twice, with sums beside backward and
+ * behind it. */
 #ifndef TESTS_DIST_STEPS_CASES_H
 #define TESTS_DIST_STEPS_CASES_H
 
@@ -95,17 +96,49 @@ static void make_late(struct mt_ranks *r) {
   }
 }
 
+/* Exchanges of dense gradients that had left when backward last came to its end, the embedding. */
+static struct {
+  mt_err (*real)(struct mt_backend *be, const struct mt_embed_bwd_args *a);
+  const struct mt_comm *dense;
+  int64_t left;
+} at_the_end;
+
+static mt_err backward_ends(struct mt_backend *be, const struct mt_embed_bwd_args *a) {
+  at_the_end.left = at_the_end.dense->sent[MT_COMM_ALL_TO_ALL].calls;
+  return at_the_end.real(be, a);
+}
+
+/* Steps whose sums must have begun while backward went on, most of them, or none. */
+static void run_with_sums(struct run *mine, struct mt_ranks *r, int micro, struct numbers *n) {
+  const struct mt_comm *dense = r->tensor[MT_GROUP_DENSE];
+  at_the_end.real = mine->be->ops.embed_bwd;
+  at_the_end.dense = dense;
+  mine->be->ops.embed_bwd = backward_ends;
+  run_together(mine, r, micro, n);
+  mine->be->ops.embed_bwd = at_the_end.real;
+  int sums = 0, times = mine->m.options.zero > 1 ? STEPS * micro : STEPS;
+  for (int i = 0; i < r->buckets.count; i++) sums += r->buckets.item[i].sync == MT_SYNC_DENSE;
+  if (dense->size == 1) return;
+  assert_int_equal(dense->sent[MT_COMM_ALL_TO_ALL].calls, times * sums);
+  int64_t waited = times * sums - at_the_end.left;
+  if (r->behind ? waited != sums : 2 * waited >= sums)
+    fail_msg("%lld of %d sums began after backward", (long long)waited, sums);
+}
+
 /* How gradients and state are cut, and which earlier run must have had the same bits. */
 static const struct {
   int zero;
   int64_t bucket_elements; /* 1000: several a class, cut through parameters */
   int micro;               /* with one the bits are those of gradients that are whole */
   int same_as;
-  bool late; /* what is on its way is read as late as can be */
-} cuts[] = {{0, 0, MICRO, -1, false},   {0, 0, MICRO, 0, false},     {2, 0, MICRO, -1, false},
-            {2, 0, MICRO, 2, true},     {0, 1000, MICRO, -1, false}, {1, 0, MICRO, 0, false},
-            {1, 1000, MICRO, 4, false}, {2, 100, MICRO, -1, true},   {0, 0, 1, -1, false},
-            {2, 0, 1, 8, false},        {0, 1000, 1, -1, false},     {2, 1000, 1, 10, true}};
+  bool late;   /* what is on its way is read as late as can be */
+  bool behind; /* sums follow backward */
+} cuts[] = {{0, 1000, MICRO, -1, false, false}, {0, 1000, MICRO, 0, false, true},
+            {1, 1000, MICRO, 0, false, false},  {2, 0, MICRO, -1, false, false},
+            {2, 0, MICRO, 3, true, false},      {0, 0, MICRO, -1, true, false},
+            {1, 0, MICRO, 5, false, true},      {2, 100, MICRO, -1, true, false},
+            {0, 0, 1, -1, false, false},        {2, 0, 1, 8, false, false},
+            {0, 1000, 1, -1, true, false},      {2, 1000, 1, 10, true, false}};
 static int cuts_run = (int)(sizeof cuts / sizeof *cuts);
 
 static void steps_equal_to_one(const char *recipe, struct mt_model_options options, int ep,
@@ -141,8 +174,9 @@ static void steps_equal_to_one(const char *recipe, struct mt_model_options optio
     OK(mt_ranks_open(&ranks, &world, &mesh));
     OK(mt_ranks_join(&ranks, &mine.m));
     int micro = cuts[run].micro;
+    ranks.behind = cuts[run].behind;
     if (cuts[run].late) make_late(&ranks);
-    run_together(&mine, &ranks, micro, &got[run]);
+    run_with_sums(&mine, &ranks, micro, &got[run]);
     same_numbers(&got[run], &want[micro], near);
     if (cuts[run].same_as >= 0) {
       const struct numbers *same = &got[cuts[run].same_as];
@@ -224,7 +258,7 @@ static void steps_on_every_mesh(const char *recipe, struct near near) {
     struct mt_model_options chunked = ways[0];
     chunked.chunks = 4;
     int cuts_of_all = cuts_run;
-    cuts_run = 2; /* the same bits twice */
+    cuts_run = 2; /* the same bits beside backward and behind it */
     steps_equal_to_one(recipe, chunked, ep, near);
     cuts_run = cuts_of_all;
   }
