@@ -41,28 +41,22 @@ static void bytes_are_those_of_the_formulas(struct run *mine, struct mt_ranks *r
   assert_int_equal(sent[2], STEPS * back * (data->size - 1) * r->mesh.ep);
 }
 
-/* A communicator whose exchanges of parts read what they send only when they are waited for: who
- * writes there before shows. */
-static struct { struct mt_comm *c, real; } late_comm[2];
-static struct {
-  const void *send;
-  void *recv;
+/* A communicator whose exchanges of parts and gatherings happen only when they are waited for: who
+ * writes too early to what is sent shows, and who does not wait. */
+static struct { struct mt_comm *c, real; } late_comm[4];
+static struct late_call {
+  bool gathering;
+  void *send, *recv;
   size_t unit_bytes;
   int64_t numbers[4][RANKS_MOST];
-} late_call[16];
+} late_call[64];
 
-static int late_of(const struct mt_comm *c) {
-  return c == late_comm[0].c ? 0 : 1;
-}
-
-static mt_err late_exchange(struct mt_comm *c, const void *send, struct mt_parts parts, void *recv,
-                            struct mt_parts places, size_t unit_bytes, struct mt_transfer *t) {
+static mt_err put_off(const struct mt_comm *c, struct late_call call, struct mt_parts parts,
+                      struct mt_parts places, struct mt_transfer *t) {
   const int64_t *from[] = {parts.count, parts.start, places.count, places.start};
   for (size_t i = 0; i < sizeof late_call / sizeof *late_call; i++) {
     if (late_call[i].send) continue;
-    late_call[i].send = send;
-    late_call[i].recv = recv;
-    late_call[i].unit_bytes = unit_bytes;
+    late_call[i] = call;
     for (int k = 0; k < 4; k++)
       memcpy(late_call[i].numbers[k], from[k], (size_t)c->size * sizeof(int64_t));
     t->impl = &late_call[i];
@@ -71,26 +65,42 @@ static mt_err late_exchange(struct mt_comm *c, const void *send, struct mt_parts
   return mt_fail(MT_ECOMM, "too many transfers");
 }
 
+static mt_err late_exchange(struct mt_comm *c, const void *send, struct mt_parts parts, void *recv,
+                            struct mt_parts places, size_t unit_bytes, struct mt_transfer *t) {
+  struct late_call call = {false, (void *)(uintptr_t)send, recv, unit_bytes, {{0}}};
+  return put_off(c, call, parts, places, t);
+}
+
+static mt_err late_gather(struct mt_comm *c, void *buf, struct mt_parts parts, size_t unit_bytes,
+                          struct mt_transfer *t) {
+  return put_off(c, (struct late_call){true, buf, NULL, unit_bytes, {{0}}}, parts, parts, t);
+}
+
 static mt_err late_wait(struct mt_comm *c, struct mt_transfer *t) {
-  const struct mt_comm *real = &late_comm[late_of(c)].real;
-  for (size_t i = 0; i < sizeof late_call / sizeof *late_call; i++) {
-    if (t->impl != &late_call[i]) continue;
-    int64_t(*n)[RANKS_MOST] = late_call[i].numbers;
-    MT_TRY(real->all_to_all(c, late_call[i].send, (struct mt_parts){n[0], n[1]}, late_call[i].recv,
-                            (struct mt_parts){n[2], n[3]}, late_call[i].unit_bytes, t));
-    late_call[i].send = NULL;
-    break;
+  const struct mt_comm *real = NULL;
+  struct late_call *call = t->impl;
+  for (size_t i = 0; i < sizeof late_comm / sizeof *late_comm; i++) {
+    if (late_comm[i].c == c) real = &late_comm[i].real;
   }
+  struct mt_parts parts = {call->numbers[0], call->numbers[1]};
+  struct mt_parts places = {call->numbers[2], call->numbers[3]};
+  if (call->gathering)
+    MT_TRY(real->all_gather(c, call->send, parts, call->unit_bytes, t));
+  else
+    MT_TRY(real->all_to_all(c, call->send, parts, call->recv, places, call->unit_bytes, t));
+  call->send = NULL;
   return t->impl ? real->wait(c, t) : MT_OK;
 }
 
 static void make_late(struct mt_ranks *r) {
-  struct mt_comm *c[] = {r->tensor[MT_GROUP_DENSE], r->tensor[MT_GROUP_DATA]};
-  for (int i = 0; i < 2; i++) {
+  struct mt_comm *c[] = {r->tensor[MT_GROUP_DENSE], r->tensor[MT_GROUP_DATA],
+                         &r->late[MT_SYNC_DENSE], &r->late[MT_SYNC_EXPERT]};
+  for (int i = 0; i < 4; i++) {
     late_comm[i].c = c[i];
     late_comm[i].real = *c[i];
     if (c[i]->size == 1) continue;
     c[i]->all_to_all = late_exchange;
+    c[i]->all_gather = late_gather;
     c[i]->wait = late_wait;
     c[i]->test = NULL;
   }
@@ -119,6 +129,8 @@ static void run_with_sums(struct run *mine, struct mt_ranks *r, int micro, struc
   int sums = 0, times = mine->m.options.zero > 1 ? STEPS * micro : STEPS;
   for (int i = 0; i < r->buckets.count; i++) sums += r->buckets.item[i].sync == MT_SYNC_DENSE;
   if (dense->size == 1) return;
+  for (int k = 0; dist_be.memory_used && k < MT_SYNC_COUNT; k++) /* these are the host's */
+    assert_int_equal(r->late[k].sent[MT_COMM_ALL_GATHER].calls, 0);
   assert_int_equal(dense->sent[MT_COMM_ALL_TO_ALL].calls, times * sums);
   int64_t waited = times * sums - at_the_end.left;
   if (r->behind ? waited != sums : 2 * waited >= sums)
