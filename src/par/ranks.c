@@ -63,8 +63,7 @@ void mt_ranks_settle(struct mt_ranks *r) {
   (void)mt_fail(MT_OK, "%s", why);
 }
 
-void mt_ranks_close(struct mt_ranks *r) {
-  mt_ranks_settle(r);
+void mt_ranks_leave(struct mt_ranks *r) {
   if (r->model) mt_exchange_close(r->model);
   mt_pipeline_close(&r->pipeline);
   if (r->squares) r->model->be->mem_free(r->model->be, r->squares, squares_bytes(r));
@@ -72,13 +71,23 @@ void mt_ranks_close(struct mt_ranks *r) {
   mt_ranks_end_overlap(r);
   mt_ranks_end_collecting(r);
   mt_buckets_free(&r->buckets);
+  free(r->views);
+  r->squares = NULL;
+  r->views = NULL;
+  r->whole = NULL;
+  r->model = NULL;
+  r->begun = r->behind = false;
+}
+
+void mt_ranks_close(struct mt_ranks *r) {
+  mt_ranks_settle(r);
+  mt_ranks_leave(r);
   for (int sync = 0; sync < MT_SYNC_COUNT; sync++) mt_comm_destroy(&r->late[sync]);
   mt_comm_destroy(&r->gpu_back);
   for (int g = 0; g < MT_GROUP_COUNT; g++) {
     mt_comm_destroy(&r->gpu[g]);
     mt_comm_destroy(&r->comm[g]);
   }
-  free(r->views);
   *r = (struct mt_ranks){0};
 }
 
@@ -100,7 +109,7 @@ static mt_err open_tensor_comms(struct mt_ranks *r, struct mt_backend *be) {
   for (int g = 0; g < MT_GROUP_COUNT; g++) {
     r->tensor[g] = &r->comm[g];
     if (!be->memory_used || !has_tensors((enum mt_group)g, r->comm[g].size)) continue;
-    MT_TRY(mt_comm_device(&r->comm[g], be, &r->gpu[g]));
+    if (!r->gpu[g].impl) MT_TRY(mt_comm_device(&r->comm[g], be, &r->gpu[g]));
     r->tensor[g] = &r->gpu[g];
   }
   return MT_OK;
@@ -136,7 +145,7 @@ mt_err mt_ranks_join(struct mt_ranks *r, struct mt_model *m) {
   struct mt_comm *host = &r->comm[MT_GROUP_PIPE], *forth = r->tensor[MT_GROUP_PIPE], *back = forth;
   if (forth != host) {
     back = &r->gpu_back;
-    MT_TRY(mt_comm_device(host, m->be, back));
+    if (!back->impl) MT_TRY(mt_comm_device(host, m->be, back));
   }
   MT_TRY(mt_pipeline_open(&r->pipeline, m, forth, back, host));
   r->pipeline.begin = begin_backward;

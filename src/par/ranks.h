@@ -40,6 +40,9 @@ mt_err mt_ranks_open(struct mt_ranks *r, struct mt_world *world, const struct mt
  * communicators for its memory are made. *r stays where it is from then on. Collective. Errors:
  * MT_ENOMEM, MT_ECOMM, MT_EUNSUPPORTED. */
 mt_err mt_ranks_join(struct mt_ranks *r, struct mt_model *m);
+/* The joined model's end, with nothing under way: another one on the same backend may join, over
+ * the communicators there are. */
+void mt_ranks_leave(struct mt_ranks *r);
 /* Whether transfers between GPUs have failed that a step has waited for: to be asked once it is
  * done and before its numbers are believed. Errors: MT_ECOMM. */
 mt_err mt_ranks_failed(struct mt_ranks *r);

@@ -11,6 +11,7 @@
 #include <stdlib.h>
 
 #include <string.h>
+#include <time.h>
 
 #include "kernels/registry.h"
 #include "par/nccl.h"
@@ -42,6 +43,10 @@ static inline void close_comms(struct mt_comm *host, struct mt_comm *c) {
 
 enum { DIST_SKIPPED = 77 };
 
+/* Each way, mesh and cut fewer times and fewer steps: for many ranks on GPUs, where starting NCCL
+ * or sharing one GPU takes its time. All of it runs in test_shared. */
+static bool brief;
+
 /* NCCL where this host has a GPU for each rank, else its substitute; MOETUNE_SHARED_GPU=1 asks for
  * that anywhere. */
 static inline bool on_gpu(void) {
@@ -54,11 +59,43 @@ static inline bool on_gpu(void) {
   return true;
 }
 
+static struct timespec case_began;
+
+static inline int begin_case(void **state) {
+  (void)state;
+  clock_gettime(CLOCK_MONOTONIC, &case_began);
+  return 0;
+}
+
+/* *state: its name. */
+static inline int end_case(void **state) {
+  struct timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  double ns = (double)(t.tv_nsec - case_began.tv_nsec);
+  printf("  %s: %.1f s\n", (const char *)*state,
+         (double)(t.tv_sec - case_began.tv_sec) + 1e-9 * ns);
+  return 0;
+}
+
+static inline int run_cases(const struct CMUnitTest *tests, size_t count) {
+  struct CMUnitTest timed[32];
+  if (brief) printf("in brief\n");
+  assert_true(count <= sizeof timed / sizeof *timed);
+  for (size_t i = 0; i < count; i++) {
+    timed[i] = tests[i];
+    timed[i].setup_func = begin_case;
+    timed[i].teardown_func = end_case;
+    timed[i].initial_state = (void *)(uintptr_t)tests[i].name;
+  }
+  /* One of them or several: MOETUNE_TEST=PATTERN. */
+  if (getenv("MOETUNE_TEST")) cmocka_set_test_filter(getenv("MOETUNE_TEST"));
+  return _cmocka_run_group_tests("dist", timed, count, NULL, NULL);
+}
+
 /* A rank that fails brings the others down: they would wait for it. */
 #define DIST_RUN(tests)                                                                            \
   do {                                                                                             \
-    if (getenv("MOETUNE_TEST")) cmocka_set_test_filter(getenv("MOETUNE_TEST"));                    \
-    int failed = cmocka_run_group_tests(tests, NULL, NULL);                                        \
+    int failed = run_cases(tests, sizeof tests / sizeof *tests);                                   \
     if (failed) mt_world_abort(&world, "tests failed");                                            \
     mt_backend_destroy(&dist_be);                                                                  \
     mt_world_close(&world);                                                                        \
@@ -70,6 +107,7 @@ static inline int dist_open(void) {
     fprintf(stderr, "%s\n", mt_error_message());
     return 1;
   }
+  setvbuf(stdout, NULL, _IOLBF, 0); /* what has been said stays said, should somebody end this */
   return world.rank != 0 && !freopen("/dev/null", "w", stdout);
 }
 
@@ -89,6 +127,7 @@ static inline int dist_open(void) {
       mt_world_close(&world);                                                                      \
       return DIST_SKIPPED;                                                                         \
     }                                                                                              \
+    brief = world.size > 2;                                                                        \
     DIST_RUN(tests);                                                                               \
   }
 

@@ -188,11 +188,12 @@ static void gradients_on_every_mesh(const char *recipe, bool loops, double bound
     for (size_t i = 0; i < sizeof expert_ways / sizeof *expert_ways; i++) {
       const struct mt_model_options *way = &expert_ways[i];
       if (way->experts == MT_EXPERTS_LOOP && !loops) continue;
-      gradients_equal_to_one(recipe, *way, &g, USUAL, bound, loss_bound);
-      if (ep > 1 && (i == 0 || world.size <= FEW))
+      bool whole = !brief || ep == 1 || i % 2 == 0; /* else by turns */
+      if (whole) gradients_equal_to_one(recipe, *way, &g, USUAL, bound, loss_bound);
+      if (ep > 1 && (brief ? !whole : i == 0 || world.size <= FEW))
         gradients_equal_to_one(recipe, in_chunks(*way, 4), &g, USUAL, bound, loss_bound);
     }
-    for (int chunks = 1; chunks <= (ep > 1 ? 3 : 1); chunks += 2) {
+    for (int chunks = brief && ep > 1 ? 3 : 1; chunks <= (ep > 1 ? 3 : 1); chunks += 2) {
       struct mt_model_options way = in_chunks(*fused, chunks);
       gradients_equal_to_one(recipe, way, &g, LOPSIDED, bound, loss_bound);
       if (ep >= c.top_k)
@@ -296,6 +297,8 @@ static inline void dispatch_in_eight_bits_on_every_mesh(const char *recipe) {
     dispatch_in_eight_bits(recipe, fused, &g, USUAL);
     if (world.size <= FEW) {
       dispatch_in_eight_bits(recipe, in_chunks(expert_ways[1], 3), &g, USUAL);
+    }
+    if (world.size <= FEW && !brief) {
       dispatch_in_eight_bits(recipe, in_chunks(expert_ways[2], 2), &g, USUAL);
     }
     if (ep >= config().top_k)

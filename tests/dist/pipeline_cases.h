@@ -25,27 +25,34 @@ struct order {
   struct mt_model_options options;
 };
 
-/* A stage's model among the ranks of the mesh. */
-static void open_stage(struct run *mine, struct mt_ranks *ranks, const struct mt_mesh *mesh,
-                       const struct mt_config *c, const char *recipe, const struct order *o,
-                       int micro_count) {
+/* A stage's model among ranks. */
+static void join_stage(struct run *mine, struct mt_ranks *ranks, const struct mt_config *c,
+                       const char *recipe, const struct order *o, int micro_count) {
+  const struct mt_mesh *mesh = &ranks->mesh;
   struct mt_shard shard = mt_ranks_shard(mesh);
   struct mt_model_options options = o->options;
   options.sharers = mt_ranks_sharers(mesh);
   options.in_flight = mt_stage_in_flight(o->sequential, mesh->pp_rank, mesh->pp, micro_count);
   open_run(mine, recipe, options, c, &shard);
-  OK(mt_ranks_open(ranks, &world, mesh));
-  OK(mt_ranks_join(ranks, &mine->m));
+  join_anew(ranks, &mine->m);
   int comms = ranks->gpu_back.impl != NULL;
   for (int g = 0; g < MT_GROUP_COUNT; g++) comms += ranks->gpu[g].impl != NULL;
   assert_int_equal(comms, dist_be.memory_used ? mt_ranks_gpu_comms(mesh) : 0);
   ranks->pipeline.sequential = o->sequential;
 }
 
+/* And among those of a mesh, which are its alone. */
+static inline void open_stage(struct run *mine, struct mt_ranks *ranks, const struct mt_mesh *mesh,
+                              const struct mt_config *c, const char *recipe, const struct order *o,
+                              int micro_count) {
+  OK(mt_ranks_open(ranks, &world, mesh));
+  join_stage(mine, ranks, c, recipe, o, micro_count);
+}
+
 /* Tokens of a micro-batch as they go from stage to stage, over all steps. */
 static int64_t tokens_sent(int reader, int vocab) {
   int64_t tokens = 0;
-  for (int pass = 0; pass < STEPS * STAGE_MICRO; pass++) {
+  for (int pass = 0; pass < steps_run() * STAGE_MICRO; pass++) {
     struct small_batch s;
     batch_of(&s, vocab, reader, pass);
     tokens += pass % 3 == 0 ? s.b.valid_count : s.b.token_count;
@@ -60,8 +67,9 @@ static void messages_are_those_of_the_formulas(const struct run *mine, const str
   int64_t act = (int64_t)mt_dtype_bytes(mine->m.recipe->act), e = c->experts,
           s = (int64_t)mt_dtype_bytes(mine->m.recipe->stat), p = mesh->pp;
   int64_t hidden = tokens_sent(mt_mesh_reader(mesh), c->vocab) * c->hidden * act, sent = 0;
-  if (mesh->pp_rank + 1 < p) sent += hidden + (int64_t)STEPS * STAGE_MICRO * ((e + 1) * s + 4 * e);
-  if (mesh->pp_rank > 0) sent += hidden + (int64_t)STEPS * STAGE_MICRO * (e + 1) * s;
+  if (mesh->pp_rank + 1 < p)
+    sent += hidden + (int64_t)steps_run() * STAGE_MICRO * ((e + 1) * s + 4 * e);
+  if (mesh->pp_rank > 0) sent += hidden + (int64_t)steps_run() * STAGE_MICRO * (e + 1) * s;
   const struct mt_comm *pipe = r->tensor[MT_GROUP_PIPE], *host = &r->comm[MT_GROUP_PIPE];
   const struct mt_comm *back = r->pipeline.back;
   int64_t messages = pipe->sent[MT_COMM_SEND].bytes;
@@ -69,7 +77,7 @@ static void messages_are_those_of_the_formulas(const struct run *mine, const str
   assert_int_equal(messages, sent);
   int64_t gathered = pipe->sent[MT_COMM_ALL_GATHER].bytes;
   if (host != pipe) gathered += host->sent[MT_COMM_ALL_GATHER].bytes;
-  assert_int_equal(gathered, STEPS * (p - 1) * 8 * (1 + 4 + c->layers * e + p + 1));
+  assert_int_equal(gathered, steps_run() * (p - 1) * 8 * (1 + 4 + c->layers * e + p + 1));
 }
 
 static void add_loss(struct mt_loss *to, const struct mt_loss *loss) {
@@ -147,17 +155,16 @@ static void decoding_is_the_same(struct run *mine, struct mt_ranks *r, struct ru
 }
 
 /* A model without gradients has one set of buffers and still two batches on their way. */
-static void inference_is_the_same(struct run *whole, struct run *from, const struct mt_mesh *mesh,
+static void inference_is_the_same(struct run *whole, struct run *from, struct mt_ranks *ranks,
                                   const char *recipe, const struct order *order, struct near near) {
   struct order o = *order;
   struct run mine;
-  struct mt_ranks ranks;
   o.options.training = false;
-  open_stage(&mine, &ranks, mesh, &whole->m.config, recipe, &o, 1);
+  join_stage(&mine, ranks, &whole->m.config, recipe, &o, 1);
   take_weights(&mine, from);
-  evaluation_is_the_same(&mine, &ranks, whole, near);
-  decoding_is_the_same(&mine, &ranks, whole, near.loss * 10);
-  mt_ranks_close(&ranks);
+  evaluation_is_the_same(&mine, ranks, whole, near);
+  decoding_is_the_same(&mine, ranks, whole, near.loss * 10);
+  mt_ranks_leave(ranks);
   close_run(&mine);
 }
 
@@ -205,14 +212,12 @@ static void same_bits(const struct numbers *a, const struct numbers *b) {
 
 /* runs: 2 to compare their bits too; whole gradients are summed beside backward in one of them,
  * behind it in the other. */
-static void stages_equal_to_one(const char *recipe, const struct order *order, int ep, int pp,
-                                int runs, struct near near) {
+static void stages_equal_to_one(const char *recipe, const struct order *order,
+                                struct mt_ranks *ranks, int runs, struct near near) {
   struct mt_config c = layered(STAGE_LAYERS);
-  struct mt_mesh mesh;
-  struct numbers want, got, again;
+  struct numbers want = {0}, got = {0}, again = {0};
   struct run whole, before, mine;
   struct order o = *order;
-  OK(mt_mesh_make(&c, world.size, world.rank, ep, pp, &mesh));
   o.options.aux_coef = 0.1;
   o.options.z_coef = 0.02;
   o.options.training = true;
@@ -224,48 +229,57 @@ static void stages_equal_to_one(const char *recipe, const struct order *order, i
   small_weights(&before.m, 4); /* of whose tokens none is so near a tie that float32 turns it */
   open_run(&whole, recipe, wide, &c, NULL);
   take_weights(&whole, &before);
-  run_alone(&whole, mt_mesh_readers(&mesh), STAGE_MICRO, &want);
+  run_alone(&whole, mt_mesh_readers(&ranks->mesh), STAGE_MICRO, &want);
   for (int run = 0; run < runs; run++) {
-    struct mt_ranks ranks;
-    open_stage(&mine, &ranks, &mesh, &c, recipe, &o, STAGE_MICRO);
+    join_stage(&mine, ranks, &c, recipe, &o, STAGE_MICRO);
     take_weights(&mine, &before);
     take_cut_masters(&mine, &before);
     struct numbers *n = run == 0 ? &got : &again;
-    ranks.behind = run == 1;
-    run_together(&mine, &ranks, STAGE_MICRO, n);
+    ranks->behind = run == 1;
+    run_together(&mine, ranks, STAGE_MICRO, n);
     same_numbers(n, &want, near);
-    assert_true((ranks.overlap != NULL) == (run == 0 || o.options.zero > 1));
+    assert_true((ranks->overlap != NULL) == (run == 0 || o.options.zero > 1));
     if (run == 1) assert_memory_equal(&got, &again, sizeof got);
     if (order == orders) unsharded = got;
     if (order->options.zero == 1) same_bits(&got, &unsharded);
-    messages_are_those_of_the_formulas(&mine, &ranks);
+    messages_are_those_of_the_formulas(&mine, ranks);
     double off = parameters_off(&mine, &whole, &before);
     if (off > worst_stage) worst_stage = off;
     if (!(off <= near.parameters)) fail_msg("parameters are off by %.2g of what they moved", off);
     if (run + 1 == runs && near.exact) { /* else their weights differ by now */
-      evaluation_is_the_same(&mine, &ranks, &whole, near);
-      decoding_is_the_same(&mine, &ranks, &whole, near.loss * 10);
+      evaluation_is_the_same(&mine, ranks, &whole, near);
+      decoding_is_the_same(&mine, ranks, &whole, near.loss * 10);
     }
-    if (run + 1 == runs) memory_is_the_share(&mine, &before, &ranks);
-    mt_ranks_close(&ranks);
+    if (run + 1 == runs) memory_is_the_share(&mine, &before, ranks);
+    mt_ranks_leave(ranks);
     close_run(&mine);
   }
   take_weights(&whole, &before); /* as before its steps */
-  if (order == orders) inference_is_the_same(&whole, &before, &mesh, recipe, &o, near);
+  if (order == orders) inference_is_the_same(&whole, &before, ranks, recipe, &o, near);
   close_run(&whole);
   close_run(&before);
 }
 
 /* Over ranks the loop over experts rounds otherwise than on one: experts_cases.h. */
+static void stages_on_mesh(const char *recipe, int ep, int pp, struct near near) {
+  struct mt_config c = layered(STAGE_LAYERS);
+  struct mt_mesh mesh;
+  struct mt_ranks ranks;
+  OK(mt_mesh_make(&c, world.size, world.rank, ep, pp, &mesh));
+  OK(mt_ranks_open(&ranks, &world, &mesh));
+  for (int i = 0; i < orders_run && (ep == 1 || i < GROUPED_ORDERS); i++) {
+    int zero = orders[i].options.zero;
+    if (zero > 0 && world.size == pp) continue; /* nobody shares */
+    bool twice = i % 3 == 0 || zero > 1;
+    stages_equal_to_one(recipe, &orders[i], &ranks, twice && !(brief && zero > 1) ? 2 : 1, near);
+  }
+  mt_ranks_close(&ranks);
+}
+
 static void stages_on_every_mesh(const char *recipe, struct near near) {
   for (int pp = 2; pp <= STAGE_LAYERS; pp++) {
     for (int ep = 1; ep <= world.size; ep++) {
-      if (world.size % (pp * ep) != 0 || EXPERTS % ep != 0) continue;
-      for (int i = 0; i < orders_run && (ep == 1 || i < GROUPED_ORDERS); i++) {
-        int zero = orders[i].options.zero;
-        if (zero > 0 && world.size == pp) continue; /* nobody shares */
-        stages_equal_to_one(recipe, &orders[i], ep, pp, i % 3 == 0 || zero > 1 ? 2 : 1, near);
-      }
+      if (world.size % (pp * ep) == 0 && EXPERTS % ep == 0) stages_on_mesh(recipe, ep, pp, near);
     }
   }
 }

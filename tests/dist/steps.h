@@ -5,7 +5,11 @@
 #include "dist/sharded.h"
 #include "train/step.h"
 
-enum { STEPS = 10, MICRO_MOST = 8, RANKS_MOST = 8 };
+enum { STEPS = 10, FEW_STEPS = 4, MICRO_MOST = 8, RANKS_MOST = 8 };
+
+static inline int steps_run(void) {
+  return brief ? FEW_STEPS : STEPS;
+}
 
 /* All ranks' batches of one micro-batch in a row. */
 struct joined {
@@ -74,7 +78,7 @@ struct near {
 static int steps_compared = STEPS; /* whose numbers must be near */
 
 static void same_numbers(const struct numbers *a, const struct numbers *b, struct near n) {
-  for (int s = 0; s < steps_compared; s++) {
+  for (int s = 0; s < steps_compared && s < steps_run(); s++) {
     bool same = fabs(a->loss[s] - b->loss[s]) <= n.loss * fabs(b->loss[s]) &&
                 fabs(a->aux[s] - b->aux[s]) <= n.loss * fabs(b->aux[s]) &&
                 fabs(a->z[s] - b->z[s]) <= n.loss * fabs(b->z[s]) &&
@@ -100,7 +104,7 @@ static void run_alone(struct run *whole, int readers, int micro_count, struct nu
   static struct joined j[MICRO_MOST];
   OK(mt_optimizer_create(&o, &whole->m, &adam));
   OK(mt_step_queue_create(&q, &o, false));
-  for (int step = 0; step < STEPS; step++) {
+  for (int step = 0; step < steps_run(); step++) {
     struct mt_batch *micro[MICRO_MOST];
     struct mt_step_result r;
     for (int i = 0; i < micro_count; i++) {
@@ -123,7 +127,7 @@ static void run_together(struct run *mine, struct mt_ranks *ranks, int micro_cou
   OK(mt_optimizer_create(&o, &mine->m, &adam));
   OK(mt_step_queue_create(&q, &o, false));
   q.ranks = ranks;
-  for (int step = 0; step < STEPS; step++) {
+  for (int step = 0; step < steps_run(); step++) {
     struct mt_batch *micro[MICRO_MOST];
     struct mt_step_result r;
     for (int i = 0; i < micro_count; i++) {
@@ -137,6 +141,17 @@ static void run_together(struct run *mine, struct mt_ranks *ranks, int micro_cou
   }
   mt_step_queue_destroy(&q);
   mt_optimizer_destroy(&o);
+}
+
+/* Another model joins; bytes are counted from here on. */
+static inline void join_anew(struct mt_ranks *r, struct mt_model *m) {
+  OK(mt_ranks_join(r, m));
+  for (int g = 0; g < MT_GROUP_COUNT; g++) {
+    memset(r->comm[g].sent, 0, sizeof r->comm[g].sent);
+    memset(r->gpu[g].sent, 0, sizeof r->gpu[g].sent);
+  }
+  memset(r->gpu_back.sent, 0, sizeof r->gpu_back.sent);
+  for (int k = 0; k < MT_SYNC_COUNT; k++) memset(r->late[k].sent, 0, sizeof r->late[k].sent);
 }
 
 /* Masters that are memory of their own: this rank's parts. */

@@ -26,7 +26,7 @@ static int64_t class_bytes(const struct mt_model *m, enum mt_sync sync) {
  * bytes each when the parts go out, so (n-1) times them in all, once a micro-batch where gradients
  * are sharded; and as many when the sums come back. */
 static void bytes_are_those_of_the_formulas(struct run *mine, struct mt_ranks *r, int micro) {
-  int64_t out = STEPS * (mine->m.options.zero > 1 ? micro : 1);
+  int64_t out = steps_run() * (mine->m.options.zero > 1 ? micro : 1);
   const struct mt_comm *dense = r->tensor[MT_GROUP_DENSE], *data = r->tensor[MT_GROUP_DATA];
   int64_t sent[] = {dense->sent[MT_COMM_ALL_TO_ALL].bytes, data->sent[MT_COMM_ALL_TO_ALL].bytes,
                     data->sent[MT_COMM_ALL_GATHER].bytes +
@@ -38,7 +38,7 @@ static void bytes_are_those_of_the_formulas(struct run *mine, struct mt_ranks *r
   OK(mt_ranks_sum_counts(r, sent, 3));
   assert_int_equal(sent[0], out * d * (dense->size - 1));
   assert_int_equal(sent[1], out * x * (data->size - 1) * r->mesh.ep);
-  assert_int_equal(sent[2], STEPS * back * (data->size - 1) * r->mesh.ep);
+  assert_int_equal(sent[2], steps_run() * back * (data->size - 1) * r->mesh.ep);
 }
 
 /* A communicator whose exchanges of parts and gatherings happen only when they are waited for: who
@@ -92,6 +92,18 @@ static mt_err late_wait(struct mt_comm *c, struct mt_transfer *t) {
   return t->impl ? real->wait(c, t) : MT_OK;
 }
 
+static void make_timely(void) {
+  for (size_t i = 0; i < sizeof late_comm / sizeof *late_comm; i++) {
+    struct mt_comm *c = late_comm[i].c;
+    if (!c) continue;
+    c->all_to_all = late_comm[i].real.all_to_all;
+    c->all_gather = late_comm[i].real.all_gather;
+    c->wait = late_comm[i].real.wait;
+    c->test = late_comm[i].real.test;
+    late_comm[i].c = NULL;
+  }
+}
+
 static void make_late(struct mt_ranks *r) {
   struct mt_comm *c[] = {r->tensor[MT_GROUP_DENSE], r->tensor[MT_GROUP_DATA],
                          &r->late[MT_SYNC_DENSE], &r->late[MT_SYNC_EXPERT]};
@@ -126,7 +138,7 @@ static void run_with_sums(struct run *mine, struct mt_ranks *r, int micro, struc
   mine->be->ops.embed_bwd = backward_ends;
   run_together(mine, r, micro, n);
   mine->be->ops.embed_bwd = at_the_end.real;
-  int sums = 0, times = mine->m.options.zero > 1 ? STEPS * micro : STEPS;
+  int sums = 0, times = steps_run() * (mine->m.options.zero > 1 ? micro : 1);
   for (int i = 0; i < r->buckets.count; i++) sums += r->buckets.item[i].sync == MT_SYNC_DENSE;
   if (dense->size == 1) return;
   for (int k = 0; dist_be.memory_used && k < MT_SYNC_COUNT; k++) /* these are the host's */
@@ -153,13 +165,19 @@ static const struct {
             {0, 1000, 1, -1, true, false},      {2, 1000, 1, 10, true, false}};
 static int cuts_run = (int)(sizeof cuts / sizeof *cuts);
 
-static void steps_equal_to_one(const char *recipe, struct mt_model_options options, int ep,
-                               struct near near) {
+/* Ranks of a whole model's mesh, which one model after another joins. */
+static void open_ranks(struct mt_ranks *r, int ep) {
   struct mt_config c = config();
   struct mt_mesh mesh;
-  struct numbers want[MICRO + 1], got[sizeof cuts / sizeof *cuts];
   OK(mt_mesh_make(&c, world.size, world.rank, ep, 1, &mesh));
-  struct mt_shard shard = mt_ranks_shard(&mesh);
+  OK(mt_ranks_open(r, &world, &mesh));
+}
+
+static void steps_equal_to_one(const char *recipe, struct mt_model_options options,
+                               struct mt_ranks *ranks, struct near near) {
+  struct mt_config c = config();
+  struct numbers want[MICRO + 1] = {0}, got[sizeof cuts / sizeof *cuts] = {0};
+  struct mt_shard shard = mt_ranks_shard(&ranks->mesh);
   struct run whole[MICRO + 1], before, mine;
   options.aux_coef = 0.1;
   options.z_coef = 0.05;
@@ -173,9 +191,8 @@ static void steps_equal_to_one(const char *recipe, struct mt_model_options optio
     take_weights(&whole[micro], &before);
     run_alone(&whole[micro], world.size, micro, &want[micro]);
   }
-  options.sharers = mt_ranks_sharers(&mesh);
+  options.sharers = mt_ranks_sharers(&ranks->mesh);
   for (int run = 0; run < cuts_run; run++) {
-    struct mt_ranks ranks;
     /* Which bits are the same does not depend on how experts run. */
     if (options.experts == MT_EXPERTS_LOOP && cuts[run].same_as >= 0) continue;
     options.zero = cuts[run].zero;
@@ -183,23 +200,23 @@ static void steps_equal_to_one(const char *recipe, struct mt_model_options optio
     open_run(&mine, recipe, options, &c, &shard);
     take_weights(&mine, &before);
     take_cut_masters(&mine, &before);
-    OK(mt_ranks_open(&ranks, &world, &mesh));
-    OK(mt_ranks_join(&ranks, &mine.m));
+    join_anew(ranks, &mine.m);
     int micro = cuts[run].micro;
-    ranks.behind = cuts[run].behind;
-    if (cuts[run].late) make_late(&ranks);
-    run_with_sums(&mine, &ranks, micro, &got[run]);
+    ranks->behind = cuts[run].behind;
+    if (cuts[run].late) make_late(ranks);
+    run_with_sums(&mine, ranks, micro, &got[run]);
+    make_timely();
     same_numbers(&got[run], &want[micro], near);
     if (cuts[run].same_as >= 0) {
       const struct numbers *same = &got[cuts[run].same_as];
       assert_memory_equal(got[run].loss, same->loss, sizeof same->loss);
       assert_memory_equal(got[run].norm, same->norm, sizeof same->norm);
     }
-    bytes_are_those_of_the_formulas(&mine, &ranks, micro);
+    bytes_are_those_of_the_formulas(&mine, ranks, micro);
     double off = parameters_off(&mine, &whole[micro], &before);
     if (off > worst_step) worst_step = off;
     if (!(off <= near.parameters)) fail_msg("parameters are off by %.2g of what they moved", off);
-    mt_ranks_close(&ranks);
+    mt_ranks_leave(ranks);
     close_run(&mine);
   }
   for (int micro = 1; micro <= MICRO; micro++) close_run(&whole[micro]);
@@ -208,50 +225,54 @@ static void steps_equal_to_one(const char *recipe, struct mt_model_options optio
 
 /* Whatever ranks cut among them, the same bits: of weights in 8 bits too, which are made of whole
  * masters, and of states that are rounded at random. */
-static void cut_steps_are_the_same(const char *recipe, int ep) {
+static void cut_steps_are_the_same(const char *recipe, struct mt_ranks *ranks) {
   static const struct {
     int zero;
     int64_t bucket_elements;
   } ways[] = {{0, 0}, {1, 0}, {2, 0}, {1, 1000}, {2, 1000}};
   struct mt_config c = config();
-  struct mt_mesh mesh;
   struct run before, mine;
-  struct numbers got[sizeof ways / sizeof *ways];
+  struct numbers got[sizeof ways / sizeof *ways] = {0};
+  size_t ways_run = brief ? 3 : sizeof ways / sizeof *ways;
   c.hidden = 64, c.ffn = 96, c.head_dim = 16; /* what 8-bit products take */
   c.layers = 2, c.experts = world.size % 3 == 0 ? 6 : 8;
-  OK(mt_mesh_make(&c, world.size, world.rank, ep, 1, &mesh));
+  struct mt_mesh mesh;
+  OK(mt_mesh_make(&c, world.size, world.rank, ranks->mesh.ep, 1, &mesh)); /* of other experts */
+  ranks->mesh = mesh;
   struct mt_shard shard = mt_ranks_shard(&mesh);
   struct mt_model_options options = {
       .experts = MT_EXPERTS_GROUPED, .blocks = MT_BLOCKS_FUSED, .training = true, .aux_coef = 0.1};
   open_run(&before, recipe, options, &c, NULL);
   small_weights(&before.m, 3);
   options.sharers = mt_ranks_sharers(&mesh);
-  for (size_t i = 0; i < sizeof ways / sizeof *ways; i++) {
-    struct mt_ranks ranks;
+  for (size_t i = 0; i < ways_run; i++) {
     options.zero = ways[i].zero;
     options.bucket_elements = ways[i].bucket_elements;
     open_run(&mine, recipe, options, &c, &shard);
     take_weights(&mine, &before);
     take_cut_masters(&mine, &before);
     OK(mt_model_quantize_weights(&mine.m));
-    OK(mt_ranks_open(&ranks, &world, &mesh));
-    OK(mt_ranks_join(&ranks, &mine.m));
-    OK(mt_ranks_quantize(&ranks));
-    run_together(&mine, &ranks, 1, &got[i]);
+    join_anew(ranks, &mine.m);
+    OK(mt_ranks_quantize(ranks));
+    run_together(&mine, ranks, 1, &got[i]);
     int first = ways[i].bucket_elements ? 3 : 0; /* squares are added up bucket by bucket */
     if (memcmp(got[i].loss, got[0].loss, sizeof got[i].loss) != 0 && first == 0)
-      fail_msg("%s, ep %d, zero %d: other losses", recipe, ep, ways[i].zero);
+      fail_msg("%s, ep %d, zero %d: other losses", recipe, mesh.ep, ways[i].zero);
     assert_memory_equal(&got[i], &got[first], sizeof got[i]);
-    mt_ranks_close(&ranks);
+    mt_ranks_leave(ranks);
     close_run(&mine);
   }
-  for (int s = 1; s < STEPS; s++) assert_true(got[0].loss[s] != got[0].loss[0]);
+  for (int s = 1; s < steps_run(); s++) assert_true(got[0].loss[s] != got[0].loss[0]);
   close_run(&before);
 }
 
-static void cut_steps_on_every_mesh(const char *recipe) {
+static void cut_steps_on_every_mesh(const char *const *recipes, int count) {
   for (int ep = 1; ep <= world.size; ep++) {
-    if (world.size % ep == 0 && EXPERTS % ep == 0) cut_steps_are_the_same(recipe, ep);
+    struct mt_ranks ranks;
+    if (world.size % ep != 0 || EXPERTS % ep != 0) continue;
+    open_ranks(&ranks, ep);
+    for (int i = 0; i < count; i++) cut_steps_are_the_same(recipes[i], &ranks);
+    mt_ranks_close(&ranks);
   }
 }
 
@@ -264,15 +285,20 @@ static void steps_on_every_mesh(const char *recipe, struct near near) {
        .training = true,
        .chunks = 3}};
   for (int ep = 1; ep <= world.size; ep++) {
+    struct mt_ranks ranks;
     if (world.size % ep != 0 || EXPERTS % ep != 0) continue;
-    for (int i = 0; i < (near.loops ? 2 : 1); i++) steps_equal_to_one(recipe, ways[i], ep, near);
-    if (ep == 1) continue;
-    struct mt_model_options chunked = ways[0];
-    chunked.chunks = 4;
-    int cuts_of_all = cuts_run;
-    cuts_run = 2; /* the same bits beside backward and behind it */
-    steps_equal_to_one(recipe, chunked, ep, near);
-    cuts_run = cuts_of_all;
+    open_ranks(&ranks, ep);
+    for (int i = 0; i < (near.loops ? 2 : 1); i++)
+      steps_equal_to_one(recipe, ways[i], &ranks, near);
+    if (ep > 1 && !brief) {
+      struct mt_model_options chunked = ways[0];
+      chunked.chunks = 4;
+      int cuts_of_all = cuts_run;
+      cuts_run = 2; /* the same bits beside backward and behind it */
+      steps_equal_to_one(recipe, chunked, &ranks, near);
+      cuts_run = cuts_of_all;
+    }
+    mt_ranks_close(&ranks);
   }
 }
 

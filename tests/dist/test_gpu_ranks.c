@@ -1,5 +1,7 @@
 /* Ranks on GPUs: every call of their communicators, experts over ranks, steps and stages, over NCCL
- * where each rank has a GPU, and over its substitute where they must share one. */
+ * where each rank has a GPU, and over its substitute where they must share one. With more than two
+ * ranks in brief (dist.h). MOETUNE_TEST=PATTERN runs the matching cases alone; each says how long
+ * it took. */
 #include "dist/comm_cases.h"
 #include "dist/experts_cases.h"
 #include "dist/pipeline_cases.h"
@@ -30,7 +32,8 @@ static void auxiliary_loss(void **state) {
 
 static void steps_float32(void **state) {
   (void)state;
-  cuts_run = 3; /* the rest by test_shared: starting NCCL takes its time */
+  cuts_run = 4; /* whole gradients beside backward and behind it, --zero 1 and 2; the rest by
+                   test_shared */
   steps_on_every_mesh("fp32", (struct near){1e-6, 1e-5, 1e-4, true, true});
   print_message("  off by %.1e of what moved, at most\n", worst_step);
 }
@@ -38,7 +41,7 @@ static void steps_float32(void **state) {
 static void steps_bf16(void **state) {
   (void)state;
   worst_step = 0;
-  cuts_run = 3;
+  cuts_run = 4;
   steps_on_every_mesh("bf16", (struct near){1e-5, 1e-4, 1e-3, false, false});
   print_message("  off by %.1e of what moved, at most\n", worst_step);
 }
@@ -46,15 +49,13 @@ static void steps_bf16(void **state) {
 /* Whatever ranks cut among them, the same bits. */
 static void steps_cut_over_the_ranks(void **state) {
   (void)state;
-  cut_steps_on_every_mesh("bf16-states");
-  cut_steps_on_every_mesh("fp8");
-  cut_steps_on_every_mesh("fp8-states");
+  cut_steps_on_every_mesh((const char *const[]){"bf16-states", "fp8", "fp8-states"}, 3);
 }
 
-/* Both orders, one a way of recomputing, and sharded gradients. */
+/* Both orders, one a way of recomputing, and sharded state and gradients. */
 static void stages_float32(void **state) {
   (void)state;
-  orders_run = 3;
+  orders_run = 4;
   stages_on_every_mesh("fp32", (struct near){1e-5, 5e-5, 1e-4, true, true});
   print_message("  off by %.1e of what moved, at most\n", worst_stage);
 }
@@ -64,7 +65,7 @@ static void stages_bf16(void **state) {
   (void)state;
   int compared = steps_compared;
   worst_stage = 0;
-  orders_run = 3;
+  orders_run = brief ? 3 : 4;
   steps_compared = 4;
   stages_on_every_mesh("bf16", (struct near){1e-3, 2e-2, 0.3, false, true});
   steps_compared = compared;

@@ -63,8 +63,7 @@ static void steps_float32(void **state) {
 
 static void steps_cut_over_the_ranks(void **state) {
   (void)state;
-  cut_steps_on_every_mesh("bf16-states");
-  cut_steps_on_every_mesh("mxfp8");
+  cut_steps_on_every_mesh((const char *const[]){"bf16-states", "mxfp8"}, 2);
 }
 
 /* Messages in groups, each waited for at once. */

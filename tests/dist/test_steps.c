@@ -13,11 +13,8 @@ static void steps_float32(void **state) {
 
 static void steps_cut_over_the_ranks(void **state) {
   (void)state;
-  cut_steps_on_every_mesh("bf16");
-  cut_steps_on_every_mesh("bf16-states");
-  cut_steps_on_every_mesh("fp8");
-  cut_steps_on_every_mesh("fp8-states");
-  cut_steps_on_every_mesh("mxfp8");
+  cut_steps_on_every_mesh(
+      (const char *const[]){"bf16", "bf16-states", "fp8", "fp8-states", "mxfp8"}, 5);
 }
 
 static const struct CMUnitTest tests[] = {cmocka_unit_test(steps_float64),
