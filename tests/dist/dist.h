@@ -17,6 +17,7 @@
 #include "par/nccl.h"
 
 static struct mt_world world;
+static struct mt_comm everyone; /* over the host's memory */
 /* Where the tests' tensors lie: a GPU's memory after on_gpu, else the host's. */
 static struct mt_backend dist_be;
 
@@ -98,7 +99,7 @@ static inline int run_cases(const struct CMUnitTest *tests, size_t count) {
     int failed = run_cases(tests, sizeof tests / sizeof *tests);                                   \
     if (failed) mt_world_abort(&world, "tests failed");                                            \
     mt_backend_destroy(&dist_be);                                                                  \
-    mt_world_close(&world);                                                                        \
+    dist_close();                                                                                  \
     return failed;                                                                                 \
   } while (0)
 
@@ -108,7 +109,19 @@ static inline int dist_open(void) {
     return 1;
   }
   setvbuf(stdout, NULL, _IOLBF, 0); /* what has been said stays said, should somebody end this */
+  const struct mt_mesh flat = {.world = world.size,
+                               .dp = world.size,
+                               .ep = 1,
+                               .pp = 1,
+                               .rank = world.rank,
+                               .dp_rank = world.rank};
+  OK(mt_world_group(&world, &flat, MT_GROUP_WORLD, &everyone));
   return world.rank != 0 && !freopen("/dev/null", "w", stdout);
+}
+
+static inline void dist_close(void) {
+  mt_comm_destroy(&everyone);
+  mt_world_close(&world);
 }
 
 #define DIST_MAIN(tests)                                                                           \
@@ -124,7 +137,7 @@ static inline int dist_open(void) {
     if (dist_open()) return 1;                                                                     \
     if (!on_gpu()) {                                                                               \
       printf("skipped: no NVIDIA GPU is visible, or this build has no CUDA\n");                    \
-      mt_world_close(&world);                                                                      \
+      dist_close();                                                                                \
       return DIST_SKIPPED;                                                                         \
     }                                                                                              \
     brief = world.size > 2;                                                                        \

@@ -104,10 +104,12 @@ static void evaluation_is_the_same(struct run *mine, struct mt_ranks *r, struct 
     bool last = r->mesh.pp_rank + 1 == r->mesh.pp;
     assert_int_equal(one.target_count, last ? b.b.target_count : 0);
     add_loss(&got, &one);
+    if (world.rank != 0 && i + 1 < BATCHES) continue; /* the last one's logits all have */
     join(&j, vocab, readers, FIRST + i);
     OK(mt_model_eval_pass(&whole->m, &j.b, &one));
     add_loss(&want, &one);
   }
+  OK(mt_comm_broadcast(&everyone, &want, sizeof want, 0));
   OK(mt_pipeline_eval_end(&r->pipeline, &got));
   int64_t counts[] = {got.target_count, got.correct_count};
   OK(mt_ranks_sum(r, &got.cross_entropy_sum, 1));

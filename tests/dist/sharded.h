@@ -70,6 +70,20 @@ static inline void take_weights(struct run *to, const struct run *whole) {
   OK(to->be->sync(to->be));
 }
 
+/* What rank 0 alone has worked out, an arena of a model that all have alike: to everyone. Ranks are
+ * more than cores, and each would work out the same. */
+static inline void take_from_rank_0(struct run *r, const struct mt_arena *arena) {
+  size_t bytes = arena->capacity_bytes;
+  if (world.size == 1) return;
+  void *host = malloc(bytes);
+  assert_non_null(host);
+  if (world.rank == 0) OK(r->be->download(r->be, host, arena->base, bytes));
+  OK(mt_comm_broadcast(&everyone, host, bytes, 0));
+  if (world.rank != 0) OK(r->be->upload(r->be, arena->base, host, bytes));
+  OK(r->be->sync(r->be));
+  free(host);
+}
+
 /* A tensor's numbers; the caller's to free. */
 static inline double *values_of(const struct run *r, const struct mt_tensor *t) {
   size_t n = (size_t)mt_count(t);

@@ -98,13 +98,14 @@ static int loads_of(const struct run *r) {
   return r->m.config.layers * r->m.config.experts;
 }
 
+/* On rank 0; its numbers and weights go to everyone. */
 static void run_alone(struct run *whole, int readers, int micro_count, struct numbers *n) {
   struct mt_optimizer o;
   struct mt_step_queue q;
   static struct joined j[MICRO_MOST];
   OK(mt_optimizer_create(&o, &whole->m, &adam));
   OK(mt_step_queue_create(&q, &o, false));
-  for (int step = 0; step < steps_run(); step++) {
+  for (int step = 0; step < steps_run() && world.rank == 0; step++) {
     struct mt_batch *micro[MICRO_MOST];
     struct mt_step_result r;
     for (int i = 0; i < micro_count; i++) {
@@ -116,6 +117,8 @@ static void run_alone(struct run *whole, int readers, int micro_count, struct nu
   }
   mt_step_queue_destroy(&q);
   mt_optimizer_destroy(&o);
+  OK(mt_comm_broadcast(&everyone, n, sizeof *n, 0));
+  take_from_rank_0(whole, &whole->m.parameters);
 }
 
 /* Every third batch comes without padding: lengths differ from micro-batch to micro-batch. */

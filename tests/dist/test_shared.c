@@ -9,12 +9,19 @@
 #include <cuda.h>
 #include <sched.h>
 #include <stdatomic.h>
+#include <time.h>
 
-/* A stream that does things at once waits at once, as the callers' thread. */
+/* A stream that does things at once waits at once, as the callers' thread; who waits long leaves
+ * the cores to the ranks that it waits for. */
 static CUresult wait_value(CUstream stream, CUdeviceptr at, cuuint32_t least, unsigned flags) {
   _Atomic uint32_t *counter = (_Atomic uint32_t *)at;
   (void)stream, (void)flags;
-  while ((int32_t)(atomic_load(counter) - least) < 0) sched_yield();
+  for (int asked = 0; (int32_t)(atomic_load(counter) - least) < 0; asked++) {
+    if (asked < 100)
+      sched_yield();
+    else
+      nanosleep(&(struct timespec){.tv_nsec = 20000}, NULL);
+  }
   return CUDA_SUCCESS;
 }
 

@@ -83,15 +83,33 @@ static inline void small_batch(struct small_batch *s, int vocab, uint64_t seed) 
   }
 }
 
+/* At least n normal numbers of a stream, kept for the next who asks: tests make the same small
+ * models some hundred times, and drawing their weights took as long as all else. */
+static inline const double *small_normals(uint64_t seed, uint64_t stream, int64_t n) {
+  static struct {
+    uint64_t seed, stream;
+    int64_t count;
+    double *x;
+  } kept[128], *k;
+  k = &kept[stream % (sizeof kept / sizeof *kept)];
+  if (k->x && k->seed == seed && k->stream == stream && k->count >= n) return k->x;
+  free(k->x);
+  k->x = malloc((size_t)n * sizeof *k->x);
+  assert_non_null(k->x);
+  struct mt_rng r = mt_rng_make(seed, stream);
+  for (int64_t i = 0; i < n; i++) k->x[i] = mt_rng_normal(&r);
+  k->seed = seed, k->stream = stream, k->count = n;
+  return k->x;
+}
+
 /* Fills every parameter's master (and its rounded compute copy) from one seed. */
 static inline void small_weights(struct mt_model *m, uint64_t seed) {
   for (int i = 0; i < m->params.count; i++) {
     struct mt_param *p = &m->params.row[i];
-    struct mt_rng r = mt_rng_make(seed, (uint64_t)i);
     int64_t n = mt_param_count(p);
+    const double *normal = small_normals(seed, (uint64_t)i, n);
     double *x = malloc((size_t)n * sizeof *x);
-    for (int64_t k = 0; k < n; k++)
-      x[k] = p->rank == 1 ? 1 + 0.2 * mt_rng_normal(&r) : 0.4 * mt_rng_normal(&r);
+    for (int64_t k = 0; k < n; k++) x[k] = p->rank == 1 ? 1 + 0.2 * normal[k] : 0.4 * normal[k];
     void *raw = malloc((size_t)n * sizeof(double));
     struct mt_tensor *forms[] = {&p->compute, &p->master};
     for (int f = 0; f < 2; f++) {
