@@ -8,8 +8,8 @@
 
 #define ACT          c->recipe->act
 #define STAT         c->recipe->stat
-#define GRAD         c->recipe->grad
-#define STATE        c->recipe->state
+#define GRAD         kept_type(c, c->recipe->grad)
+#define STATE        kept_type(c, c->recipe->state)
 #define A(n, m, ...) dual(c, n, ACT, m, __VA_ARGS__)
 #define S(n, m, ...) dual(c, n, STAT, m, __VA_ARGS__)
 #define G(n, m, ...) dual(c, n, GRAD, m, __VA_ARGS__)
@@ -17,7 +17,7 @@
 #define RUN(op)                                                                                    \
   do {                                                                                             \
     OK(c->be->ops.op(c->be, &dev));                                                                \
-    OK(c->ref_be.ops.op(&c->ref_be, &ref));                                                        \
+    if (!c->bits_only) OK(c->ref_be.ops.op(&c->ref_be, &ref));                                     \
   } while (0)
 #define ARGS(op, ...)                                                                              \
   struct mt_##op##_args dev, ref;                                                                  \

@@ -196,7 +196,7 @@ static struct dual_q some_rows(struct bench_case *c, const char *name, enum mt_q
   struct dual_q q = dual_rows(c, name, format, rows, cols, p ? groups : 1, sides);
   struct mt_quantize_args a = {.q = q.ref, .group_count = groups};
   double *v = own(c, (size_t)(rows * cols) * sizeof *v);
-  for (int64_t i = 0; i < rows * cols; i++) v[i] = mt_rng_normal(&c->rng);
+  for (int64_t i = 0; i < rows * cols; i++) v[i] = draw(c);
   a.x = mt_mat(v, MT_F64, rows, cols);
   if (p) a.offsets = p->offsets.ref, a.padded = padded->ref;
   OK(c->ref_be.ops.quantize(&c->ref_be, &a));
@@ -209,7 +209,7 @@ static struct dual_q some_weight(struct bench_case *c, enum mt_qformat format, i
   struct dual_q q = dual_weight(c, "w", format, groups, n, k);
   int64_t all = (groups ? groups : 1) * n * k;
   double *v = own(c, (size_t)all * sizeof *v);
-  for (int64_t i = 0; i < all; i++) v[i] = 0.3 * mt_rng_normal(&c->rng);
+  for (int64_t i = 0; i < all; i++) v[i] = 0.3 * draw(c);
   struct mt_quantize_weight_args a = {
       .w = groups ? mt_cube(v, MT_F64, groups, n, k) : mt_mat(v, MT_F64, n, k), .q = q.ref};
   OK(c->ref_be.ops.quantize_weight(&c->ref_be, &a));

@@ -171,58 +171,97 @@ static void group_rows(const int32_t *offsets, int64_t rows, int64_t g, int64_t 
   *end = offsets ? offsets[g + 1] : rows;
 }
 
+/* Rows [first, first + rows) of a copy as numbers, on the heap; NULL: no memory. Each is decoded
+ * once and not at each multiplication, of which there are hundreds. */
+static double *decoded(const struct mt_qtensor *q, bool columns, int64_t first, int64_t rows) {
+  int64_t cols = q->dim[q->rank - 1];
+  double *x = malloc((size_t)(rows * cols) * sizeof *x + 1);
+  for (int64_t r = 0; x && r < rows; r++) {
+    for (int64_t c = 0; c < cols; c++)
+      x[r * cols + c] = columns ? col_at(q, first + r, c) : row_at(q, first + r, c);
+  }
+  return x;
+}
+
+/* The two operands of one group's product. */
+struct operands {
+  double *a, *b;
+};
+static mt_err operands_there(const struct operands *o) {
+  return o->a && o->b ? MT_OK : mt_fail(MT_ENOMEM, "operands of a product in 8 bits");
+}
+static void free_operands(struct operands *o) {
+  free(o->a);
+  free(o->b);
+}
+
 mt_err mt_ref_qlinear_fwd(struct mt_backend *be, const struct mt_qlinear_fwd_args *a) {
+  mt_err err = MT_OK;
   (void)be;
   MT_TRY(mt_check_qlinear_fwd(a));
-  for (int64_t g = 0; g < (a->offsets ? a->w.dim[0] : 1); g++) {
+  for (int64_t g = 0; g < (a->offsets ? a->w.dim[0] : 1) && !err; g++) {
     struct mt_qtensor w = a->offsets ? mt_q_slice(&a->w, g) : a->w;
-    int64_t begin, end;
+    int64_t begin, end, width = w.dim[1];
     group_rows(a->offsets, a->x.dim[0], g, &begin, &end);
-    for (int64_t r = begin; r < end; r++) {
+    struct operands o = {decoded(&a->x, false, begin, end - begin),
+                         decoded(&w, false, 0, w.dim[0])};
+    err = operands_there(&o);
+    for (int64_t r = begin; r < end && !err; r++) {
+      const double *x = o.a + (r - begin) * width;
       for (int64_t n = 0; n < w.dim[0]; n++) {
         double sum = 0;
-        for (int64_t k = 0; k < w.dim[1]; k++) sum += row_at(&a->x, r, k) * row_at(&w, n, k);
+        for (int64_t k = 0; k < width; k++) sum += x[k] * o.b[n * width + k];
         ref_set(&a->y, r, n, sum);
       }
     }
+    free_operands(&o);
   }
-  return MT_OK;
+  return err;
 }
 
 mt_err mt_ref_qlinear_dgrad(struct mt_backend *be, const struct mt_qlinear_dgrad_args *a) {
+  mt_err err = MT_OK;
   (void)be;
   MT_TRY(mt_check_qlinear_dgrad(a));
-  for (int64_t g = 0; g < (a->offsets ? a->w.dim[0] : 1); g++) {
+  for (int64_t g = 0; g < (a->offsets ? a->w.dim[0] : 1) && !err; g++) {
     struct mt_qtensor w = a->offsets ? mt_q_slice(&a->w, g) : a->w;
-    int64_t begin, end;
+    int64_t begin, end, height = w.dim[0], width = w.dim[1];
     group_rows(a->offsets, a->dy.dim[0], g, &begin, &end);
-    for (int64_t r = begin; r < end; r++) {
-      for (int64_t k = 0; k < w.dim[1]; k++) {
+    struct operands o = {decoded(&a->dy, false, begin, end - begin), decoded(&w, true, 0, height)};
+    err = operands_there(&o);
+    for (int64_t r = begin; r < end && !err; r++) {
+      const double *dy = o.a + (r - begin) * height;
+      for (int64_t k = 0; k < width; k++) {
         double sum = 0;
-        for (int64_t n = 0; n < w.dim[0]; n++) sum += row_at(&a->dy, r, n) * col_at(&w, n, k);
+        for (int64_t n = 0; n < height; n++) sum += dy[n] * o.b[n * width + k];
         ref_acc(&a->dx, r, k, sum, a->accumulate);
       }
     }
+    free_operands(&o);
   }
-  return MT_OK;
+  return err;
 }
 
 mt_err mt_ref_qlinear_wgrad(struct mt_backend *be, const struct mt_qlinear_wgrad_args *a) {
+  mt_err err = MT_OK;
   MT_TRY(mt_check_qlinear_wgrad(a));
-  for (int64_t g = 0; g < (a->offsets ? a->dw.dim[0] : 1); g++) {
+  for (int64_t g = 0; g < (a->offsets ? a->dw.dim[0] : 1) && !err; g++) {
     struct mt_tensor dw = a->offsets ? mt_slice(&a->dw, g) : a->dw;
-    int64_t begin, end, at = a->offsets ? a->padded[g] : 0;
+    int64_t begin, end, at = a->offsets ? a->padded[g] : 0, height = dw.dim[0], width = dw.dim[1];
     group_rows(a->offsets, a->x.dim[0], g, &begin, &end);
-    for (int64_t n = 0; n < dw.dim[0]; n++) {
-      for (int64_t k = 0; k < dw.dim[1]; k++) {
+    struct operands o = {decoded(&a->dy, true, at, end - begin),
+                         decoded(&a->x, true, at, end - begin)};
+    err = operands_there(&o);
+    for (int64_t n = 0; n < height && !err; n++) {
+      for (int64_t k = 0; k < width; k++) {
         double sum = 0;
-        for (int64_t r = 0; r < end - begin; r++)
-          sum += col_at(&a->dy, at + r, n) * col_at(&a->x, at + r, k);
+        for (int64_t r = 0; r < end - begin; r++) sum += o.a[r * height + n] * o.b[r * width + k];
         ref_acc(&dw, n, k, sum, a->accumulate);
       }
     }
+    free_operands(&o);
   }
-  if (!a->sumsq) return MT_OK;
+  if (err || !a->sumsq) return err;
   return mt_ref_sumsq(
       be, &(struct mt_sumsq_args){.tensors = &a->dw, .tensor_count = 1, .out = a->sumsq});
 }
