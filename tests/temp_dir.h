@@ -13,14 +13,7 @@
 #include <unistd.h>
 
 #include "base/files.h"
-
-#ifndef OK
-#define OK(call)                                                                                   \
-  do {                                                                                             \
-    mt_err ok_err_ = (call);                                                                       \
-    if (ok_err_) fail_msg("%s: %s", #call, mt_error_message());                                    \
-  } while (0)
-#endif
+#include "ok.h"
 
 /* The call fails with this error and its message holds this text. */
 #define FAILS(call, error, text)                                                                   \

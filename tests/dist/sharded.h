@@ -3,7 +3,6 @@
 #define TESTS_DIST_SHARDED_H
 
 #include "dist/dist.h"
-#undef OK
 #include "model/small.h"
 
 enum { EXPERTS = 24 };

@@ -2,7 +2,6 @@
  * Readers, where there are more ranks, all read the fixture's batch: mean loss and gradients stay
  * those of one. */
 #include "dist/dist.h"
-#undef OK
 #include "golden/model_cases.h"
 
 static const struct bounds cpu_bounds = {"cpu", "fp32", 1e-5, 2e-5, 1e-5, 5e-6, 5e-5};

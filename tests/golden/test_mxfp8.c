@@ -14,11 +14,7 @@
 #include "io/safetensors.h"
 #include "kernels/registry.h"
 #include "quant/linear.h"
-
-#define OK(call)                                                                                   \
-  do {                                                                                             \
-    if (call) fail_msg("%s: %s", #call, mt_error_message());                                       \
-  } while (0)
+#include "ok.h"
 
 struct format {
   const char *name;

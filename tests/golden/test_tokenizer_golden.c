@@ -13,12 +13,7 @@
 
 #include "base/files.h"
 #include "data/tokenizer.h"
-
-#define OK(call)                                                                                   \
-  do {                                                                                             \
-    mt_err ok_err_ = (call);                                                                       \
-    if (ok_err_) fail_msg("%s: %s", #call, mt_error_message());                                    \
-  } while (0)
+#include "ok.h"
 
 /* 1 when the case holds. */
 static int run_case(const struct mt_tokenizer *t, struct mt_encoder *e, const json_t *c, int line) {

@@ -15,15 +15,10 @@
 #include "backend/device.h"
 #include "base/rng.h"
 #include "gpu/gpu.h"
+#include "ok.h"
 
 enum rows_of { MIXED, ONE_EXPERT, EVEN, RANDOM, NONE, DENSE, DENSE_ONE };
 enum { GROUPS_MOST = 160, SLACK_ROWS = 37, WORK_MOST = 4000000 };
-
-#define OK(call)                                                                                   \
-  do {                                                                                             \
-    mt_err ok_err_ = (call);                                                                       \
-    if (ok_err_) fail_msg("%s: %s", #call, mt_error_message());                                    \
-  } while (0)
 
 /* A matrix (or a row of matrices, `rows` in all) on both sides. host: as the device sees it. */
 struct both {

@@ -6,12 +6,7 @@
 #ifdef MOETUNE_WITH_CUDA
 #include "kernels/cuda/mxscale.cuh"
 #include "kernels/mxscale_cases.h"
-
-#define OK(call)                                                                                   \
-  do {                                                                                             \
-    mt_err ok_err_ = (call);                                                                       \
-    if (ok_err_) fail_msg("%s: %s", #call, mt_error_message());                                    \
-  } while (0)
+#include "ok.h"
 
 static void *on_device(struct mt_backend *be, const void *host, size_t bytes) {
   void *p;

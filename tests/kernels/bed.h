@@ -17,6 +17,7 @@
 #include "base/rng.h"
 #include "kernels/registry.h"
 #include "quant/recipe.h"
+#include "ok.h"
 
 enum { BED_ITEMS = 512 };
 
@@ -29,11 +30,6 @@ struct bed {
   int host_count, dev_count;
 };
 
-#define OK(call)                                                                                   \
-  do {                                                                                             \
-    mt_err ok_err_ = (call);                                                                       \
-    if (ok_err_) fail_msg("%s: %s", #call, mt_error_message());                                    \
-  } while (0)
 /* Runs an operation with the fields given. */
 #define DO(b, op, ...) OK((b)->be.ops.op(&(b)->be, &(struct mt_##op##_args){__VA_ARGS__}))
 

@@ -17,6 +17,7 @@
 #include "base/rng.h"
 #include "kernels/registry.h"
 #include "quant/recipe.h"
+#include "ok.h"
 
 enum { MAX_DUALS = 192 };
 
@@ -45,12 +46,6 @@ struct bench_case {
   bool bits_only;  /* the reference does not run: nothing is compared, bits are mixed */
   bool kept_types; /* the case has asked for the formats of gradients or states */
 };
-
-#define OK(call)                                                                                   \
-  do {                                                                                             \
-    mt_err ok_err_ = (call);                                                                       \
-    if (ok_err_) fail_msg("%s: %s", #call, mt_error_message());                                    \
-  } while (0)
 
 static inline enum mt_dtype kept_type(struct bench_case *c, enum mt_dtype type) {
   c->kept_types = true;

@@ -20,6 +20,7 @@
 #include "backend/device.h"
 #include "base/rng.h"
 #include "kernels/registry.h"
+#include "ok.h"
 
 enum { MAX_OWNED = 64, MAX_LEAVES = 4, MAX_OUTPUTS = 3 };
 
@@ -52,12 +53,6 @@ struct probe {
   double worst; /* of all cases since probe_open */
   char worst_name[64];
 };
-
-#define OK(call)                                                                                   \
-  do {                                                                                             \
-    mt_err ok_err_ = (call);                                                                       \
-    if (ok_err_) fail_msg("%s: %s", #call, mt_error_message());                                    \
-  } while (0)
 
 #define X(op)                                                                                      \
   static inline mt_err via_##op(struct mt_backend *be, const struct mt_##op##_args *a) {           \

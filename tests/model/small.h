@@ -15,12 +15,7 @@
 #include "base/rng.h"
 #include "kernels/registry.h"
 #include "model/model.h"
-
-#define OK(call)                                                                                   \
-  do {                                                                                             \
-    mt_err ok_err_ = (call);                                                                       \
-    if (ok_err_) fail_msg("%s: %s", #call, mt_error_message());                                    \
-  } while (0)
+#include "ok.h"
 
 static inline struct mt_config small_config(void) {
   struct mt_config c = {.model_type = "mixtral",

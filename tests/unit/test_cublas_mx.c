@@ -21,12 +21,8 @@
 
 #ifdef MOETUNE_WITH_CUDA
 #include "kernels/cuda/mxproducts.cuh"
+#include "ok.h"
 
-#define OK(call)                                                                                   \
-  do {                                                                                             \
-    mt_err ok_err_ = (call);                                                                       \
-    if (ok_err_) fail_msg("%s: %s", #call, mt_error_message());                                    \
-  } while (0)
 #define LT(call) assert_int_equal((call), CUBLAS_STATUS_SUCCESS)
 
 enum { MOST = 4 };
