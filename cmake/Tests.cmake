@@ -74,9 +74,9 @@ foreach(source ${dist_sources})
       set(late "OMPI_MCA_btl_vader_eager_limit=128;OMPI_MCA_btl_sm_eager_limit=128")
       set_tests_properties(dist/${name}_${ranks} PROPERTIES LABELS dist TIMEOUT 1200
         SKIP_RETURN_CODE 77 ENVIRONMENT "${environment};${late}")
-      if(name MATCHES "^test_(overlap|pipeline)$") # these look at the clock, where ranks are few
+      if(name MATCHES "^test_(overlap|pipeline)$") # these look at the clock, where ranks are few and no sanitizer is
         set_tests_properties(dist/${name}_${ranks} PROPERTIES ENVIRONMENT "${environment}")
-        if(ranks GREATER 1 AND ranks LESS 5)
+        if(ranks GREATER 1 AND ranks LESS 5 AND NOT MOETUNE_SANITIZE)
           set_tests_properties(dist/${name}_${ranks} PROPERTIES RUN_SERIAL TRUE)
         endif()
       endif()

@@ -1,5 +1,5 @@
-/* OK(call): a test fails where a call does, with its message. Who wants more in it (tests/dist: the
- * rank) defines another before this is included. */
+/* What all tests share. OK(call): a test fails where a call does, with its message. Who wants more
+ * in it (tests/dist: the rank) defines another before this is included. */
 #ifndef TESTS_OK_H
 #define TESTS_OK_H
 
@@ -10,6 +10,15 @@
 #include <cmocka.h>
 
 #include "base/error.h"
+
+/* A build whose cases look at memory and undefined behaviour, several times as slowly: where they
+ * would run long for numbers, statistics or the clock, they do so without a sanitizer alone, and
+ * say it. */
+#if defined(__SANITIZE_ADDRESS__)
+enum { SANITIZED = 1 };
+#else
+enum { SANITIZED = 0 };
+#endif
 
 #ifndef OK
 #define OK(call)                                                                                   \

@@ -13,8 +13,10 @@ static void float32_equals_one_rank(void **state) {
   stages_on_every_mesh("fp32", (struct near){1e-5, 5e-5, 1e-4, true, true});
 }
 
-/* Operations that take as long as is told, whoever else is on the machine. */
-enum { FORWARD_MS = 25, BACKWARD_MS = 50, TRIES = 40 };
+/* Operations that take as long as is told, whoever else is on the machine. In a sanitizer's build
+ * all else takes its time as well, which is no measure: the steps are made once, and bubbles held
+ * to what they should be without one. */
+enum { FORWARD_MS = 25, BACKWARD_MS = 50, TRIES = SANITIZED ? 1 : 40 };
 
 static bool near_bubble(double got, double want) {
   return fabs(got - want) <= 0.1 * want;
@@ -128,7 +130,7 @@ static void bubbles_of_evaluations(void **state) {
   OK(mt_mesh_make(&c, world.size, world.rank, 1, p, &mesh));
   double want = (p - 1.0) / (M + p - 1.0), got = eval_bubble_of(&mesh, &c, M, want);
   print_message("  %d stages: bubble of an evaluation %.4f, %.4f expected\n", p, got, want);
-  if (!near_bubble(got, want)) fail_msg("bubble %.4f, not %.4f", got, want);
+  if (!SANITIZED && !near_bubble(got, want)) fail_msg("bubble %.4f, not %.4f", got, want);
 }
 
 static void bubbles_are_those_of_the_order(void **state) {
@@ -144,7 +146,7 @@ static void bubbles_are_those_of_the_order(void **state) {
     double got = bubble_of(&mesh, &c, sequential, M, want);
     print_message("  %d stages, %s: bubble %.4f, %.4f expected\n", p,
                   sequential ? "sequential" : "1F1B", got, want);
-    if (!near_bubble(got, want)) fail_msg("bubble %.4f, not %.4f", got, want);
+    if (!SANITIZED && !near_bubble(got, want)) fail_msg("bubble %.4f, not %.4f", got, want);
   }
 }
 

@@ -16,11 +16,7 @@
 #include <time.h>
 
 enum { FINAL_STEP = 6, TEXT_BYTES = 1 << 16 };
-#if defined __SANITIZE_ADDRESS__
-enum { SANITIZED = 1, LIMIT_S = 120 };
-#else
-enum { SANITIZED = 0, LIMIT_S = 30 };
-#endif
+enum { LIMIT_S = SANITIZED ? 120 : 30 };
 
 /* Of one start of the program. */
 struct faults_run {

@@ -4,8 +4,9 @@
 #include "train/session.h"
 #include "train/step.h"
 
-/* Steps over the same few batches, again and again. */
-enum { STEPS = 15, BATCHES = 3 };
+/* Steps over the same few batches, again and again. A sanitizer sees in one round of them and a
+ * step all that it would in five: how much they learn is held to its bounds without one. */
+enum { STEPS = SANITIZED ? 4 : 15, BATCHES = 3 };
 
 /* Rounding to nearest: the same update in float32, on copies. */
 static mt_err (*cpu_adamw)(struct mt_backend *be, const struct mt_adamw_args *a);
@@ -112,6 +113,7 @@ static void bf16_states_learn(void **state) {
   learn("fp32", false, &before[0], &after[0]);
   learn("bf16", false, &before[1], &after[1]);
   learn("bf16", true, &before[2], &after[2]);
+  if (SANITIZED) return;
   double learned = before[0] - after[0];
   assert_true(learned > 0.2);
   assert_true(fabs(after[1] - after[0]) < 0.03 * after[0]);

@@ -71,6 +71,8 @@ static void equals_one_rank(void **state) {
   train(0, "one-without", "--batch-size 24 --router-aux-coef 0");
   train(0, "one-frozen", "--batch-size 24 --freeze *layers.0.* --freeze *embed*");
   for (size_t i = 0; i < sizeof meshes / sizeof *meshes; i++) {
+    /* Ranks are more than cores, and what a sanitizer looks for shows on four as well. */
+    if (SANITIZED && meshes[i].ranks > 4) continue;
     const char *one = strstr(meshes[i].args, "aux-coef") ? "one-without" : "one";
     if (strstr(meshes[i].args, "freeze")) one = "one-frozen";
     train(meshes[i].ranks, "many", meshes[i].args);
