@@ -140,7 +140,7 @@ static inline void dist_close(void) {
       dist_close();                                                                                \
       return DIST_SKIPPED;                                                                         \
     }                                                                                              \
-    brief = world.size > 2;                                                                        \
+    brief = world.size > 2 || mt_nccl_shared();                                                    \
     DIST_RUN(tests);                                                                               \
   }
 
