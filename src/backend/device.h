@@ -76,6 +76,9 @@ struct mt_backend {
   mt_err (*graph_end)(struct mt_backend *be, void **graph);
   mt_err (*graph_replay)(struct mt_backend *be, void *graph);
   void (*graph_free)(struct mt_backend *be, void *graph);
+  /* Operations launched from here on run on this stream, which is not the backend's own, or with
+   * NULL on that again: only such as take no workspace. NULL where operations run on the host. */
+  void (*on_stream)(struct mt_backend *be, void *stream);
   /* Names what the host launches from here on, for a profiler; NULL ends the innermost name. NULL
    * where no profiler would see it. */
   void (*range)(const char *name);

@@ -100,6 +100,10 @@ mt_err mt_comm_set_out(struct mt_comm *c) {
   return c->set_out ? c->set_out(c) : MT_OK;
 }
 
+mt_err mt_comm_join(struct mt_comm *c) {
+  return c->join ? c->join(c) : MT_OK;
+}
+
 mt_err mt_comm_test(struct mt_comm *c, struct mt_transfer *t, bool *done) {
   *done = !t->impl;
   return t->impl && c->test ? c->test(c, t, done) : MT_OK;

@@ -66,7 +66,9 @@ struct mt_comm {
   mt_err (*set_out)(struct mt_comm *c); /* or NULL: messages set out when they are started */
   mt_err (*failed)(struct mt_comm *c);  /* or NULL: wait has told */
   mt_err (*settle)(struct mt_comm *c, double limit_s, bool *over); /* or NULL: nothing to settle */
+  mt_err (*join)(struct mt_comm *c);                               /* or NULL: see mt_comm_join */
   void (*destroy)(struct mt_comm *c);
+  void *stream; /* what transfers run on, in the order of the calls (CUDA: cudaStream_t), or NULL */
   void *impl;
 };
 
@@ -76,6 +78,10 @@ void mt_comm_destroy(struct mt_comm *c); /* safe on a zeroed one */
 /* What has gone wrong since with transfers that have been waited for: MT_ECOMM. Once the work that
  * used them is done and this says MT_OK, they have arrived. */
 mt_err mt_comm_failed(struct mt_comm *c);
+
+/* What is launched on the backend from here on comes behind all that c's stream has been given so
+ * far, transfers and (mt_backend.on_stream) operations. Nothing to do where c has none. */
+mt_err mt_comm_join(struct mt_comm *c);
 
 /* For who ends with transfers under way: once it returns, no buffer of theirs is touched any more,
  * since they are over, or have been given up after limit_s. *over (=) says which. Errors: MT_ECOMM

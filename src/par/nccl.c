@@ -50,7 +50,8 @@ struct group {
   mt_nccl_comm comm;
   struct mt_backend *be;
   cudaStream_t stream;
-  cudaEvent_t ready; /* on the backend's stream: what a transfer reads is there */
+  cudaEvent_t ready;  /* on the backend's stream: what a transfer reads is there */
+  cudaEvent_t joined; /* on this one: all before a join */
   struct flight flight[FLIGHTS];
   uint64_t first, next; /* flights first .. next - 1 are not known to be done */
   struct message message[MESSAGES];
@@ -374,6 +375,14 @@ static mt_err device_wait(struct mt_comm *c, struct mt_transfer *t) {
   return failed(c);
 }
 
+static mt_err device_join(struct mt_comm *c) {
+  struct group *g = group_of(c);
+  MT_TRY(flush(c));
+  MT_TRY(cuda_check(c, cudaEventRecord(g->joined, g->stream), "join"));
+  MT_TRY(cuda_check(c, cudaStreamWaitEvent(g->be->stream, g->joined, 0), "join"));
+  return failed(c);
+}
+
 /* Whether all that was launched is done; a run that ends well has waited for it. */
 static bool comes_to_rest(struct group *g, double limit_s) {
   double begin = now_s();
@@ -417,6 +426,7 @@ static void device_destroy(struct mt_comm *c) {
     if (g->flight[i].done) (void)cudaEventDestroy(g->flight[i].done);
   }
   if (g->ready) (void)cudaEventDestroy(g->ready);
+  if (g->joined) (void)cudaEventDestroy(g->joined);
   if (g->stream) (void)cudaStreamDestroy(g->stream);
   if (g->token) g->be->mem_free(g->be, g->token, g->token_bytes);
   pthread_mutex_destroy(&g->lock);
@@ -508,6 +518,9 @@ static mt_err open_group(struct mt_comm *host, struct mt_comm *c) {
                     "making a stream"));
   MT_TRY(cuda_check(c, cudaEventCreateWithFlags(&g->ready, cudaEventDisableTiming),
                     "making an event"));
+  MT_TRY(cuda_check(c, cudaEventCreateWithFlags(&g->joined, cudaEventDisableTiming),
+                    "making an event"));
+  c->stream = g->stream;
   for (int i = 0; i < FLIGHTS; i++) {
     MT_TRY(cuda_check(c, cudaEventCreateWithFlags(&g->flight[i].done, cudaEventDisableTiming),
                       "making an event"));
@@ -530,6 +543,7 @@ mt_err mt_comm_device(struct mt_comm *host, struct mt_backend *be, struct mt_com
                       .wait = device_wait,
                       .set_out = flush,
                       .failed = failed,
+                      .join = device_join,
                       .settle = device_settle,
                       .destroy = device_destroy};
   struct group *g = calloc(1, sizeof *g);

@@ -4,9 +4,9 @@
  * Every rank must start the calls of a group in the same order. Buckets become ready in the order
  * of backward, which is the same everywhere. On a host gatherings are started in that order too,
  * whenever their parts have come, and have communicators of their own, so that neither order
- * depends on the other. Between GPUs nobody asks what has come: a bucket is added up when its place
- * is needed by the one that many later, which is the same moment of the stream on every rank, and
- * exchanges and gatherings share the group's communicator.
+ * depends on the other. Between GPUs nobody asks what has come, and backward's stream waits for
+ * none of it before its end: exchanges, additions and gatherings of a class are one row on its
+ * communicator's stream, where a bucket is added up once the next one has left.
  *
  * Who waits here waits for ranks of its own stage to come to the same place of the same backward,
  * and they for what comes earlier in the order that all stages' lists are cut from (pipeline.h):
@@ -32,11 +32,16 @@ struct mt_overlap {
   int *order;            /* buckets as they left */
   int left, added;
   bool accumulate; /* sharded gradients: another micro-batch came before */
-  /* Places for the parts of buckets that are on their way or wait to be added up. */
+  /* Places for the parts of buckets that are on their way or wait to be added up; between GPUs two
+   * of each class by turns. */
   void *memory;
   size_t stage_bytes;
   int stages;
   bool used[MT_OVERLAP_BUCKETS];
+  struct {
+    int first, turn; /* places */
+    int owed;        /* the bucket that is to be added up next; -1: none */
+  } row[MT_SYNC_COUNT];
   int64_t *numbers; /* counts and starts for one call */
   mt_err err;       /* the first that a hook could not return */
 };
@@ -45,9 +50,14 @@ static struct mt_comm *group_of(struct mt_ranks *r, const struct mt_bucket *k) {
   return r->tensor[k->sync == MT_SYNC_DENSE ? MT_GROUP_DENSE : MT_GROUP_DATA];
 }
 
+/* Whether additions run beside backward too, on a stream of their own. */
+static bool beside(const struct mt_ranks *r) {
+  return r->model->be->on_stream != NULL;
+}
+
 /* Where sums are sent around. */
 static struct mt_comm *gathers_of(struct mt_ranks *r, const struct mt_bucket *k) {
-  return r->model->be->memory_used ? group_of(r, k) : &r->late[k->sync];
+  return beside(r) ? group_of(r, k) : &r->late[k->sync];
 }
 
 static enum mt_dtype format(const struct mt_ranks *r) {
@@ -68,30 +78,56 @@ static struct mt_tensor sum_of(struct mt_ranks *r, const struct mt_bucket *k) {
   return mt_vec(at, format(r), k->owned);
 }
 
+/* Adds up the parts of bucket i, which have come. */
+static mt_err add_parts(struct mt_ranks *r, int i) {
+  struct mt_overlap *o = r->overlap;
+  struct mt_backend *be = r->model->be;
+  const struct mt_bucket *k = &r->buckets.item[i];
+  struct mt_parts_sum_args a = {
+      .parts = mt_mat(stage_of(o, o->flight[i].stage), format(r), group_of(r, k)->size, k->owned),
+      .out = sum_of(r, k),
+      .accumulate = o->accumulate && mt_model_grad_shared(r->model, k->sync)};
+  return k->owned > 0 ? be->ops.parts_sum(be, &a) : MT_OK;
+}
+
+/* Sends its sums around, where whole ones are wanted. */
+static mt_err send_sums(struct mt_ranks *r, int i) {
+  struct mt_overlap *o = r->overlap;
+  const struct mt_bucket *k = &r->buckets.item[i];
+  struct mt_parts parts, places;
+  if (r->model->options.zero > 0) return MT_OK;
+  mt_sum_places(o->numbers, group_of(r, k), k->count, &parts, &places);
+  return mt_comm_all_gather(gathers_of(r, k), mt_ranks_bucket(r, k, false), parts,
+                            mt_dtype_bytes(format(r)), &o->flight[i].t);
+}
+
 /* The oldest bucket's parts have come: adds them up and sends the sums around. */
 static mt_err add_up(struct mt_ranks *r) {
   struct mt_overlap *o = r->overlap;
-  struct mt_backend *be = r->model->be;
   int i = o->order[o->added];
-  const struct mt_bucket *k = &r->buckets.item[i];
   struct flight *f = &o->flight[i];
-  struct mt_comm *c = group_of(r, k);
+  struct mt_comm *c = group_of(r, &r->buckets.item[i]);
   if (c->size > 1) {
     MT_TRY(mt_comm_wait(c, &f->t));
-    struct mt_parts_sum_args a = {
-        .parts = mt_mat(stage_of(o, f->stage), format(r), c->size, k->owned),
-        .out = sum_of(r, k),
-        .accumulate = o->accumulate && mt_model_grad_shared(r->model, k->sync)};
-    if (k->owned > 0) MT_TRY(be->ops.parts_sum(be, &a));
+    MT_TRY(add_parts(r, i));
     o->used[f->stage] = false;
   }
   f->state = ADDED;
   o->added++;
-  if (c->size == 1 || r->model->options.zero > 0) return MT_OK;
-  struct mt_parts parts, places;
-  mt_sum_places(o->numbers, c, k->count, &parts, &places);
-  return mt_comm_all_gather(gathers_of(r, k), mt_ranks_bucket(r, k, false), parts,
-                            mt_dtype_bytes(format(r)), &f->t);
+  return c->size > 1 ? send_sums(r, i) : MT_OK;
+}
+
+/* The same on the communicator's stream, of the bucket that is owed; `next` (-1: none) is then. */
+static mt_err add_owed(struct mt_ranks *r, enum mt_sync sync, int next) {
+  struct mt_overlap *o = r->overlap;
+  struct mt_backend *be = r->model->be;
+  int i = o->row[sync].owed;
+  o->row[sync].owed = next;
+  if (i < 0) return MT_OK;
+  be->on_stream(be, group_of(r, &r->buckets.item[i])->stream);
+  mt_err err = add_parts(r, i);
+  be->on_stream(be, NULL);
+  return err ? err : send_sums(r, i);
 }
 
 /* Goes on with what has come. */
@@ -128,8 +164,22 @@ static mt_err make_room(struct mt_ranks *r, const struct mt_bucket *left) {
   for (int i = 0; i < r->buckets.count; i++) {
     const struct mt_bucket *k = &r->buckets.item[i];
     if (k->sync != left->sync || k->place != place) continue;
-    while (o->flight[i].state == LEFT) MT_TRY(add_up(r));
+    while (!beside(r) && o->flight[i].state == LEFT) MT_TRY(add_up(r));
+    if (beside(r)) MT_TRY(mt_comm_wait(group_of(r, k), &o->flight[i].t));
   }
+  return MT_OK;
+}
+
+static mt_err take_stage(struct mt_ranks *r, enum mt_sync sync, int *stage) {
+  struct mt_overlap *o = r->overlap;
+  if (beside(r)) {
+    *stage = o->row[sync].first + o->row[sync].turn;
+    o->row[sync].turn ^= 1;
+    return MT_OK;
+  }
+  while (free_stage(o) < 0) MT_TRY(add_up(r));
+  *stage = free_stage(o);
+  o->used[*stage] = true;
   return MT_OK;
 }
 
@@ -142,12 +192,11 @@ static mt_err leave(struct mt_ranks *r, int i) {
   struct mt_parts parts, places;
   f->state = LEFT;
   if (c->size > 1) {
-    while (free_stage(o) < 0) MT_TRY(add_up(r));
-    f->stage = free_stage(o);
-    o->used[f->stage] = true;
+    MT_TRY(take_stage(r, k->sync, &f->stage));
     mt_sum_places(o->numbers, c, k->count, &parts, &places);
     MT_TRY(mt_comm_all_to_all(c, mt_ranks_bucket(r, k, false), parts, stage_of(o, f->stage), places,
                               item, &f->t));
+    if (beside(r)) MT_TRY(add_owed(r, k->sync, i));
   }
   o->order[o->left++] = i;
   return mt_model_grad_shared(r->model, k->sync) ? make_room(r, k) : MT_OK;
@@ -162,7 +211,7 @@ static mt_err ready(struct mt_ranks *r, const struct mt_param *p) {
     if (!inside || o->flight[i].state != WAITS || o->flight[i].missing == 0) continue;
     if (--o->flight[i].missing == 0) MT_TRY(leave(r, i));
   }
-  return go_on(r);
+  return beside(r) ? MT_OK : go_on(r);
 }
 
 static void on_ready(void *context, struct mt_param *p) {
@@ -170,11 +219,17 @@ static void on_ready(void *context, struct mt_param *p) {
   if (!r->overlap->err) r->overlap->err = ready(r, p);
 }
 
-static int places_of(const struct mt_ranks *r) {
-  int n = 0;
+static int places_of(struct mt_ranks *r) {
+  int n = 0, classes[MT_SYNC_COUNT] = {0};
   for (int i = 0; i < r->buckets.count; i++) {
-    bool dense = r->buckets.item[i].sync == MT_SYNC_DENSE;
-    n += r->tensor[dense ? MT_GROUP_DENSE : MT_GROUP_DATA]->size > 1;
+    enum mt_sync sync = r->buckets.item[i].sync;
+    int more = r->tensor[sync == MT_SYNC_DENSE ? MT_GROUP_DENSE : MT_GROUP_DATA]->size > 1;
+    n += more;
+    classes[sync] |= more;
+  }
+  if (beside(r)) {
+    r->overlap->row[MT_SYNC_EXPERT].first = 2 * classes[MT_SYNC_DENSE];
+    return 2 * (classes[MT_SYNC_DENSE] + classes[MT_SYNC_EXPERT]);
   }
   return n < MT_OVERLAP_BUCKETS ? n : MT_OVERLAP_BUCKETS;
 }
@@ -205,7 +260,7 @@ size_t mt_ranks_sum_bytes(const struct mt_ranks *r) {
   return r->sum.parts_bytes + (o ? (size_t)o->stages * o->stage_bytes : 0);
 }
 
-/* All that backward has finished is added up. */
+/* All that backward has finished is added up, and whatever is launched next comes behind it. */
 static mt_err settle(struct mt_ranks *r) {
   struct mt_overlap *o = r->overlap;
   r->model->grad_ready = NULL;
@@ -213,7 +268,11 @@ static mt_err settle(struct mt_ranks *r) {
   for (int i = r->buckets.count - 1; i >= 0; i--) {
     if (o->flight[i].state == WAITS) MT_TRY(leave(r, i));
   }
-  while (o->added < o->left) MT_TRY(add_up(r));
+  while (!beside(r) && o->added < o->left) MT_TRY(add_up(r));
+  for (int sync = 0; beside(r) && sync < MT_SYNC_COUNT; sync++) {
+    MT_TRY(add_owed(r, (enum mt_sync)sync, -1));
+    MT_TRY(mt_comm_join(r->tensor[sync == MT_SYNC_DENSE ? MT_GROUP_DENSE : MT_GROUP_DATA]));
+  }
   return MT_OK;
 }
 
@@ -227,6 +286,7 @@ mt_err mt_ranks_begin(struct mt_ranks *r, int micro, int micro_count) {
   if (r->begun) MT_TRY(settle(r));
   struct mt_overlap *o = r->overlap;
   o->left = o->added = 0;
+  for (int sync = 0; sync < MT_SYNC_COUNT; sync++) o->row[sync].owed = -1;
   o->accumulate = micro > 0;
   o->err = MT_OK;
   for (int i = 0; i < r->buckets.count; i++) {
@@ -247,7 +307,7 @@ mt_err mt_ranks_finish(struct mt_ranks *r) {
   struct mt_overlap *o = r->overlap;
   r->begun = false;
   MT_TRY(settle(r));
-  for (int i = 0; i < o->left; i++) {
+  for (int i = 0; !beside(r) && i < o->left; i++) {
     const struct mt_bucket *k = &r->buckets.item[o->order[i]];
     MT_TRY(mt_comm_wait(gathers_of(r, k), &o->flight[o->order[i]].t));
   }

@@ -105,6 +105,10 @@ static mt_err stamp(struct mt_backend *be, int slot) {
   return MT_OK;
 }
 
+static void no_stream(struct mt_backend *be, void *stream) {
+  (void)be, (void)stream;
+}
+
 static mt_err zero(struct mt_backend *be, void *p, size_t size_bytes) {
   (void)be, (void)p, (void)size_bytes;
   return MT_OK;
@@ -146,6 +150,7 @@ static void make_counter(struct counter *c, const struct mt_count_options *o) {
                               .stamp = stamp,
                               .stamp_wait = stamp,
                               .zero = zero,
+                              .on_stream = o->backend->on_stream ? no_stream : NULL,
                               .steps_ahead = 1};
   mt_profile_count(&c->profile, &c->be, o->sequence_length, seconds_of, c);
 }

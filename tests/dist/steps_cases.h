@@ -45,18 +45,20 @@ static void bytes_are_those_of_the_formulas(struct run *mine, struct mt_ranks *r
  * writes too early to what is sent shows, and who does not wait. */
 static struct { struct mt_comm *c, real; } late_comm[4];
 static struct late_call {
+  struct mt_comm *c;
   bool gathering;
   void *send, *recv;
   size_t unit_bytes;
   int64_t numbers[4][RANKS_MOST];
 } late_call[64];
 
-static mt_err put_off(const struct mt_comm *c, struct late_call call, struct mt_parts parts,
+static mt_err put_off(struct mt_comm *c, struct late_call call, struct mt_parts parts,
                       struct mt_parts places, struct mt_transfer *t) {
   const int64_t *from[] = {parts.count, parts.start, places.count, places.start};
   for (size_t i = 0; i < sizeof late_call / sizeof *late_call; i++) {
     if (late_call[i].send) continue;
     late_call[i] = call;
+    late_call[i].c = c;
     for (int k = 0; k < 4; k++)
       memcpy(late_call[i].numbers[k], from[k], (size_t)c->size * sizeof(int64_t));
     t->impl = &late_call[i];
@@ -67,18 +69,19 @@ static mt_err put_off(const struct mt_comm *c, struct late_call call, struct mt_
 
 static mt_err late_exchange(struct mt_comm *c, const void *send, struct mt_parts parts, void *recv,
                             struct mt_parts places, size_t unit_bytes, struct mt_transfer *t) {
-  struct late_call call = {false, (void *)(uintptr_t)send, recv, unit_bytes, {{0}}};
+  struct late_call call = {NULL, false, (void *)(uintptr_t)send, recv, unit_bytes, {{0}}};
   return put_off(c, call, parts, places, t);
 }
 
 static mt_err late_gather(struct mt_comm *c, void *buf, struct mt_parts parts, size_t unit_bytes,
                           struct mt_transfer *t) {
-  return put_off(c, (struct late_call){true, buf, NULL, unit_bytes, {{0}}}, parts, parts, t);
+  return put_off(c, (struct late_call){NULL, true, buf, NULL, unit_bytes, {{0}}}, parts, parts, t);
 }
 
 static mt_err late_wait(struct mt_comm *c, struct mt_transfer *t) {
   const struct mt_comm *real = NULL;
   struct late_call *call = t->impl;
+  if (!call->send) return MT_OK; /* it has happened: see all_happen */
   for (size_t i = 0; i < sizeof late_comm / sizeof *late_comm; i++) {
     if (late_comm[i].c == c) real = &late_comm[i].real;
   }
@@ -92,6 +95,16 @@ static mt_err late_wait(struct mt_comm *c, struct mt_transfer *t) {
   return t->impl ? real->wait(c, t) : MT_OK;
 }
 
+/* On a stream all has happened before what comes next. */
+static mt_err all_happen(struct mt_comm *c) {
+  (void)c;
+  for (size_t i = 0; i < sizeof late_call / sizeof *late_call; i++) {
+    struct mt_transfer t = {.impl = &late_call[i]};
+    if (late_call[i].send) MT_TRY(late_wait(late_call[i].c, &t));
+  }
+  return MT_OK;
+}
+
 static void make_timely(void) {
   for (size_t i = 0; i < sizeof late_comm / sizeof *late_comm; i++) {
     struct mt_comm *c = late_comm[i].c;
@@ -100,6 +113,7 @@ static void make_timely(void) {
     c->all_gather = late_comm[i].real.all_gather;
     c->wait = late_comm[i].real.wait;
     c->test = late_comm[i].real.test;
+    c->join = late_comm[i].real.join;
     late_comm[i].c = NULL;
   }
 }
@@ -115,6 +129,7 @@ static void make_late(struct mt_ranks *r) {
     c[i]->all_gather = late_gather;
     c[i]->wait = late_wait;
     c[i]->test = NULL;
+    c[i]->join = c[i]->join ? all_happen : NULL;
   }
 }
 

@@ -230,6 +230,10 @@ static void graph_free(struct mt_backend *be, void *graph) {
   (void)cudaGraphExecDestroy((cudaGraphExec_t)graph);
 }
 
+static void on_stream(struct mt_backend *be, void *stream) {
+  mt_cuda_of(be)->stream = (cudaStream_t)(stream ? stream : be->stream);
+}
+
 static size_t memory_used(const struct mt_backend *be) {
   size_t left = 0, all = 0;
   (void)be;
@@ -349,6 +353,7 @@ extern "C" mt_err mt_backend_cuda_plan(struct mt_backend *be, bool portable) {
   be->name = portable ? "cuda-portable" : "cuda";
   be->thread_count = 1;
   be->workspace_bytes = workspace_bytes;
+  be->on_stream = on_stream;
   be->capability = portable ? 0 : visible_capability();
   return MT_OK;
 }
