@@ -31,10 +31,10 @@ static mt_err own_run(struct mt_backend *be, const struct test *t, void *) {
 }
 static mt_err turns_run(struct mt_backend *be, const struct test *t, void *) {
   struct mt_cuda *c = mt_cuda_of(be);
-  int *taken = c->taken;
-  c->taken = NULL;
+  int *counters = c->unit_counters;
+  c->unit_counters = NULL;
   mt_err err = mt_cuda_grouped_sm90(be, &t->p);
-  c->taken = taken;
+  c->unit_counters = counters;
   return err;
 }
 static mt_err portable_prepare(struct mt_backend *be, const struct test *, void **state) {

@@ -42,6 +42,8 @@ struct mt_backend {
   /* Grouped products of operands in this format read the sizes of their groups back to the host,
    * once for each pad_offsets: no graph can hold them. MT_Q_NONE: none do. */
   enum mt_qformat counted_format;
+  /* Set by who runs transfers beside operations: long kernels let them begin in their midst. */
+  bool makes_way;
   void *profile; /* of whoever times the operations (train/profile.h), or NULL */
 
   /* Bytes that the operations need at most within the limits; a pure function. */

@@ -521,6 +521,7 @@ static mt_err open_group(struct mt_comm *host, struct mt_comm *c) {
   MT_TRY(cuda_check(c, cudaEventCreateWithFlags(&g->joined, cudaEventDisableTiming),
                     "making an event"));
   c->stream = g->stream;
+  g->be->makes_way = true;
   for (int i = 0; i < FLIGHTS; i++) {
     MT_TRY(cuda_check(c, cudaEventCreateWithFlags(&g->flight[i].done, cudaEventDisableTiming),
                       "making an event"));

@@ -280,7 +280,7 @@ static void destroy(struct mt_backend *be) {
     if (c->ring_free[i]) (void)cudaEventDestroy(c->ring_free[i]);
   }
   if (c->ring) (void)cudaFreeHost(c->ring);
-  if (c->taken) (void)cudaFree(c->taken);
+  if (c->unit_counters) (void)cudaFree(c->unit_counters);
   if (c->stream) (void)cudaStreamDestroy(c->stream);
   free(c);
   be->impl = NULL;
@@ -327,8 +327,9 @@ static mt_err open_device(struct mt_backend *be, struct mt_cuda *c, int device) 
   if (mt_cuda_mx_chip(be)) be->counted_format = MT_Q_MXFP8;
   MT_TRY(open_ring(c));
   if (c->capability == 90 && !c->portable) {
-    MT_TRY(mt_cuda_check(cudaMalloc((void **)&c->taken, sizeof *c->taken), "a counter"));
-    MT_TRY(mt_cuda_check(cudaMemsetAsync(c->taken, 0, sizeof *c->taken, c->stream), "a counter"));
+    size_t bytes = 2 * sizeof *c->unit_counters;
+    MT_TRY(mt_cuda_check(cudaMalloc((void **)&c->unit_counters, bytes), "counters"));
+    MT_TRY(mt_cuda_check(cudaMemsetAsync(c->unit_counters, 0, bytes, c->stream), "counters"));
   }
   if (cublasLtCreate(&c->lt) != CUBLAS_STATUS_SUCCESS) {
     return mt_fail(MT_EDEVICE, "cuBLASLt cannot be started");

@@ -31,7 +31,7 @@ struct mt_cuda {
   int ring_next;
   cudaEvent_t stamps[MT_STAMPS]; /* made when first asked for */
   cublasLtHandle_t lt;
-  int *taken; /* device, 0 between kernels: units begun of a grouped product; NULL: by turns */
+  int *unit_counters; /* device [2]: of grouped products on Hopper (sm90/grouped_units.cuh) */
   struct mt_cuda_plans *plans;   /* algorithms chosen for products so far (products.cu) */
   struct mt_cuda_counts *counts; /* sizes of groups that the host knows (mxproducts.cu), or NULL */
 };

@@ -21,7 +21,7 @@ struct experts_job {
   const float *row_prob;  /* [rows] or NULL */
   float *parts;           /* [tiles along n][rows] or NULL */
   int groups, rows, n, k; /* n: columns of h */
-  int *taken;             /* grouped_units.cuh */
+  struct unit_source units;
 };
 
 /* Offsets of the boxes in a stage, warpgroup 0's; the other's lie next to them. */
@@ -77,10 +77,10 @@ __device__ __forceinline__ void hand_out(const struct experts_job &j, const stru
                                          int rank) {
   struct walk at = {0, 0};
   struct place p;
-  struct units u = first_unit();
-  for (; find<S>(j, s, &at, u.unit, rank, &p); next_unit<true>(&s->units, j.taken, &u))
-    take_unit(&s->units, j.taken, rank, &u);
-  end_units(j.taken, rank, &u, at.before);
+  for (struct units u = first_unit(); find<S>(j, s, &at, u.unit, rank, &p);
+       next_unit<true>(&s->units, j.units, &u))
+    take_unit(&s->units, j.units, rank, &u);
+  end_units(j.units, rank);
 }
 
 /* The loading thread's whole life (see grouped.cu). */
@@ -94,7 +94,7 @@ __device__ __forceinline__ void load_all(const struct experts_job &j, const CUte
   struct place p;
   int steps = (j.k + DEPTH - 1) / DEPTH;
   for (struct units u = first_unit(); find<S>(j, s, &at, u.unit, rank, &p);
-       next_unit<true>(&s->units, j.taken, &u)) {
+       next_unit<true>(&s->units, j.units, &u)) {
     for (int i = 0; i < steps + S::CHUNKS; i++) {
       uint32_t bar = full + (uint32_t)r.stage * 8, a = tiles + (uint32_t)(r.stage * S::STAGE_BYTES);
       uint32_t b = a + A_BYTES;
@@ -264,7 +264,7 @@ multiply_all(const struct experts_job &j, const CUtensorMap *map_out, const CUte
   int steps = (j.k + DEPTH - 1) / DEPTH, owed = -1;
   float d[128];
   for (struct units u = first_unit(); find<S>(j, s, &at, u.unit, rank, &p);
-       next_unit<false>(&s->units, j.taken, &u)) {
+       next_unit<false>(&s->units, j.units, &u)) {
     int row = p.m * TILE_M + half * 64, rows = p.end - p.begin;
     if (row >= rows || !p.inside) { /* nothing to make, but the ring goes on */
       settle(empty, &owed);
@@ -315,7 +315,7 @@ __global__ __cluster_dims__(2, 1, 1)
   if (threadIdx.x < 128) {
     registers_down<40>();
     if (threadIdx.x == 0) load_all<S>(j, &map_a, &map_w, &map_in, s, tiles, rank);
-    if (threadIdx.x == UNITS_THREAD && j.taken) hand_out<S>(j, s, rank);
+    if (threadIdx.x == UNITS_THREAD && j.units.counters) hand_out<S>(j, s, rank);
     __syncwarp();
   } else {
     registers_up<232>();
@@ -358,11 +358,10 @@ static mt_err launch(struct mt_backend *be, const struct experts_tensors *t, con
   MT_TRY(ragged_map(&in, t->in->data, 2 * n, t->in->ld, 64));
   MT_TRY(ragged_map(&out, t->out->data, 2 * n, t->out->ld, 64));
   MT_TRY(ragged_map(&h, t->h->data, n, t->h->ld, 64));
-  j->taken = c->taken;
   j->groups = (int)groups, j->rows = (int)rows, j->n = (int)n, j->k = (int)k;
-  int64_t clusters = c->sm_count / 2, units = (n + S::COLS - 1) / S::COLS;
+  int64_t units = (n + S::COLS - 1) / S::COLS;
   units *= rows / TILE_M + groups; /* or fewer: a unit is two tiles, or one at the edge */
-  if (clusters > units) clusters = units;
+  int64_t clusters = unit_clusters(be, units, false, &j->units);
   MT_TRY(mt_cuda_check(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::SHARED_BYTES),
       op));

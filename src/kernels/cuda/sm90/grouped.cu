@@ -17,7 +17,7 @@ struct job {
   int groups, rows, m, n, k;
   int64_t ldc;
   int accumulate;
-  int *taken;      /* grouped_units.cuh */
+  struct unit_source units;
   double *partial; /* wgrad: [blocks] of the squares of c, or NULL */
 };
 
@@ -44,14 +44,6 @@ __device__ __forceinline__ bool find(const struct job &j, const struct control *
   return find_rows(at, s->offsets, j.groups, nt, unit, rank, p);
 }
 
-/* Of all; at: at its end. */
-template <class S>
-__device__ __forceinline__ int unit_count(const struct job &j, const struct walk *at) {
-  return S::WGRAD
-             ? j.groups * units_of((j.m + TILE_M - 1) / TILE_M, (j.n + S::TILE_N - 1) / S::TILE_N)
-             : at->before;
-}
-
 template <class S>
 __device__ __forceinline__ int step_count(const struct job &j, const struct place &p) {
   return ((S::WGRAD ? p.end - p.begin : j.k) + DEPTH - 1) / DEPTH;
@@ -62,10 +54,10 @@ template <class S>
 __device__ __forceinline__ void hand_out(const struct job &j, const struct control *s, int rank) {
   struct walk at = {0, 0};
   struct place p;
-  struct units u = first_unit();
-  for (; find<S>(j, s, &at, u.unit, rank, &p); next_unit<true>(&s->units, j.taken, &u))
-    take_unit(&s->units, j.taken, rank, &u);
-  end_units(j.taken, rank, &u, unit_count<S>(j, &at));
+  for (struct units u = first_unit(); find<S>(j, s, &at, u.unit, rank, &p);
+       next_unit<true>(&s->units, j.units, &u))
+    take_unit(&s->units, j.units, rank, &u);
+  end_units(j.units, rank);
 }
 
 /* The loading thread's whole life. A stage is loaded again once the multipliers of both blocks have
@@ -79,7 +71,7 @@ __device__ __forceinline__ void load_all(const struct job &j, const CUtensorMap 
   struct walk at = {0, 0};
   struct place p;
   for (struct units u = first_unit(); find<S>(j, s, &at, u.unit, rank, &p);
-       next_unit<true>(&s->units, j.taken, &u)) {
+       next_unit<true>(&s->units, j.units, &u)) {
     int steps = step_count<S>(j, p);
     for (int i = 0; i < steps; i++) {
       uint32_t bar = full + (uint32_t)r.stage * 8, a = tiles + (uint32_t)(r.stage * S::STAGE_BYTES);
@@ -151,7 +143,7 @@ __device__ __forceinline__ void multiply_all(const struct job &j, const CUtensor
   float d[S::TILE_N / 2];
   double total = 0;
   for (struct units u = first_unit(); find<S>(j, s, &at, u.unit, rank, &p);
-       next_unit<false>(&s->units, j.taken, &u)) {
+       next_unit<false>(&s->units, j.units, &u)) {
     int steps = step_count<S>(j, p);
     int row = p.m * TILE_M + half * 64, col = p.n * S::TILE_N;
     int rows = S::WGRAD ? j.m : p.end - p.begin;
@@ -208,7 +200,7 @@ __global__ __cluster_dims__(2, 1, 1)
   if (threadIdx.x < 128) {
     registers_down<40>();
     if (threadIdx.x == 0) load_all<S>(j, &map_a, &map_b, s, tiles, rank);
-    if (threadIdx.x == UNITS_THREAD && j.taken) hand_out<S>(j, s, rank);
+    if (threadIdx.x == UNITS_THREAD && j.units.counters) hand_out<S>(j, s, rank);
     __syncwarp();
   } else {
     registers_up<232>();
@@ -240,8 +232,8 @@ template <class S> static mt_err launch(struct mt_backend *be, const struct mt_c
   int64_t mt =
       S::WGRAD ? (p->m + TILE_M - 1) / TILE_M * p->groups : p->rows_most / TILE_M + p->groups;
   /* More units than that there are not: a unit is two tiles, or one at the edge. */
-  int64_t clusters = c->sm_count / 2, units = mt * nt;
-  if (clusters > units) clusters = units;
+  struct unit_source source; /* sums are of what a block made */
+  int64_t clusters = unit_clusters(be, mt * nt, p->sumsq != NULL, &source);
   struct job j = {.offsets = p->offsets,
                   .c = p->c,
                   .groups = p->groups,
@@ -251,7 +243,7 @@ template <class S> static mt_err launch(struct mt_backend *be, const struct mt_c
                   .k = (int)p->k,
                   .ldc = p->ldc,
                   .accumulate = p->accumulate,
-                  .taken = p->sumsq ? NULL : c->taken, /* whose sums are of what a block made */
+                  .units = source,
                   .partial = NULL};
   void *partial = NULL;
   size_t partial_bytes = (size_t)(2 * clusters) * sizeof(double);

@@ -1,6 +1,8 @@
-/* Which unit a cluster makes next. By turns (every so many), or, where j.taken is given, whichever
- * nobody has begun: then a cluster that starts late, because other kernels (transfers between GPUs)
- * hold its multiprocessors, leaves its share to the others and nobody waits for it.
+/* Which unit a cluster makes next. By turns (every so many), or, where counters are given,
+ * whichever nobody has begun: then a cluster that starts late, because other kernels (transfers
+ * between GPUs) hold its multiprocessors, leaves its share to the others and nobody waits for it.
+ * Where others wait for multiprocessors, several times as many clusters as run at a time make
+ * `most` units each and end, so that whoever comes first need not wait for the whole kernel's end.
  *
  * A thread beside the loading one takes the next unit of the cluster, in its first block, while the
  * present one is made, and sends it to both blocks, where everyone reads it at the present one's
@@ -9,7 +11,17 @@
 #ifndef MT_KERNELS_CUDA_SM90_GROUPED_UNITS_CUH
 #define MT_KERNELS_CUDA_SM90_GROUPED_UNITS_CUH
 
+#include <limits.h>
+
+#include "kernels/cuda/cuda.h"
 #include "kernels/cuda/sm90/gemm_ptx.cuh"
+
+/* Counters of the device, 0 between kernels: of a kernel's clusters, units begun beyond each one's
+ * first, and clusters done. most: units of a cluster. counters NULL: by turns. */
+struct unit_source {
+  int *counters;
+  int most;
+};
 
 struct unit_places {
   uint64_t come[2], read[2];
@@ -21,7 +33,11 @@ struct units {
   int unit, told;
 };
 
-enum { UNITS_THREAD = 96 }; /* the last warp's of those that load */
+enum {
+  UNITS_THREAD = 96, /* the last warp's of those that load */
+  UNITS_ROUNDS = 4,  /* in which a kernel that makes way lets others begin */
+  UNITS_LEAST = 2,   /* of a cluster then */
+};
 
 /* readers: warps of a block that ask for the next unit. */
 __device__ __forceinline__ void init_units(struct unit_places *s, int readers) {
@@ -48,14 +64,14 @@ __device__ __forceinline__ void send_word(uint32_t to, uint32_t bar, uint32_t ra
 }
 
 /* That thread, of both blocks, at a unit's beginning. */
-__device__ __forceinline__ void take_unit(const struct unit_places *s, int *taken, int rank,
-                                          const struct units *u) {
+__device__ __forceinline__ void take_unit(const struct unit_places *s, struct unit_source from,
+                                          int rank, const struct units *u) {
   int place = u->told % 2;
   uint32_t come = shared_address(&s->come[place]);
   barrier_expect(come, sizeof(int));
   if (rank != 0) return;
   barrier_wait(shared_address(&s->read[place]), (uint32_t)(u->told / 2 % 2) ^ 1);
-  int unit = (int)gridDim.x / 2 + atomicAdd(taken, 1);
+  int unit = u->told + 1 < from.most ? (int)gridDim.x / 2 + atomicAdd(from.counters, 1) : INT_MAX;
   send_word(shared_address(&s->next[place]), come, 0, unit);
   send_word(shared_address(&s->next[place]), come, 1, unit);
 }
@@ -63,9 +79,9 @@ __device__ __forceinline__ void take_unit(const struct unit_places *s, int *take
 /* Every reader, at a unit's end. One lane of a warp says that it has read; alone: a thread by
  * itself, lane 0. */
 template <bool ALONE>
-__device__ __forceinline__ void next_unit(const struct unit_places *s, const int *taken,
+__device__ __forceinline__ void next_unit(const struct unit_places *s, struct unit_source from,
                                           struct units *u) {
-  if (!taken) {
+  if (!from.counters) {
     u->unit += (int)gridDim.x / 2;
     return;
   }
@@ -81,10 +97,25 @@ __device__ __forceinline__ void next_unit(const struct unit_places *s, const int
   u->told++;
 }
 
-/* That thread, past the last of `count` units: whoever has taken the last number of all
- * leaves the counter as it was found. Every unit takes one. */
-__device__ __forceinline__ void end_units(int *taken, int rank, const struct units *u, int count) {
-  if (rank == 0 && count > 0 && u->unit == (int)gridDim.x / 2 + count - 1) *taken = 0;
+/* That thread, past its last unit: the last cluster of all leaves the counters as it found them. */
+__device__ __forceinline__ void end_units(struct unit_source from, int rank) {
+  unsigned last = gridDim.x / 2 - 1;
+  if (rank == 0 && atomicInc((unsigned *)from.counters + 1, last) == last) *from.counters = 0;
+}
+
+/* Clusters for at most so many units on a device where `at_once` of them run at a time, and where
+ * units come from. turns: by turns, whatever there is. */
+static inline int64_t unit_clusters(const struct mt_backend *be, int64_t units, bool turns,
+                                    struct unit_source *from) {
+  const struct mt_cuda *c = mt_cuda_of(be);
+  int64_t at_once = c->sm_count / 2, n = units < at_once ? units : at_once;
+  *from = (struct unit_source){turns ? NULL : c->unit_counters, INT_MAX};
+  if (turns || !be->makes_way) return n;
+  int64_t most = (units + UNITS_ROUNDS * at_once - 1) / (UNITS_ROUNDS * at_once);
+  if (most < UNITS_LEAST) most = UNITS_LEAST;
+  n = (units + most - 1) / most;
+  from->most = (int)most;
+  return n;
 }
 
 #endif

@@ -25,7 +25,7 @@ struct qjob {
   int groups, rows, m, n, k;
   int64_t a_scale_ld, ldc; /* a_scale [depth / 128][a_scale_ld]; wgrad: b_scale [tokens / 128][n] */
   int accumulate;
-  int *taken; /* grouped_units.cuh */
+  struct unit_source units;
 };
 
 /* A stage's scales: a's of the tile's rows, then b's: of the tile's columns, or for rows one of
@@ -52,14 +52,6 @@ __device__ __forceinline__ bool find(const struct qjob &j, const struct control 
   if (S::WGRAD)
     return find_matrix(s->offsets, j.groups, (j.m + TILE_M - 1) / TILE_M, nt, unit, rank, p);
   return find_rows(at, s->offsets, j.groups, nt, unit, rank, p);
-}
-
-/* Of all; at: at its end. */
-template <class S>
-__device__ __forceinline__ int unit_count(const struct qjob &j, const struct walk *at) {
-  return S::WGRAD
-             ? j.groups * units_of((j.m + TILE_M - 1) / TILE_M, (j.n + Q_TILE_N - 1) / Q_TILE_N)
-             : at->before;
 }
 
 template <class S>
@@ -101,10 +93,10 @@ template <class S>
 __device__ __forceinline__ void hand_out(const struct qjob &j, const struct control *s, int rank) {
   struct walk at = {0, 0};
   struct place p;
-  struct units u = first_unit();
-  for (; find<S>(j, s, &at, u.unit, rank, &p); next_unit<true>(&s->units, j.taken, &u))
-    take_unit(&s->units, j.taken, rank, &u);
-  end_units(j.taken, rank, &u, unit_count<S>(j, &at));
+  for (struct units u = first_unit(); find<S>(j, s, &at, u.unit, rank, &p);
+       next_unit<true>(&s->units, j.units, &u))
+    take_unit(&s->units, j.units, rank, &u);
+  end_units(j.units, rank);
 }
 
 /* The loading thread's whole life (see grouped.cu). */
@@ -117,7 +109,7 @@ __device__ __forceinline__ void load_all(const struct qjob &j, const CUtensorMap
   struct walk at = {0, 0};
   struct place p;
   for (struct units u = first_unit(); find<S>(j, s, &at, u.unit, rank, &p);
-       next_unit<true>(&s->units, j.taken, &u)) {
+       next_unit<true>(&s->units, j.units, &u)) {
     int steps = step_count<S>(j, p), col = p.n * Q_TILE_N;
     uint32_t scales = S::WGRAD && col < j.n ? (uint32_t)min(Q_TILE_N, j.n - col) * 4 : 0;
     for (int i = 0; i < steps; i++) {
@@ -164,7 +156,7 @@ __device__ __forceinline__ void load_scales(const struct qjob &j, const struct c
   struct walk at = {0, 0};
   struct place p;
   for (struct units u = first_unit(); find<S>(j, s, &at, u.unit, rank, &p);
-       next_unit<false>(&s->units, j.taken, &u)) {
+       next_unit<false>(&s->units, j.units, &u)) {
     int steps = step_count<S>(j, p), most = (S::WGRAD ? j.m : p.end - p.begin) - 1, row[4];
 #pragma unroll
     for (int i = 0; i < 4; i++) row[i] = min(p.m * TILE_M + lane + 32 * i, most);
@@ -324,7 +316,7 @@ __device__ __forceinline__ void multiply_all(const struct qjob &j, const CUtenso
   float sums[2][64];
   if (S::WGRAD && j.partial) add_squares(s, 0, false);
   for (struct units u = first_unit(); find<S>(j, s, &at, u.unit, rank, &p);
-       next_unit<false>(&s->units, j.taken, &u)) {
+       next_unit<false>(&s->units, j.units, &u)) {
     int steps = step_count<S>(j, p), row = p.m * TILE_M, col = p.n * Q_TILE_N + half * HALF_N;
     int rows = S::WGRAD ? j.m : p.end - p.begin;
     if (row >= rows || col >= j.n) { /* nothing to make, but the ring goes on */
@@ -390,7 +382,7 @@ __global__ __cluster_dims__(2, 1, 1)
     registers_down<40>();
     if (threadIdx.x == 0) load_all<S>(j, &map_a, &map_b, s, tiles, rank);
     if (threadIdx.x / 32 == 1) load_scales<S>(j, s, tiles, rank);
-    if (threadIdx.x == UNITS_THREAD && j.taken) hand_out<S>(j, s, rank);
+    if (threadIdx.x == UNITS_THREAD && j.units.counters) hand_out<S>(j, s, rank);
     __syncwarp();
   } else {
     registers_up<232>();
@@ -422,8 +414,9 @@ template <class S> static mt_err launch(struct mt_backend *be, const struct mt_c
     MT_TRY(ragged_map(&out, p->c, p->n, p->ldc, 64));
   }
   int64_t mt = S::WGRAD ? (p->m + TILE_M - 1) / TILE_M * p->groups : p->m / TILE_M + p->groups;
-  int64_t clusters = c->sm_count / 2, units = mt * ((p->n + Q_TILE_N - 1) / Q_TILE_N);
-  if (clusters > units) clusters = units; /* or fewer: a unit is two tiles, or one at the edge */
+  struct unit_source source; /* or fewer units: one is two tiles, or one at the edge */
+  int64_t clusters =
+      unit_clusters(be, mt * ((p->n + Q_TILE_N - 1) / Q_TILE_N), p->sumsq != NULL, &source);
   struct qjob j = {.offsets = p->offsets,
                    .a_scale = p->a_scale,
                    .b_scale = p->b_scale,
@@ -437,7 +430,7 @@ template <class S> static mt_err launch(struct mt_backend *be, const struct mt_c
                    .a_scale_ld = p->a_scale_ld,
                    .ldc = p->ldc,
                    .accumulate = p->accumulate,
-                   .taken = p->sumsq ? NULL : c->taken};
+                   .units = source};
   void *partial = NULL;
   int blocks = (int)(2 * clusters);
   if (p->sumsq) MT_TRY(mt_cuda_scratch(be, "fp8 products", blocks * sizeof(double), &partial));
