@@ -197,7 +197,8 @@ static mt_err plan(struct mt_model *m) {
   mt_arena_plan(&m->gradients, "gradients");
   mt_arena_plan(&m->optimizer, "optimizer");
   mt_arena_plan(&m->activations, "activations");
-  if (m->options.bucket_elements <= 0) m->options.bucket_elements = MT_BUCKET_ELEMENTS;
+  if (m->options.bucket_elements <= 0)
+    m->options.bucket_elements = m->be->on_stream ? MT_BUCKET_ELEMENTS_GPU : MT_BUCKET_ELEMENTS;
   if (m->options.training)
     MT_TRY(
         mt_buckets_build(&m->params, &m->options.sharers, m->options.bucket_elements, &m->buckets));

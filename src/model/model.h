@@ -56,13 +56,15 @@ struct mt_model_options {
    * too; 0: everyone has all of it. */
   int zero;
   struct mt_sharers sharers;
-  int64_t bucket_elements; /* 0: MT_BUCKET_ELEMENTS */
+  int64_t bucket_elements; /* 0: MT_BUCKET_ELEMENTS, or ..._GPU where streams are */
   /* Where experts are spread over ranks: chunks that a micro-batch's tokens travel in, so that the
    * experts work on one while others are on their way (exchange.h); 0: one. */
   int chunks;
   enum mt_dispatch_precision dispatch;
 };
-enum { MT_BUCKET_ELEMENTS = 8 << 20 };
+/* Of gradients that are summed at a time; a GPU's links want 64 MB and more (docs/benchmarks.md).
+ */
+enum { MT_BUCKET_ELEMENTS = 8 << 20, MT_BUCKET_ELEMENTS_GPU = 64 << 20 };
 
 /* Bytes by lifetime. `planned` from mt_model_plan, the same from a built model's arenas. */
 struct mt_memory {

@@ -84,8 +84,9 @@ mt_err mt_ranks_logits(struct mt_ranks *r, struct mt_model *m, int64_t begin, in
 /* Rank 0's token for everyone: who generates together must go on alike. *id (=); r may be NULL. */
 mt_err mt_ranks_token(struct mt_ranks *r, int32_t *id);
 
-/* Buckets that are on their way beside backward at most; room is taken for so many of the largest,
- * or for all where there are fewer. */
+/* On a host, buckets that are on their way beside backward at most; room is taken for so many of
+ * the largest, or for all where there are fewer. Between GPUs there is room for two of each class.
+ */
 enum { MT_OVERLAP_BUCKETS = 8 };
 
 /* Memory that sums take beside the arenas. */
