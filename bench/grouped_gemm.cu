@@ -2,15 +2,15 @@
  * TFLOP/s from the median of CUDA events; random normal data. The libraries are given the row
  * counts on the host, which no model has, and what can be prepared is prepared outside of the
  * clock: their best case.
- *   grouped_gemm [--loads] [--runs N] [--only PART_OF_A_NAME] [--ways hlsgx] [--no-check]
+ *   grouped_gemm [--loads] [--runs N] [--only PART_OF_A_NAME] [--ways htplsgx] [--no-check]
  *                [--beside SMS]
  * Cases: mixtral, 8 experts of hidden 4096 and ffn 14336; qwen3, 128 of hidden 2048 and ffn 768; so
  * many routed rows, shared evenly or by Dirichlet's distribution.
- * ways: h moetune on Hopper, t the same with units by turns, p moetune's portable kernel, l
- * cuBLASLt in a loop over experts, s the same over 8 streams, g cublasGemmGroupedBatchedEx, x
- * CUTLASS (where it was built with -DMOETUNE_CUTLASS_DIR=, see bench/get_cutlass.sh). Each way's
- * result is first compared with h's: the largest difference over the largest value stands under
- * "off".
+ * ways (hlsgx unless told): h moetune on Hopper, t the same with units by turns, p moetune's
+ * portable kernel, l cuBLASLt in a loop over experts, s the same over 8 streams, g
+ * cublasGemmGroupedBatchedEx, x CUTLASS (where it was built with -DMOETUNE_CUTLASS_DIR=, see
+ * bench/get_cutlass.sh). Each way's result is first compared with h's: the largest difference over
+ * the largest value stands under "off".
  * --beside: another kernel holds so many multiprocessors all the while, as transfers do.
  * --loads prints the rows of each expert in each case instead, for other programs. */
 #include "bench/common.cuh"
@@ -277,7 +277,7 @@ static void parse(struct bench *b, int argc, char **argv) {
     else if (!strcmp(argv[i], "--ways") && value)
       b->ways = argv[++i];
     else
-      die(argv[i], "grouped_gemm [--loads] [--runs N] [--only NAME] [--ways hlsgx] [--no-check] "
+      die(argv[i], "grouped_gemm [--loads] [--runs N] [--only NAME] [--ways htplsgx] [--no-check] "
                    "[--beside N]");
   }
   if (b->runs < 1 || b->runs > RUNS_MOST) die("--runs", "1 to 100");

@@ -69,7 +69,7 @@ struct mt_qlinear_fwd_args {
 
 struct mt_qlinear_dgrad_args {
   struct mt_qtensor dy; /* [M,N]: row */
-  struct mt_qtensor w;  /* col */
+  struct mt_qtensor w;  /* col; of FP8 row where there is no col */
   struct mt_tensor dx;  /* act [M,K] (acc) */
   const int32_t *offsets;
   int accumulate;

@@ -18,7 +18,8 @@
  *   MXFP8:                row [G,N,K], row_scale e8m0 [G, N, ceil(K/32)]
  *                         col [G,N,K], col_scale e8m0 [G, ceil(N/32), K]
  *   FP8 (128 x 128):      row [G,N,K], row_scale F32 [G, ceil(N/128), ceil(K/128)]
- *                         col [G,K,N], col_scale F32 [G, ceil(K/128), ceil(N/128)]: row turned
+ *                         col [G,K,N], col_scale F32 [G, ceil(K/128), ceil(N/128)]: row turned,
+ *                         so that dgrad takes a weight that has its row copy alone
  * The last block along a width may be short. */
 #ifndef MT_BACKEND_QTENSOR_H
 #define MT_BACKEND_QTENSOR_H

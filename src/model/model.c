@@ -31,9 +31,9 @@ static enum mt_qformat format_of(const struct mt_model *m, const struct mt_param
                                                                       : MT_Q_NONE;
 }
 
-/* The 8-bit forms; columns are what dgrad reads. */
-/* The copies of a weight. Backward wants columns too; of FP8, whose blocks are square, it can turn
- * the rows as it needs them, which is what keeps the memory of float32 masters below bf16's. */
+/* The 8-bit copies of a weight. Backward wants columns too; of FP8, whose blocks are square, it can
+ * turn the rows as it needs them, which is what keeps the memory of float32 masters below bf16's.
+ */
 static mt_err take_eight_bits(struct mt_model *m, struct mt_param *p, enum mt_qformat format) {
   bool turned = format == MT_Q_FP8 && m->recipe->act != m->recipe->state;
   int sides = m->options.training && !turned ? MT_SIDE_BOTH : MT_SIDE_ROW;

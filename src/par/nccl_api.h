@@ -1,8 +1,9 @@
 /* What is used of NCCL, as a table of functions: NCCL itself, loaded when it is first needed, so
  * that a program runs where it is not, or a substitute for ranks that share a GPU.
  *
- * The types are those of NCCL's binary interface, which has not changed since 2.7 (nccl.c compares
- * them with nccl.h where that is there). At least version 2.13 is asked for: ncclGetLastError. */
+ * The types are those of NCCL's binary interface, which has not changed since 2.7 (nccl_load.c
+ * compares them with nccl.h where that is there). At least version 2.13 is asked for:
+ * ncclGetLastError. */
 #ifndef MT_PAR_NCCL_API_H
 #define MT_PAR_NCCL_API_H
 

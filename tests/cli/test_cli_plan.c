@@ -357,6 +357,8 @@ static void a_ladder(void **state) {
       assert_true(number(one, "rung") == (double)i && number(one, "step_ms") > 0);
       assert_true(fabs(number(one, "loss") - first) < 1e-4);
       assert_true(fabs(number(one, "tokens_per_s") * number(one, "step_ms") / 32e3 - 1) < 1e-6);
+      const json_t *phases = json_object_get(one, "phase_ms");
+      assert_true(number(phases, "moe_forward") > 0 && number(phases, "moe_backward") > 0);
     }
     json_decref(all);
     drawn(dir, "ladder.svg", "2: experts grouped, blocks fused");
@@ -365,7 +367,24 @@ static void a_ladder(void **state) {
       "--log-level", "error");
   assert_int_equal(r.status, 0);
   assert_non_null(strstr(r.out, "speedup"));
+  assert_non_null(strstr(r.out, "\n  moe_backward "));
+  assert_null(strstr(r.out, "rmsnorm_bwd"));
   assert_string_equal(r.err, "");
+  CLI(&r, "ladder", TINY, "--device", "cpu", "--max-seq-length", "8", "--train-steps", "1", "--ops",
+      "--log-level", "error");
+  assert_int_equal(r.status, 0);
+  const char *rung = r.out;
+  for (int i = 0; i < 3; i++) { /* a table each, with what every rung does */
+    char title[64];
+    snprintf(title, sizeof title, "\nrung %d, operations of rank 0", i);
+    rung = strstr(rung, title);
+    assert_non_null(rung);
+    rung = strstr(rung, "\nrmsnorm_bwd ");
+    assert_non_null(rung);
+  }
+  CLI(&r, "ladder", TINY, "--ops", "--json");
+  assert_int_equal(r.status, 2);
+  assert_non_null(strstr(r.err, "--ops is a table: it does not go with --json"));
   OK(mt_dir_remove(dir));
 }
 

@@ -282,7 +282,7 @@ static mt_err dgrad_native(struct mt_backend *be, const struct mt_qlinear_dgrad_
     part.col = (uint8_t *)256, part.col_scale = part.col; /* as it will lie */
     if (!native_rows(be, &a->dy, &part, true, &a->dx, a->offsets ? a->offsets + g : NULL,
                      a->accumulate, &p))
-      break;
+      break; /* at the first or never: it goes by widths and by more groups than are left */
     MT_TRY(mt_cuda_scratch(be, "qlinear_dgrad", t.bytes, &scratch));
     part.col = (uint8_t *)scratch, part.col_scale = part.col + t.scales_at;
     p.b = part.col, p.b_scale = (const float *)part.col_scale;

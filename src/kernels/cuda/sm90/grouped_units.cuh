@@ -103,8 +103,8 @@ __device__ __forceinline__ void end_units(struct unit_source from, int rank) {
   if (rank == 0 && atomicInc((unsigned *)from.counters + 1, last) == last) *from.counters = 0;
 }
 
-/* Clusters for at most so many units on a device where `at_once` of them run at a time, and where
- * units come from. turns: by turns, whatever there is. */
+/* How many clusters a kernel of at most so many units has, and where they take them (=). turns: by
+ * turns, whatever else there is. */
 static inline int64_t unit_clusters(const struct mt_backend *be, int64_t units, bool turns,
                                     struct unit_source *from) {
   const struct mt_cuda *c = mt_cuda_of(be);
