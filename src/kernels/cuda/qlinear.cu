@@ -19,13 +19,9 @@ enum { PRODUCTS_BYTES = 64 << 10, STRIP = 32 };
  * of a part that is not there, or not in 8 bits (limits of one room have them 1). */
 static bool hopper_takes(int64_t rows, int64_t groups, int64_t n, int64_t k) {
   enum { WIDTH = 16 }; /* the recipe's width_multiple */
-  struct mt_cuda chip = {};
-  struct mt_backend be = {};
   struct mt_cuda_qgrouped p = {};
   bool all = true;
   if (n % WIDTH != 0 || k % WIDTH != 0) return true;
-  be.impl = &chip;
-  chip.capability = 90;
   p.groups = (int)groups;
   for (int way = 0; way < 3; way++) {
     p.wgrad = way == 2;
@@ -33,7 +29,7 @@ static bool hopper_takes(int64_t rows, int64_t groups, int64_t n, int64_t k) {
     p.m = p.wgrad ? n : rows;
     p.n = p.ldc = way == 0 ? n : k;
     p.k = way == 0 ? k : way == 1 ? n : mt_q_col_rows(rows, groups);
-    all &= mt_cuda_qgrouped_sm90_takes(&be, &p);
+    all &= mt_cuda_qgrouped_sm90_fits(&p);
   }
   return all;
 }
@@ -279,13 +275,11 @@ static mt_err dgrad_native(struct mt_backend *be, const struct mt_qlinear_dgrad_
     struct mt_qtensor part = w;
     void *scratch;
     if (part.rank == 3) part.dim[0] = matrices - g < t.at_once ? matrices - g : t.at_once;
-    part.col = (uint8_t *)256, part.col_scale = part.col; /* as it will lie */
+    MT_TRY(mt_cuda_scratch(be, "qlinear_dgrad", t.bytes, &scratch));
+    part.col = (uint8_t *)scratch, part.col_scale = part.col + t.scales_at;
     if (!native_rows(be, &a->dy, &part, true, &a->dx, a->offsets ? a->offsets + g : NULL,
                      a->accumulate, &p))
       break; /* at the first or never: it goes by widths and by more groups than are left */
-    MT_TRY(mt_cuda_scratch(be, "qlinear_dgrad", t.bytes, &scratch));
-    part.col = (uint8_t *)scratch, part.col_scale = part.col + t.scales_at;
-    p.b = part.col, p.b_scale = (const float *)part.col_scale;
     MT_TRY(mt_cuda_turn(be, &w, g, &part));
     MT_TRY(mt_cuda_qgrouped_sm90(be, &p));
     if (g + t.at_once >= matrices) return MT_OK;

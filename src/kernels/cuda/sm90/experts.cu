@@ -35,13 +35,13 @@ template <int KIND_> struct joined {
   static constexpr int RING_BYTES = STAGES * STAGE_BYTES;
   static constexpr int SHARED_BYTES = RING_BYTES + (int)sizeof(struct control);
   static_assert(6 * CHUNK_BYTES <= STAGE_BYTES && SHARED_BYTES <= 232448, "does not fit");
-};
 
-template <class S>
-__device__ __forceinline__ bool find(const struct experts_job &j, const struct control *s,
-                                     struct walk *at, int unit, int rank, struct place *p) {
-  return find_rows(at, s->offsets, j.groups, (j.n + S::COLS - 1) / S::COLS, unit, rank, p);
-}
+  static __device__ __forceinline__ bool find(const struct experts_job &j, const struct control *s,
+                                              struct walk *at, int unit, int rank,
+                                              struct place *p) {
+    return find_rows(at, s->offsets, j.groups, (j.n + COLS - 1) / COLS, unit, rank, p);
+  }
+};
 
 /* Half h of b's tile: for up, gate's rows and up's. */
 template <class S, bool BOTH>
@@ -71,18 +71,6 @@ __device__ __forceinline__ void load_chunk(uint32_t dst, const CUtensorMap *map,
   }
 }
 
-/* A thread's whole life beside the loading one. */
-template <class S>
-__device__ __forceinline__ void hand_out(const struct experts_job &j, const struct control *s,
-                                         int rank) {
-  struct walk at = {0, 0};
-  struct place p;
-  for (struct units u = first_unit(); find<S>(j, s, &at, u.unit, rank, &p);
-       next_unit<true>(&s->units, j.units, &u))
-    take_unit(&s->units, j.units, rank, &u);
-  end_units(j.units, rank);
-}
-
 /* The loading thread's whole life (see grouped.cu). */
 template <class S>
 __device__ __forceinline__ void load_all(const struct experts_job &j, const CUtensorMap *map_a,
@@ -93,7 +81,7 @@ __device__ __forceinline__ void load_all(const struct experts_job &j, const CUte
   struct walk at = {0, 0};
   struct place p;
   int steps = (j.k + DEPTH - 1) / DEPTH;
-  for (struct units u = first_unit(); find<S>(j, s, &at, u.unit, rank, &p);
+  for (struct units u = first_unit(); S::find(j, s, &at, u.unit, rank, &p);
        next_unit<true>(&s->units, j.units, &u)) {
     for (int i = 0; i < steps + S::CHUNKS; i++) {
       uint32_t bar = full + (uint32_t)r.stage * 8, a = tiles + (uint32_t)(r.stage * S::STAGE_BYTES);
@@ -263,7 +251,7 @@ multiply_all(const struct experts_job &j, const CUtensorMap *map_out, const CUte
   struct place p;
   int steps = (j.k + DEPTH - 1) / DEPTH, owed = -1;
   float d[128];
-  for (struct units u = first_unit(); find<S>(j, s, &at, u.unit, rank, &p);
+  for (struct units u = first_unit(); S::find(j, s, &at, u.unit, rank, &p);
        next_unit<false>(&s->units, j.units, &u)) {
     int row = p.m * TILE_M + half * 64, rows = p.end - p.begin;
     if (row >= rows || !p.inside) { /* nothing to make, but the ring goes on */

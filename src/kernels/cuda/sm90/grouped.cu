@@ -33,31 +33,20 @@ template <int KIND_, class C_, int TILE_N_, int STAGES_, int SLOTS_> struct desi
   static constexpr int RING_BYTES = STAGES * STAGE_BYTES, OUT_BYTES = SLOTS * CHUNK_BYTES;
   static constexpr int SHARED_BYTES = RING_BYTES + 2 * OUT_BYTES + (int)sizeof(struct control);
   static_assert(CHUNKS % SLOTS == 0 && STAGES <= 8 && SHARED_BYTES <= 232448, "does not fit");
-};
 
-template <class S>
-__device__ __forceinline__ bool find(const struct job &j, const struct control *s, struct walk *at,
-                                     int unit, int rank, struct place *p) {
-  int nt = (j.n + S::TILE_N - 1) / S::TILE_N;
-  if (S::WGRAD)
-    return find_matrix(s->offsets, j.groups, (j.m + TILE_M - 1) / TILE_M, nt, unit, rank, p);
-  return find_rows(at, s->offsets, j.groups, nt, unit, rank, p);
-}
+  static __device__ __forceinline__ bool find(const struct job &j, const struct control *s,
+                                              struct walk *at, int unit, int rank,
+                                              struct place *p) {
+    int nt = (j.n + TILE_N - 1) / TILE_N;
+    if (WGRAD)
+      return find_matrix(s->offsets, j.groups, (j.m + TILE_M - 1) / TILE_M, nt, unit, rank, p);
+    return find_rows(at, s->offsets, j.groups, nt, unit, rank, p);
+  }
+};
 
 template <class S>
 __device__ __forceinline__ int step_count(const struct job &j, const struct place &p) {
   return ((S::WGRAD ? p.end - p.begin : j.k) + DEPTH - 1) / DEPTH;
-}
-
-/* A thread's whole life beside the loading one. */
-template <class S>
-__device__ __forceinline__ void hand_out(const struct job &j, const struct control *s, int rank) {
-  struct walk at = {0, 0};
-  struct place p;
-  for (struct units u = first_unit(); find<S>(j, s, &at, u.unit, rank, &p);
-       next_unit<true>(&s->units, j.units, &u))
-    take_unit(&s->units, j.units, rank, &u);
-  end_units(j.units, rank);
 }
 
 /* The loading thread's whole life. A stage is loaded again once the multipliers of both blocks have
@@ -70,7 +59,7 @@ __device__ __forceinline__ void load_all(const struct job &j, const CUtensorMap 
   struct ring r = {0, 1}; /* the first waits find the ring empty */
   struct walk at = {0, 0};
   struct place p;
-  for (struct units u = first_unit(); find<S>(j, s, &at, u.unit, rank, &p);
+  for (struct units u = first_unit(); S::find(j, s, &at, u.unit, rank, &p);
        next_unit<true>(&s->units, j.units, &u)) {
     int steps = step_count<S>(j, p);
     for (int i = 0; i < steps; i++) {
@@ -142,7 +131,7 @@ __device__ __forceinline__ void multiply_all(const struct job &j, const CUtensor
   struct place p;
   float d[S::TILE_N / 2];
   double total = 0;
-  for (struct units u = first_unit(); find<S>(j, s, &at, u.unit, rank, &p);
+  for (struct units u = first_unit(); S::find(j, s, &at, u.unit, rank, &p);
        next_unit<false>(&s->units, j.units, &u)) {
     int steps = step_count<S>(j, p);
     int row = p.m * TILE_M + half * 64, col = p.n * S::TILE_N;

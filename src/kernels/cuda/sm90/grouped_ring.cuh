@@ -1,6 +1,6 @@
 /* The ring of stages between the thread that loads and the warpgroups that multiply, and what both
- * do with a stage. S, a kernel's design, says KIND, WGRAD, TILE_N, STAGES, B_BYTES and STAGE_BYTES.
- */
+ * do with a stage. S, a kernel's design, says KIND, WGRAD, TILE_N, STAGES, B_BYTES, STAGE_BYTES and
+ * find: whether there is such a unit, and which tile of it is this block's (grouped_tile.cuh). */
 #ifndef MT_KERNELS_CUDA_SM90_GROUPED_RING_CUH
 #define MT_KERNELS_CUDA_SM90_GROUPED_RING_CUH
 
@@ -26,6 +26,17 @@ struct control {
   double squares[MULTIPLIER_WARPS];
   int offsets[GROUPS_MOST + 1];
 };
+
+/* The life of the thread that hands units out (grouped_units.cuh). */
+template <class S, class J>
+__device__ __forceinline__ void hand_out(const J &j, const struct control *s, int rank) {
+  struct walk at = {0, 0};
+  struct place p;
+  for (struct units u = first_unit(); S::find(j, s, &at, u.unit, rank, &p);
+       next_unit<true>(&s->units, j.units, &u))
+    take_unit(&s->units, j.units, rank, &u);
+  end_units(j.units, rank);
+}
 
 /* A position in the ring. */
 struct ring {

@@ -110,7 +110,7 @@ static inline int64_t unit_clusters(const struct mt_backend *be, int64_t units, 
   const struct mt_cuda *c = mt_cuda_of(be);
   int64_t at_once = c->sm_count / 2, n = units < at_once ? units : at_once;
   *from = (struct unit_source){turns ? NULL : c->unit_counters, INT_MAX};
-  if (turns || !be->makes_way) return n;
+  if (turns || !be->makes_way || units <= at_once) return n;
   int64_t most = (units + UNITS_ROUNDS * at_once - 1) / (UNITS_ROUNDS * at_once);
   if (most < UNITS_LEAST) most = UNITS_LEAST;
   n = (units + most - 1) / most;

@@ -43,16 +43,16 @@ template <bool WGRAD_, class C_> struct qdesign {
   static constexpr int SHARED_BYTES = CONTROL_AT + (int)sizeof(struct control);
   static_assert((int)A_BYTES == TILE_M * Q_DEPTH && STAGES <= 8, "a's tile, the ring's barriers");
   static_assert(SLOTS % CHUNKS == 0 && SHARED_BYTES <= 232448, "does not fit");
-};
 
-template <class S>
-__device__ __forceinline__ bool find(const struct qjob &j, const struct control *s, struct walk *at,
-                                     int unit, int rank, struct place *p) {
-  int nt = (j.n + Q_TILE_N - 1) / Q_TILE_N;
-  if (S::WGRAD)
-    return find_matrix(s->offsets, j.groups, (j.m + TILE_M - 1) / TILE_M, nt, unit, rank, p);
-  return find_rows(at, s->offsets, j.groups, nt, unit, rank, p);
-}
+  static __device__ __forceinline__ bool find(const struct qjob &j, const struct control *s,
+                                              struct walk *at, int unit, int rank,
+                                              struct place *p) {
+    int nt = (j.n + Q_TILE_N - 1) / Q_TILE_N;
+    if (WGRAD)
+      return find_matrix(s->offsets, j.groups, (j.m + TILE_M - 1) / TILE_M, nt, unit, rank, p);
+    return find_rows(at, s->offsets, j.groups, nt, unit, rank, p);
+  }
+};
 
 template <class S>
 __device__ __forceinline__ int step_count(const struct qjob &j, const struct place &p) {
@@ -88,17 +88,6 @@ __device__ __forceinline__ void bulk_load(uint32_t dst, const void *src, uint32_
                : "memory");
 }
 
-/* A thread's whole life beside the loading one. */
-template <class S>
-__device__ __forceinline__ void hand_out(const struct qjob &j, const struct control *s, int rank) {
-  struct walk at = {0, 0};
-  struct place p;
-  for (struct units u = first_unit(); find<S>(j, s, &at, u.unit, rank, &p);
-       next_unit<true>(&s->units, j.units, &u))
-    take_unit(&s->units, j.units, rank, &u);
-  end_units(j.units, rank);
-}
-
 /* The loading thread's whole life (see grouped.cu). */
 template <class S>
 __device__ __forceinline__ void load_all(const struct qjob &j, const CUtensorMap *map_a,
@@ -108,7 +97,7 @@ __device__ __forceinline__ void load_all(const struct qjob &j, const CUtensorMap
   struct ring r = {0, 1}; /* the first waits find the ring empty */
   struct walk at = {0, 0};
   struct place p;
-  for (struct units u = first_unit(); find<S>(j, s, &at, u.unit, rank, &p);
+  for (struct units u = first_unit(); S::find(j, s, &at, u.unit, rank, &p);
        next_unit<true>(&s->units, j.units, &u)) {
     int steps = step_count<S>(j, p), col = p.n * Q_TILE_N;
     uint32_t scales = S::WGRAD && col < j.n ? (uint32_t)min(Q_TILE_N, j.n - col) * 4 : 0;
@@ -155,7 +144,7 @@ __device__ __forceinline__ void load_scales(const struct qjob &j, const struct c
   struct ring r = {0, 1};
   struct walk at = {0, 0};
   struct place p;
-  for (struct units u = first_unit(); find<S>(j, s, &at, u.unit, rank, &p);
+  for (struct units u = first_unit(); S::find(j, s, &at, u.unit, rank, &p);
        next_unit<false>(&s->units, j.units, &u)) {
     int steps = step_count<S>(j, p), most = (S::WGRAD ? j.m : p.end - p.begin) - 1, row[4];
 #pragma unroll
@@ -315,7 +304,7 @@ __device__ __forceinline__ void multiply_all(const struct qjob &j, const CUtenso
   struct place p;
   float sums[2][64];
   if (S::WGRAD && j.partial) add_squares(s, 0, false);
-  for (struct units u = first_unit(); find<S>(j, s, &at, u.unit, rank, &p);
+  for (struct units u = first_unit(); S::find(j, s, &at, u.unit, rank, &p);
        next_unit<false>(&s->units, j.units, &u)) {
     int steps = step_count<S>(j, p), row = p.m * TILE_M, col = p.n * Q_TILE_N + half * HALF_N;
     int rows = S::WGRAD ? j.m : p.end - p.begin;
@@ -443,11 +432,8 @@ template <class S> static mt_err launch(struct mt_backend *be, const struct mt_c
   return p->sumsq ? mt_cuda_sum_partials(be, j.partial, blocks, p->sumsq) : MT_OK;
 }
 
-extern "C" bool mt_cuda_qgrouped_sm90_takes(const struct mt_backend *be,
-                                            const struct mt_cuda_qgrouped *p) {
-  const struct mt_cuda *c = mt_cuda_of(be);
+extern "C" bool mt_cuda_qgrouped_sm90_fits(const struct mt_cuda_qgrouped *p) {
   const int64_t most = 1 << 28; /* coordinates and counts of tiles stay in 32 bits */
-  if (c->capability != 90 || c->portable) return false;
   if (p->c_dtype != MT_BF16 && !(p->wgrad && p->c_dtype == MT_F32)) return false;
   if (p->groups < 1 || p->groups > GROUPS_MOST || p->m < 1 || p->n < 1 || p->k < 1) return false;
   if (p->m > most || p->n > most || p->k > most) return false;
@@ -455,6 +441,12 @@ extern "C" bool mt_cuda_qgrouped_sm90_takes(const struct mt_backend *be,
   if (mt * (p->n / HALF_N + 1) > INT32_MAX) return false;
   return p->k % 16 == 0 && (p->n | p->ldc) % 8 == 0 && aligned_to(p->a, 16) &&
          aligned_to(p->b, 16) && aligned_to(p->c, 16) && aligned_to(p->b_scale, p->wgrad ? 16 : 4);
+}
+
+extern "C" bool mt_cuda_qgrouped_sm90_takes(const struct mt_backend *be,
+                                            const struct mt_cuda_qgrouped *p) {
+  const struct mt_cuda *c = mt_cuda_of(be);
+  return c->capability == 90 && !c->portable && mt_cuda_qgrouped_sm90_fits(p);
 }
 
 /* float32 that is added to never comes into registers. */

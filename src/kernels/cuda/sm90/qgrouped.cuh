@@ -33,7 +33,9 @@ struct mt_cuda_qgrouped {
   int accumulate;
   double *sumsq; /* device [1] (=) sum of squares of c as it is then, or NULL; needs ..._sums */
 };
-/* False where it does not take this shape, format or chip. */
+/* False where it does not take this shape or format, or memory that is not aligned to 16 bytes. */
+bool mt_cuda_qgrouped_sm90_fits(const struct mt_cuda_qgrouped *p);
+/* The same, and whether the backend uses Hopper's kernels. */
 bool mt_cuda_qgrouped_sm90_takes(const struct mt_backend *be, const struct mt_cuda_qgrouped *p);
 /* Whether it also makes the sum of squares. */
 bool mt_cuda_qgrouped_sm90_sums(const struct mt_backend *be, const struct mt_cuda_qgrouped *p);
