@@ -124,8 +124,7 @@ MT_API int mt_sequence_fused_count(const mt_block *b);
 MT_API void mt_block_free(mt_block *b);
 
 /* Parameter i and its gradient, which belong to the block; NULL past the last. Zeros (norms: ones)
- * until written. Writing one
- * (mt_array_write, or mt_array_add as y) is seen by the next forward. */
+ * until written. Writing one (mt_array_write, or mt_array_add as y) is seen by the next forward. */
 MT_API mt_array *mt_block_parameter(mt_block *b, int i);
 MT_API mt_array *mt_block_gradient(mt_block *b, int i);
 

@@ -41,7 +41,7 @@ struct mt_tuner_options {
   const char *device;    /* ["auto"]: a GPU where there is one; "cpu", "cuda" */
   const char *kernels;   /* ["native"], or of a GPU "portable" (what every one from sm_80 on has) */
   const char *precision; /* [NULL]: "bf16" on a GPU, "fp32" on the CPU; or by name */
-  const char *optim_state;   /* ["fp32"], or with bf16 "bf16": master weights and moments */
+  const char *optim_state;   /* ["fp32"] of master weights and moments; or "bf16", not with fp32 */
   int threads;               /* [0] of the CPU: one a core */
   const char *chat_template; /* [NULL]: the checkpoint's; or the name of a known one */
   int training;              /* [1]; 0: no gradients and no optimizer, which saves their memory */

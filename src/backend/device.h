@@ -46,11 +46,14 @@ struct mt_backend {
   bool makes_way;
   void *profile; /* of whoever times the operations (train/profile.h), or NULL */
 
-  /* Bytes that the operations need at most within the limits; a pure function. */
+  /* Bytes that the operations need at most within the limits; a pure function. But for
+   * what takes and gives back memory, all that follows runs on the stream, in order with the
+   * operations. Errors: MT_ENOMEM where memory is taken, else MT_EDEVICE. */
   size_t (*workspace_bytes)(const struct mt_backend *be, const struct mt_limits *limits);
   mt_err (*mem_alloc)(struct mt_backend *be, size_t size_bytes, void **out);
   void (*mem_free)(struct mt_backend *be, void *p, size_t size_bytes);
-  /* Host to device, device to host; download waits for the stream. */
+  /* Host to device, device to host; src, which is no memory of host_alloc's, may be changed when
+   * upload returns; download waits for the stream, as sync does. copy: within the device. */
   mt_err (*upload)(struct mt_backend *be, void *dst, const void *src, size_t size_bytes);
   mt_err (*download)(struct mt_backend *be, void *dst, const void *src, size_t size_bytes);
   /* As download, but returns at once: dst, which must be from host_alloc, holds the bytes once a

@@ -4,8 +4,8 @@
  * - Every pointer and tensor is memory of the backend. Row counts that depend on the data
  *   (offsets, valid_count, cu_seqlens) are device data: an implementation must not make the host
  *   wait for them, but for products in device.h's counted_format. So are the numbers that change
- * from step to step (mt_step_values): what an operation launches depends on its arguments' shapes,
- * pointers and constants alone, and may be launched again by itself (device.h, graphs).
+ *   from step to step (mt_step_values): what an operation launches depends on its arguments'
+ *   shapes, pointers and constants alone, and may be launched again by itself (device.h, graphs).
  * - "act" marks tensors in the activation format (F32 or BF16; F64 on ref), "stat" tensors in F32
  *   (F64 on ref when act is F64), "grad" parameter gradients in F32 (F64 likewise) or, where act is
  *   BF16, in BF16: then each call's sum is made in float32 and rounded once (head_loss: once a

@@ -58,7 +58,8 @@ extern const struct mt_command mt_command_train, mt_command_eval, mt_command_gen
     .unit = "FORMAT", .choices = "fp32|bf16", .initial = "fp32",                                   \
     .help = "Format of the optimizer's moments and master weights. bf16, with --precision bf16, "  \
             "fp8 or mxfp8: moments and gradients in bf16 and no master weights, 8 bytes a "        \
-            "parameter instead of 18 (with 8-bit copies of a weight 10, also instead of 18); "     \
+            "parameter instead of 18 (with a weight's 8-bit copies 10, instead of 17 in fp8 and "  \
+            "18 in mxfp8); "                                                                       \
             "what is kept is rounded at random, so that small updates count.",                     \
   }
 #define MT_ROW_GRAPHS(S)                                                                           \
@@ -145,6 +146,7 @@ extern const struct mt_command mt_command_train, mt_command_eval, mt_command_gen
    .type = MT_OPT_FLAG,                                                                            \
    .offset = offsetof(S, cache.use),                                                               \
    .initial = "true",                                                                              \
+   .initial_note = "tokens are kept",                                                              \
    .help = "Tokenise anew and keep nothing. Otherwise a data file's tokens are kept, and the "     \
            "next run with the same data, tokenizer and options finds them."},                      \
   {                                                                                                \

@@ -171,9 +171,9 @@ static const struct mt_option rows[] = {
      .initial = "2",
      .min = 0,
      .max = 3,
-     .help = "Preset of --experts, --blocks and --precision. 0: loop, unfused; 1: loop, fused; 2: "
-             "grouped, fused; 3: fused, fused, in fp8 on a GPU and mxfp8 on the CPU. A flag given "
-             "beside it wins."},
+     .help = "Preset of --experts, --blocks, --pp-schedule and --precision. 0: loop, unfused, "
+             "stages in sequence; 1: loop, fused; 2: grouped, fused; 3: fused, fused, in fp8 on a "
+             "GPU and mxfp8 on the CPU. A flag given beside it wins."},
     MT_ROW_EXPERTS(S, .initial_note = "by --improvement"),
     MT_ROW_BLOCKS(S, .initial_note = "by --improvement"),
     MT_ROW_RECOMPUTE(S),

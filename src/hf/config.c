@@ -16,10 +16,11 @@ struct family {
   const char *experts_key, *top_k_key;
   enum mt_mlp_kind mlp;
   bool renormalize;
+  double rope_theta; /* where config.json has none */
 };
 
 static const struct family families[] = {
-    {"mixtral", "num_local_experts", "num_experts_per_tok", MT_MLP_MOE, true},
+    {"mixtral", "num_local_experts", "num_experts_per_tok", MT_MLP_MOE, true, 1e6},
 };
 
 struct reader {
@@ -81,13 +82,14 @@ static mt_err read_token(const struct reader *r, const char *key, int *out) {
   return MT_OK;
 }
 
-static mt_err read_rope(const struct reader *r, struct mt_config *c) {
+static mt_err read_rope(const struct reader *r, double theta, struct mt_config *c) {
   const json_t *scaling = json_object_get(r->root, "rope_scaling");
   const json_t *parameters = json_object_get(r->root, "rope_parameters");
   if (!absent(scaling)) {
     return mt_fail(MT_EUNSUPPORTED, "%s: 'rope_scaling' is not supported", r->file);
   }
   struct reader in = {r->file, r->root};
+  MT_TRY(read_real(r, "rope_theta", theta, &c->rope_theta));
   if (!absent(parameters)) {
     if (!json_is_object(parameters)) return wrong(r, "rope_parameters", "an object");
     const json_t *type = json_object_get(parameters, "rope_type");
@@ -99,7 +101,7 @@ static mt_err read_rope(const struct reader *r, struct mt_config *c) {
     }
     in.root = parameters;
   }
-  return read_real(&in, "rope_theta", 10000.0, &c->rope_theta);
+  return read_real(&in, "rope_theta", c->rope_theta, &c->rope_theta);
 }
 
 static mt_err read_family(const struct reader *r, struct mt_config *c, const struct family **out) {
@@ -142,7 +144,7 @@ static mt_err read_config(const struct reader *r, struct mt_config *c) {
   MT_TRY(read_int(r, "max_position_embeddings", 0, &c->max_positions));
   MT_TRY(read_int(r, "sliding_window", 0, &window));
   MT_TRY(read_real(r, "rms_norm_eps", 1e-5, &c->rms_eps));
-  MT_TRY(read_rope(r, c));
+  MT_TRY(read_rope(r, family->rope_theta, c));
   MT_TRY(read_bool(r, "tie_word_embeddings", &c->tied_head));
   MT_TRY(read_bool(r, "output_router_logits", &c->aux_in_loss));
   MT_TRY(read_real(r, "router_aux_loss_coef", 0.001, &c->aux_coef));

@@ -3,17 +3,18 @@
  *
  * Four ways through the experts:
  * - blocks unfused, experts loop: one expert after another gathers its tokens, runs, and adds its
- *   weighted output to the result, as transformers' eager code does;
+ *   weighted output to the result, as transformers' eager code does (over ranks as the next);
  * - experts loop: tokens are permuted once, then one expert after another runs on its slice;
  * - experts grouped: tokens are permuted once, each projection is one grouped product; the routing
  *   probability enters with SwiGLU, before the down projection (down is linear: the same result),
  *   so that backward needs no expert's output and none is kept. With blocks fused, SwiGLU is part
  *   of the products that it stands between;
  * - experts fused: the same, always with SwiGLU part of its neighbours. In an 8-bit recipe those
- * are the quantizing: tokens are quantized on their way to their experts, SwiGLU's output and its
- *   gradient as they are made, and neither exists in more bits.
+ *   are the quantizing: tokens are quantized on their way to their experts (on one rank), SwiGLU's
+ *   output and its gradient as they are made, and neither exists in more bits.
  *
- * The loops read the row counts back to the host, once a layer; the grouped way never does.
+ * The loops read the row counts back to the host in each layer, forward and again backward; the
+ * grouped ways never do. (An exchange over ranks does, for its own messages: par/exchange.h.)
  *
  * Over ranks the tokens may come and go in chunks (exchange.h): while the experts work on one, the
  * next is on its way here and the outputs of the one before are on theirs home. A chunk's rows lie

@@ -31,6 +31,11 @@ static void spellings(void **state) {
   assert_true(c.tied_head);
   assert_int_equal(c.eos_id, 5);
   assert_int_equal(c.bos_id, -1);
+  /* MixtralConfig's default, and a theta that stands outside of parameters that have none. */
+  OK(parse("", &c));
+  assert_true(c.rope_theta == 1e6);
+  OK(parse("\"rope_theta\":500,\"rope_parameters\":{\"rope_type\":\"default\"}", &c));
+  assert_true(c.rope_theta == 500);
 }
 
 static void refusals(void **state) {
