@@ -10,9 +10,10 @@
 /* Measured within training steps on H100 (docs/benchmarks.md, "Where the step goes"): the product
  * of 8192 cubed at 700 TFLOP/s in turns with the steps, a copy at 2.85 TB/s. H200 has the same
  * multiprocessors and 4.8 TB/s for 3.35; B300 2500 dense bf16 TFLOP/s for 989 and 8 TB/s for 3.35
- * on paper: both at H100's measured shares of paper. fp32 is what the CUDA cores do. A link has 80%
- * of the paper's 450 and 900 GB/s each way, a network port of 400 and 800 Gbit/s 90%; neither has
- * been measured. */
+ * on paper: both at H100's measured shares of paper. 8-bit products are taken to be twice as fast
+ * as bf16's, on each, whether or not the chip has them. fp32 is what the CUDA cores do. A link has
+ * 80% of the paper's 450 and 900 GB/s each way, a network port of 400 and 800 Gbit/s 90%; neither
+ * has been measured. */
 static const struct mt_machine table[] = {
     {.name = "h100",
      .bf16_flops = 700e12,
