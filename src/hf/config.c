@@ -16,11 +16,13 @@ struct family {
   const char *experts_key, *top_k_key;
   enum mt_mlp_kind mlp;
   bool renormalize;
-  double rope_theta; /* where config.json has none */
+  /* Where config.json has none. */
+  int kv_heads;
+  double rope_theta;
 };
 
 static const struct family families[] = {
-    {"mixtral", "num_local_experts", "num_experts_per_tok", MT_MLP_MOE, true, 1e6},
+    {"mixtral", "num_local_experts", "num_experts_per_tok", MT_MLP_MOE, true, 8, 1e6},
 };
 
 struct reader {
@@ -136,7 +138,8 @@ static mt_err read_config(const struct reader *r, struct mt_config *c) {
   MT_TRY(read_int(r, "intermediate_size", -1, &c->ffn));
   MT_TRY(read_int(r, "num_hidden_layers", -1, &c->layers));
   MT_TRY(read_int(r, "num_attention_heads", -1, &c->heads));
-  MT_TRY(read_int(r, "num_key_value_heads", c->heads, &c->kv_heads));
+  bool null = json_object_get(r->root, "num_key_value_heads"); /* stands for as many as heads */
+  MT_TRY(read_int(r, "num_key_value_heads", null ? c->heads : family->kv_heads, &c->kv_heads));
   MT_TRY(read_int(r, "head_dim", c->heads > 0 ? c->hidden / c->heads : 0, &c->head_dim));
   MT_TRY(read_int(r, family->experts_key, -1, &c->experts));
   MT_TRY(read_int(r, family->top_k_key, -1, &c->top_k));

@@ -31,11 +31,24 @@ static void spellings(void **state) {
   assert_true(c.tied_head);
   assert_int_equal(c.eos_id, 5);
   assert_int_equal(c.bos_id, -1);
-  /* MixtralConfig's default, and a theta that stands outside of parameters that have none. */
+  /* MixtralConfig's defaults, and a theta that stands outside of parameters that have none. */
   OK(parse("", &c));
   assert_true(c.rope_theta == 1e6);
   OK(parse("\"rope_theta\":500,\"rope_parameters\":{\"rope_type\":\"default\"}", &c));
   assert_true(c.rope_theta == 500);
+  static const char *const heads[] = {"\"num_key_value_heads\":2", "\"num_key_value_heads\":null",
+                                      ""};
+  static const int kv_heads[] = {2, 16, 8};
+  for (int i = 0; i < 3; i++) {
+    char text[512];
+    snprintf(text, sizeof text,
+             "{\"model_type\":\"mixtral\",\"hidden_size\":64,\"intermediate_size\":96,"
+             "\"num_hidden_layers\":2,\"num_attention_heads\":16,\"num_local_experts\":8,"
+             "\"num_experts_per_tok\":2,\"vocab_size\":512%s%s}",
+             *heads[i] ? "," : "", heads[i]);
+    OK(mt_hf_config_parse(text, strlen(text), "config.json", &c, NULL));
+    assert_int_equal(c.kv_heads, kv_heads[i]);
+  }
 }
 
 static void refusals(void **state) {
