@@ -172,8 +172,8 @@ static const struct mt_option rows[] = {
      .min = 0,
      .max = 3,
      .help = "Preset of --experts, --blocks, --pp-schedule and --precision. 0: loop, unfused, "
-             "stages in sequence; 1: loop, fused; 2: grouped, fused; 3: fused, fused, in fp8 on a "
-             "GPU and mxfp8 on the CPU. A flag given beside it wins."},
+             "stages in sequence; 1: loop, fused; 2: grouped, fused; 3: fused, fused, in mxfp8 on "
+             "Blackwell and the CPU, in fp8 on other GPUs. A flag given beside it wins."},
     MT_ROW_EXPERTS(S, .initial_note = "by --improvement"),
     MT_ROW_BLOCKS(S, .initial_note = "by --improvement"),
     MT_ROW_RECOMPUTE(S),
@@ -309,9 +309,8 @@ static mt_err finish(void *options, const struct mt_parsed *parsed) {
                                                     MT_EXPERTS_GROUPED, MT_EXPERTS_FUSED};
     o->experts = rung[o->improvement];
   }
-  if (o->improvement >= 3 && !o->device.precision) {
-    o->device.precision = mt_device_on_gpu(&o->device) ? "fp8" : "mxfp8";
-  }
+  if (o->improvement >= 3 && !o->device.precision)
+    o->device.precision = mt_device_eight_bits(&o->device);
   if (!mt_parsed_given(parsed, "blocks")) {
     o->blocks = o->improvement >= 1 ? MT_BLOCKS_FUSED : MT_BLOCKS_UNFUSED;
   }

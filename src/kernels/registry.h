@@ -27,5 +27,8 @@ mt_err mt_backend_cuda_plan(struct mt_backend *be, bool portable);
 
 /* NVIDIA GPUs that this process sees; 0 in a build without CUDA. */
 int mt_cuda_device_count(void);
+/* 10 * major + minor of the first of them; 90 (Hopper), which plans are for, where there is none.
+ */
+int mt_cuda_capability(void);
 
 #endif

@@ -102,9 +102,8 @@ static mt_err make_place(struct climb *c, const struct work *w, int number) {
 static mt_err open_device(struct climb *c, const struct work *w, int number) {
   const struct mt_device_options *o = &w->o->device;
   struct mt_device_options d = *o;
-  bool cuda = mt_device_on_gpu(o);
   bool given = d.precision && strstr(d.precision, "fp8");
-  if (number == 3 && !given) d.precision = cuda ? "fp8" : "mxfp8";
+  if (number == 3 && !given) d.precision = mt_device_eight_bits(o);
   const char *states = d.optim_state ? d.optim_state : "fp32";
   if (number == 3 && !mt_recipe_choose(d.precision, states))
     return mt_fail(MT_EUNSUPPORTED, "no precision %s with --optim-state %s", d.precision, states);

@@ -20,6 +20,10 @@ bool mt_device_on_gpu(const struct mt_device_options *o) {
          (strcmp(o->device, "auto") == 0 && mt_cuda_device_count() > 0);
 }
 
+const char *mt_device_eight_bits(const struct mt_device_options *o) {
+  return mt_device_on_gpu(o) && mt_cuda_capability() < 100 ? "fp8" : "mxfp8";
+}
+
 mt_err mt_device_of_rank(const struct mt_world *world, struct mt_device_options *o) {
   if (!world || world->size == 1 || o->plan_only || !mt_device_on_gpu(o)) return MT_OK;
   return mt_world_gpu(world, mt_cuda_device_count(), &o->device_index);

@@ -36,6 +36,9 @@ mt_err mt_device_skips(const struct mt_device_options *o, unsigned *skip_8bit);
 
 /* Whether a GPU is asked for, or left to choose and there is one. */
 bool mt_device_on_gpu(const struct mt_device_options *o);
+/* The 8-bit precision whose products the device has, "mxfp8" on Blackwell and "fp8" on a GPU before
+ * it; on a CPU, which has neither, "mxfp8". */
+const char *mt_device_eight_bits(const struct mt_device_options *o);
 
 /* Whether graphs are wanted, where they are possible. */
 bool mt_device_graphs(const struct mt_device_options *o);

@@ -6,6 +6,7 @@
 
 #include "cli/options.h"
 #include "cli/run.h"
+#include "kernels/registry.h"
 #include "train/options.h"
 
 static struct mt_parsed parsed;
@@ -67,6 +68,14 @@ static void presets(void **state) {
   assert_int_equal(TRAIN("--experts", "grouped", "--improvement", "0"), MT_OK);
   assert_int_equal(train()->experts, MT_EXPERTS_GROUPED);
   assert_int_equal(train()->blocks, MT_BLOCKS_UNFUSED);
+  assert_int_equal(TRAIN("--improvement", "3", "--device", "cpu"), MT_OK);
+  assert_int_equal(train()->experts, MT_EXPERTS_FUSED);
+  assert_string_equal(train()->device.precision, "mxfp8");
+  assert_int_equal(TRAIN("--improvement", "3", "--precision", "fp32"), MT_OK);
+  assert_string_equal(train()->device.precision, "fp32");
+  /* A GPU's by its chip: FP8's products are Hopper's, MXFP8's Blackwell's. */
+  assert_int_equal(TRAIN("--improvement", "3", "--device", "cuda"), MT_OK);
+  assert_string_equal(train()->device.precision, mt_cuda_capability() < 100 ? "fp8" : "mxfp8");
   assert_message(TRAIN("--improvement", "4"), "--improvement: 4 is out of range");
   assert_message(TRAIN("--ep-size", "0"), "--ep-size");
 }

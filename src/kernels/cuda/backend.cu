@@ -337,8 +337,7 @@ static mt_err open_device(struct mt_backend *be, struct mt_cuda *c, int device) 
   return MT_OK;
 }
 
-/* What a plan is for: the first GPU, and Hopper where none is visible. */
-static int visible_capability(void) {
+extern "C" int mt_cuda_capability(void) {
   int major = 0, minor = 0;
   if (mt_cuda_device_count() == 0) return 90;
   if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0) != cudaSuccess ||
@@ -355,7 +354,7 @@ extern "C" mt_err mt_backend_cuda_plan(struct mt_backend *be, bool portable) {
   be->thread_count = 1;
   be->workspace_bytes = workspace_bytes;
   be->on_stream = on_stream;
-  be->capability = portable ? 0 : visible_capability();
+  be->capability = portable ? 0 : mt_cuda_capability();
   return MT_OK;
 }
 

@@ -7,6 +7,10 @@ int mt_cuda_device_count(void) {
   return 0;
 }
 
+int mt_cuda_capability(void) {
+  return 90;
+}
+
 mt_err mt_backend_cuda_plan(struct mt_backend *be, bool portable) {
   (void)portable;
   *be = (struct mt_backend){0};
