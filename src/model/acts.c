@@ -4,6 +4,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "base/log.h"
+
 struct mt_limits mt_acts_limits(const struct mt_config *c, const struct mt_recipe *recipe,
                                 int64_t token_capacity, enum mt_room room) {
   struct mt_limits l = {.tokens = token_capacity,
@@ -398,6 +400,8 @@ static mt_err grow(struct mt_acts *a, const struct mt_config *c, const struct mt
     if (real) break;
     size_t bytes = g->arena.peak_bytes;
     MT_TRY(mt_context(be->mem_alloc(be, bytes, &base), "room for %lld rows", (long long)rows));
+    mt_log(MT_LOG_DEBUG, "room for %lld rows of other ranks: %.1f MB", (long long)rows,
+           (double)bytes * 1e-6);
     mt_arena_adopt(&g->arena, name, base, bytes);
   }
   g->row_capacity = rows;
