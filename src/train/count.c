@@ -14,7 +14,7 @@ struct counter {
   const struct mt_backend *inner;
   struct mt_profile profile;
   const struct mt_machine *machine;
-  double flops_per_s;
+  const struct mt_recipe *recipe;
   size_t taken_bytes;
   int64_t tokens, top_k, rows; /* T and K of this rank; rows that come to it */
   int ep, experts, held, chunks;
@@ -121,13 +121,13 @@ static size_t workspace_bytes(const struct mt_backend *be, const struct mt_limit
 
 static double seconds_of(const void *context, int op, struct mt_work work) {
   const struct counter *c = context;
-  return mt_machine_seconds(c->machine, c->flops_per_s, op, work);
+  return mt_machine_seconds(c->machine, c->recipe, op, work);
 }
 
 static void make_counter(struct counter *c, const struct mt_count_options *o) {
   *c = (struct counter){.inner = o->backend,
                         .machine = o->machine,
-                        .flops_per_s = mt_machine_flops(o->machine, o->recipe->act),
+                        .recipe = o->recipe,
                         .tokens = o->model.token_capacity,
                         .top_k = o->config->top_k,
                         .chunks = o->mesh->ep > 1 && o->model.chunks > 1 ? o->model.chunks : 1,

@@ -10,15 +10,16 @@
 /* Measured within training steps on H100 (docs/benchmarks.md, "Where the step goes"): the product
  * of 8192 cubed at 700 TFLOP/s in turns with the steps, a copy at 2.85 TB/s. H200 has the same
  * multiprocessors and 4.8 TB/s for 3.35; B300 2500 dense bf16 TFLOP/s for 989 and 8 TB/s for 3.35
- * on paper: both at H100's measured shares of paper. 8-bit products are taken to be twice as fast
- * as bf16's, on each, whether or not the chip has them. fp32 is what the CUDA cores do. A link has
- * 80% of the paper's 450 and 900 GB/s each way, a network port of 400 and 800 Gbit/s 90%; neither
- * has been measured. */
+ * on paper: both at H100's measured shares of paper. 8-bit products are twice as fast as bf16's
+ * where the chip has them (Hopper FP8, Blackwell MXFP8), else they are made in bf16. fp32 is what
+ * the CUDA cores do. A link has 80% of the paper's 450 and 900 GB/s each way, a network port of 400
+ * and 800 Gbit/s 90%; neither has been measured. */
 static const struct mt_machine table[] = {
     {.name = "h100",
      .bf16_flops = 700e12,
      .fp32_flops = 45e12,
      .fp8_flops = 1400e12,
+     .mxfp8_flops = 700e12,
      .copy_bytes = 2.85e12,
      .link_bytes = 360e9,
      .network_bytes = 45e9,
@@ -31,6 +32,7 @@ static const struct mt_machine table[] = {
      .bf16_flops = 700e12,
      .fp32_flops = 45e12,
      .fp8_flops = 1400e12,
+     .mxfp8_flops = 700e12,
      .copy_bytes = 4.08e12,
      .link_bytes = 360e9,
      .network_bytes = 45e9,
@@ -42,7 +44,8 @@ static const struct mt_machine table[] = {
     {.name = "b300",
      .bf16_flops = 1770e12,
      .fp32_flops = 50e12,
-     .fp8_flops = 3540e12,
+     .fp8_flops = 1770e12,
+     .mxfp8_flops = 3540e12,
      .copy_bytes = 6.8e12,
      .link_bytes = 720e9,
      .network_bytes = 90e9,
@@ -53,16 +56,18 @@ static const struct mt_machine table[] = {
      .memory_share = 0.5},
 };
 
-/* From the operations of 2 x 8192 tokens in the same tables (adamw: since it spills no more); those
- * that are not named reach the roofline. */
+/* From the operations of 2 x 8192 tokens on H100 in the same tables (26 November 2026; qlinear's in
+ * "FP8 products"); those that are not named reach the roofline. */
 static const struct {
   const char *op;
   double share;
 } gpu_shares[] = {
-    {"attention_fwd", 0.735}, {"attention_bwd", 0.525},     {"head_loss", 0.90},
-    {"rmsnorm_bwd", 0.69},    {"combine_bwd", 0.76},        {"router_fwd", 0.45},
-    {"router_bwd", 0.45},     {"experts_down_dgrad", 0.87}, {"experts_up_fwd", 0.97},
-    {"linear_fwd", 1.05},     {"linear_dgrad", 1.03},       {"linear_wgrad", 1.04},
+    {"attention_fwd", 0.74}, {"attention_bwd", 0.64},     {"head_loss", 0.915},
+    {"rmsnorm_bwd", 0.69},   {"combine_bwd", 0.76},       {"router_fwd", 0.45},
+    {"router_bwd", 0.45},    {"experts_down_dgrad", 1.0}, {"experts_up_fwd", 1.02},
+    {"linear_fwd", 1.12},    {"linear_dgrad", 1.08},      {"linear_wgrad", 1.08},
+    {"adamw", 1.04},         {"qlinear_fwd", 0.955},      {"qlinear_dgrad", 0.925},
+    {"qlinear_wgrad", 0.63},
 };
 
 static void default_shares(struct mt_machine *m) {
@@ -94,9 +99,11 @@ static double roofline(const struct mt_machine *m, double flops_per_s, struct mt
                            : memory + m->memory_share * products;
 }
 
-double mt_machine_seconds(const struct mt_machine *m, double flops_per_s, int op,
+double mt_machine_seconds(const struct mt_machine *m, const struct mt_recipe *recipe, int op,
                           struct mt_work work) {
-  if (strncmp(mt_op_name(op), "qlinear", 7) == 0) flops_per_s = m->fp8_flops;
+  double flops_per_s = mt_machine_flops(m, recipe->act);
+  if (strncmp(mt_op_name(op), "qlinear", 7) == 0)
+    flops_per_s = recipe->qformat == MT_Q_MXFP8 ? m->mxfp8_flops : m->fp8_flops;
   return m->launch_s + roofline(m, flops_per_s, work) / m->share[op];
 }
 
@@ -163,7 +170,7 @@ static mt_err measure(struct sample *s, double length, struct mt_machine *m, str
     MT_TRY(mt_step_run(&s->queue, &batch, 1, &r));
   }
   double n = (double)s->yard.n, flops = 2 * n * n * n / (mt_median(ms, STEPS) * 1e-3);
-  m->bf16_flops = m->fp32_flops = m->fp8_flops = flops;
+  m->bf16_flops = m->fp32_flops = m->fp8_flops = m->mxfp8_flops = flops;
   m->copy_bytes = mt_median(copies, STEPS);
   return MT_OK;
 }

@@ -2,13 +2,14 @@
 #ifndef MT_TRAIN_MACHINE_H
 #define MT_TRAIN_MACHINE_H
 
+#include "quant/recipe.h"
 #include "train/options.h"
 #include "train/profile.h"
 
 struct mt_machine {
   char name[128];
   /* A large product alone, FLOP/s; what is read and written by a copy, bytes/s. */
-  double bf16_flops, fp32_flops, fp8_flops, copy_bytes;
+  double bf16_flops, fp32_flops, fp8_flops, mxfp8_flops, copy_bytes;
   /* Of one rank, each way: bytes/s to ranks of its host, and to others. */
   double link_bytes, network_bytes;
   double call_s, peer_s; /* a collective call takes so long, and so much more for each peer */
@@ -30,9 +31,8 @@ mt_err mt_machine_measure(const struct mt_config *c, const struct mt_device_opti
                           const struct mt_model_options *m, int64_t tokens, int length,
                           struct mt_machine *out);
 
-/* Seconds of one call; flops_per_s: of the format's products (those of 8 bits have the machine's).
- */
-double mt_machine_seconds(const struct mt_machine *m, double flops_per_s, int op,
+/* Seconds of one call in this recipe. */
+double mt_machine_seconds(const struct mt_machine *m, const struct mt_recipe *recipe, int op,
                           struct mt_work work);
 /* Of products of activations in this format. */
 double mt_machine_flops(const struct mt_machine *m, enum mt_dtype act);

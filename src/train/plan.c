@@ -69,7 +69,8 @@ static mt_err open_machine(struct mt_planner *p) {
                               o->max_seq_length, m));
   }
   if (o->flops > 0) {
-    m->fp8_flops *= o->flops / mt_machine_flops(m, p->recipe->act); /* as much faster as it was */
+    double faster = o->flops / mt_machine_flops(m, p->recipe->act);
+    m->fp8_flops *= faster, m->mxfp8_flops *= faster;
     m->bf16_flops = m->fp32_flops = o->flops;
   }
   if (o->copy_bytes > 0) m->copy_bytes = o->copy_bytes;

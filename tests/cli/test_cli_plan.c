@@ -233,6 +233,25 @@ static void calls_and_sums_take_their_time(void **state) {
 }
 
 /* What nobody asked for is all that training has. */
+/* Products in 8 bits are made in 8 bits where the chip has them, elsewhere in bf16. */
+static void eight_bits_by_the_chip(void **state) {
+  (void)state;
+  static const char *const precisions[] = {"bf16", "fp8", "mxfp8"};
+  double h100[3], b300[3];
+  for (int i = 0; i < 3; i++) {
+    for (int k = 0; k < 2; k++) {
+      CLI(&r, "plan", MIXTRAL, "--device", "cpu", "--max-seq-length", "8192", "--precision",
+          precisions[i], "--machine", k ? "b300" : "h100", "--json");
+      json_t *all = parsed();
+      const json_t *ms = json_object_get(json_object_get(all, "plan"), "ms");
+      (k ? b300 : h100)[i] = number(ms, "compute");
+      json_decref(all);
+    }
+  }
+  assert_true(h100[1] < 0.9 * h100[0] && h100[2] > h100[0]);
+  assert_true(b300[2] < 0.9 * b300[0] && b300[1] > b300[0]);
+}
+
 static void all_that_trains_is_listed(void **state) {
   (void)state;
   CLI(&r, "plan", TINY, "--gpus", "4", "--memory", "1GB", "--reserve", "0", "--device", "cpu",
@@ -408,6 +427,7 @@ int main(void) {
       cmocka_unit_test(calls_are_counted),
       cmocka_unit_test(the_slowest_stage_counts),
       cmocka_unit_test(calls_and_sums_take_their_time),
+      cmocka_unit_test(eight_bits_by_the_chip),
       cmocka_unit_test(all_that_trains_is_listed),
       cmocka_unit_test(words),
       cmocka_unit_test(what_is_wrong_is_named),
