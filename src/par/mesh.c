@@ -34,11 +34,12 @@ mt_err mt_mesh_make(const struct mt_config *c, int world, int rank, int ep, int 
   if (ep < 1 || pp < 1) {
     return mt_fail(MT_EINVAL, "--ep-size %d, --pp-size %d: both must be at least 1", ep, pp);
   }
-  if (world % (ep * pp) != 0) {
+  int64_t each = (int64_t)ep * pp;
+  if (world % each != 0) {
     return mt_fail(MT_EINVAL,
                    "%d ranks cannot be cut into --ep-size %d x --pp-size %d: %d is not a multiple "
-                   "of %d",
-                   world, ep, pp, world, ep * pp);
+                   "of %lld",
+                   world, ep, pp, world, (long long)each);
   }
   if (c->experts % ep != 0) {
     return mt_fail(MT_EINVAL, "--ep-size %d does not divide the model's %d experts", ep,
@@ -53,7 +54,7 @@ mt_err mt_mesh_make(const struct mt_config *c, int world, int rank, int ep, int 
                    "last one's head",
                    pp);
   }
-  *out = (struct mt_mesh){.world = world, .dp = world / (ep * pp), .ep = ep, .pp = pp};
+  *out = (struct mt_mesh){.world = world, .dp = (int)(world / each), .ep = ep, .pp = pp};
   place(out, c, rank);
   return MT_OK;
 }

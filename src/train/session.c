@@ -118,12 +118,12 @@ mt_err mt_session_join(struct mt_session *s, struct mt_world *world, int ep_size
   struct mt_mesh mesh;
   int size = world ? world->size : 1;
   s->world = size > 1 ? world : NULL;
-  int least = ep_size * pp_size;
+  int64_t least = (int64_t)ep_size * pp_size;
   if (size == 1 && least > 1) {
     return mt_fail(MT_EINVAL,
-                   "--ep-size %d, --pp-size %d on one rank: start it on a multiple of %d, as in "
-                   "mpirun -n %d moetune ...",
-                   ep_size, pp_size, least, least);
+                   "--ep-size %d, --pp-size %d on one rank: start it on a multiple of %lld, as in "
+                   "mpirun -n %lld moetune ...",
+                   ep_size, pp_size, (long long)least, (long long)least);
   }
   if (size == 1) return MT_OK;
   char lines[512] = "";

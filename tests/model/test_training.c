@@ -461,6 +461,8 @@ static void refusals(void **state) {
   o.ep_size = 2;
   FAILS(mt_train_run(&o), MT_EINVAL, "on one rank");
   o = train_options("cpu", model, data, dir);
+  o.ep_size = o.pp_size = 1 << 16;
+  FAILS(mt_train_run(&o), MT_EINVAL, "on one rank: start it on a multiple of 4294967296");
   o = train_options("cpu", model, data, dir);
   o.device.optim_state = "bf16";
   o.device.precision = "fp32";

@@ -72,7 +72,9 @@ static void bad_sizes_are_named(void **state) {
                {8, 3, 1, "not a multiple of 3"},
                {6, 3, 1, "does not divide the model's 8 experts"},
                {8, 1, 8, "more than the model's 4 layers"},
-               {8, 2, -1, "--pp-size -1"}};
+               {8, 2, -1, "--pp-size -1"},
+               {1, 1 << 16, 1 << 16, "not a multiple of 4294967296"},
+               {2, 1 << 16, 1 << 15, "not a multiple of 2147483648"}};
   for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
     struct mt_mesh m;
     assert_int_equal(mt_mesh_make(&c, cases[i].world, 0, cases[i].ep, cases[i].pp, &m), MT_EINVAL);
