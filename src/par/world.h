@@ -11,7 +11,8 @@ struct mt_world {
   int local_rank, local_size; /* among those of this host */
   double timeout_s;
   bool mpi;
-  bool settled;           /* the last meeting has left an error, which is everyone's */
+  bool settled; /* the last meeting has left an error, which is everyone's; false again by whoever
+                   goes on all the same */
   struct mt_comm all;     /* everyone, before there is a mesh */
   struct mt_watch *watch; /* the communicators' */
 };

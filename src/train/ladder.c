@@ -217,6 +217,7 @@ done:
   if (alike && (err == MT_EUNSUPPORTED || err == MT_ENOMEM)) {
     snprintf(r->why, sizeof r->why, "%s", mt_error_message());
     mt_warn("rung %d did not run: %s", r->number, r->why);
+    if (w->world) w->world->settled = false;
     err = MT_OK;
   }
   end_climb(&c);

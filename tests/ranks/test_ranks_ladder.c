@@ -55,8 +55,20 @@ static void meshes_that_are_not(void **state) {
   assert_non_null(strstr(s.out, "1 ranks cannot be cut into --ep-size 2"));
 }
 
+/* The last rung does not run on any rank, which is no error; what rank 0 alone cannot do then, is.
+ */
+static void one_ranks_error_behind_a_rung(void **state) {
+  (void)state;
+  struct start s = {.ranks = 2, .args = LADDER "@/model --svg /proc/none/ladder.svg"};
+  start(&s);
+  if (s.status <= 0 || !strstr(s.out, "rung 3 did not run") ||
+      !strstr(s.out, "moetune: error: rank 0: cannot create '/proc/none"))
+    fail_msg("status %d: %s", s.status, s.out);
+}
+
 static const struct CMUnitTest tests[] = {cmocka_unit_test(the_same_work_on_any_mesh),
-                                          cmocka_unit_test(meshes_that_are_not)};
+                                          cmocka_unit_test(meshes_that_are_not),
+                                          cmocka_unit_test(one_ranks_error_behind_a_rung)};
 int main(void) {
   return cmocka_run_group_tests(tests, set_up, tear_down);
 }
