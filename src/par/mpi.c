@@ -154,10 +154,12 @@ struct message {
   MPI_Comm comm;
 };
 
-/* MPI counts in int: a message of 2 GiB or more is one of pages. */
+/* MPI counts in int: a message of 2 GiB or more is one of units of 2, 4, ... bytes. Elements of
+ * four bytes fit up to 8 GiB whatever their number. */
 static mt_err open_message(const struct mt_comm *c, struct mt_transfer *t, size_t size_bytes,
                            struct message *m) {
-  size_t unit = size_bytes <= INT32_MAX ? 1 : 4096;
+  size_t unit = 1;
+  while (size_bytes / unit > INT32_MAX) unit *= 2;
   *m = (struct message){.count = (int)(size_bytes / unit), .comm = group_of(c)->comm};
   if (size_bytes % unit != 0) {
     return mt_fail(MT_ECOMM, "%s group: a message of %zu bytes", c->name, size_bytes);

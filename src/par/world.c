@@ -86,6 +86,7 @@ mt_err mt_world_end(struct mt_world *w, mt_err err) {
   double limit = w->all.timeout_s;
   if (err && limit > GRACE_S) w->all.timeout_s = GRACE_S;
   mt_world_doing(w, "at the end");
+  mt_world_patience(w, 0); /* what failed may have been given more than the others' few seconds */
   /* Where all have settled on it already, the others do not come to a meeting either. */
   mt_err met = err && w->settled ? err : mt_world_meet(w, err, NULL);
   w->all.timeout_s = limit;
