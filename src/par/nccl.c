@@ -426,17 +426,19 @@ static void device_destroy(struct mt_comm *c) {
   c->impl = NULL;
 }
 
-/* Starting NCCL cannot be watched, since there is nothing to abort yet: it runs beside. */
+/* Starting NCCL cannot be watched, since there is nothing to abort yet: it runs beside. Where it
+ * hangs it may outlive the group, of which it knows nothing. */
 struct start {
-  struct group *g;
+  struct mt_nccl_api api;
+  mt_nccl_comm comm;
   struct mt_nccl_id id;
-  int rank, size, result;
+  int device, rank, size, result;
 };
 
 static void *start_nccl(void *context) {
   struct start *s = context;
-  (void)cudaSetDevice(s->g->be->device);
-  s->result = s->g->api.CommInitRank(&s->g->comm, s->size, s->id, s->rank);
+  (void)cudaSetDevice(s->device);
+  s->result = s->api.CommInitRank(&s->comm, s->size, s->id, s->rank);
   return NULL;
 }
 
@@ -446,7 +448,7 @@ static mt_err start_comm(struct mt_comm *host, struct mt_comm *c) {
   pthread_t starter;
   struct timespec until;
   if (!s) return mt_fail(MT_ENOMEM, "%s group", c->name);
-  *s = (struct start){.g = g, .rank = c->rank, .size = c->size};
+  *s = (struct start){.api = g->api, .device = g->be->device, .rank = c->rank, .size = c->size};
   mt_err err = MT_OK;
   int result = c->rank == 0 ? g->api.GetUniqueId(&s->id) : 0;
   /* A member that failed before this sends nothing, and the others' time-out says so. */
@@ -464,6 +466,7 @@ static mt_err start_comm(struct mt_comm *host, struct mt_comm *c) {
                    "hangs",
                    c->name, c->rank, c->size, g->api.name, c->timeout_s);
   }
+  g->comm = s->comm;
   err = nccl_check(c, s->result, "start");
 done:
   free(s);

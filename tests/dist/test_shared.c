@@ -5,6 +5,7 @@
 #include "dist/comm_cases.h"
 #include "dist/pipeline_cases.h"
 #include "dist/steps_cases.h"
+#include "par/nccl_api.h"
 
 #include <cuda.h>
 #include <sched.h>
@@ -106,6 +107,30 @@ static void ranks_need_gpus_of_their_own(void **state) {
   assert_int_equal(setenv("MOETUNE_SHARED_GPU", "1", 1), 0);
 }
 
+/* Who is late for the start finds the others gone, and what starts beside them writes to nothing of
+ * theirs (the sanitizers see it). */
+static void a_late_start(void **state) {
+  (void)state;
+  struct mt_nccl_api api = mt_nccl_substitute();
+  struct mt_nccl_id id;
+  mt_nccl_comm late;
+  struct mt_comm c;
+  double timeout_s = everyone.timeout_s;
+  if (world.size == 1) skip();
+  if (world.rank == 0) {
+    everyone.timeout_s = 0.5;
+    assert_int_equal(mt_comm_device(&everyone, &dist_be, &c), MT_ECOMM);
+    everyone.timeout_s = timeout_s;
+    assert_non_null(strstr(mt_error_message(), "NCCL's substitute not started after"));
+  } else {
+    OK(mt_comm_broadcast(&everyone, &id, sizeof id, 0));
+    nanosleep(&(struct timespec){.tv_sec = 2}, NULL);
+    assert_int_equal(api.CommInitRank(&late, world.size, id, world.rank), MT_NCCL_SUCCESS);
+  }
+  OK(mt_comm_barrier(&everyone));
+  nanosleep(&(struct timespec){.tv_nsec = 100000000}, NULL); /* rank 0's start ends now, too */
+}
+
 /* Streams do what they are given at once, but for what steps_cases.h puts off. */
 static void on_any_stream(struct mt_backend *be, void *stream) {
   (void)be, (void)stream;
@@ -120,6 +145,7 @@ static const struct CMUnitTest tests[] = {COMM_CASES,
                                           cmocka_unit_test(steps_cut_over_the_ranks),
                                           cmocka_unit_test(stages_float32),
                                           cmocka_unit_test(stages_bf16),
+                                          cmocka_unit_test(a_late_start),
                                           cmocka_unit_test(ranks_need_gpus_of_their_own)};
 
 int main(void) {
