@@ -83,10 +83,11 @@ mt_err mt_comm_failed(struct mt_comm *c);
  * far, transfers and (mt_backend.on_stream) operations. Nothing to do where c has none. */
 mt_err mt_comm_join(struct mt_comm *c);
 
-/* For who ends with transfers under way: once it returns, no buffer of theirs is touched any more,
- * since they are over, or have been given up after limit_s. *over (=) says which. Errors: MT_ECOMM
- * where one is not over and cannot be given up (MPI's); its buffers must be let be until the
- * process ends. */
+/* For who ends, with transfers under way perhaps: once it returns, no buffer of theirs is touched
+ * any more, since they are over, or have been given up after limit_s. *over (=) says which; false
+ * also where the communicator itself would have waited longer for others to end it with this rank
+ * (NCCL), which is of no use afterwards but to be destroyed. Errors: MT_ECOMM where a transfer is
+ * not over and cannot be given up (MPI's); its buffers must be let be until the process ends. */
 mt_err mt_comm_settle(struct mt_comm *c, double limit_s, bool *over);
 
 /* The calls, counted; what has nothing to move, or nobody to move it to, does not reach the table.

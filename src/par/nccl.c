@@ -7,8 +7,8 @@
 
 #ifdef MOETUNE_WITH_CUDA
 
+#include <math.h>
 #include <pthread.h>
-#include <stdatomic.h>
 #include <stdio.h>
 #include <time.h>
 
@@ -96,6 +96,47 @@ static mt_err failed(struct mt_comm *c) {
   return err;
 }
 
+/* NCCL's end of a communicator: all ranks of a host are to come to it, and those that do may wait
+ * there for the others. Who ends because of an error may be the only one, so it runs beside. */
+struct ending {
+  int (*end)(mt_nccl_comm);
+  mt_nccl_comm comm;
+  int device;
+};
+
+static void *run_end(void *context) {
+  struct ending *e = context;
+  (void)cudaSetDevice(e->device);
+  (void)e->end(e->comm);
+  return NULL;
+}
+
+static struct timespec in_s(double seconds) {
+  struct timespec t;
+  clock_gettime(CLOCK_REALTIME, &t);
+  double ns = (double)t.tv_nsec + 1e9 * (seconds - floor(seconds));
+  t.tv_sec += (time_t)seconds + (ns >= 1e9);
+  t.tv_nsec = (long)(ns >= 1e9 ? ns - 1e9 : ns);
+  return t;
+}
+
+/* false: it has not come to its end so far, and is left to itself. */
+static bool ends_within(const struct group *g, int (*end)(mt_nccl_comm), mt_nccl_comm comm,
+                        double limit_s) {
+  struct ending *e = malloc(sizeof *e); /* not given back where it hangs */
+  struct timespec until = in_s(limit_s);
+  pthread_t thread;
+  if (!e) return false;
+  *e = (struct ending){end, comm, g->be->device};
+  bool runs = pthread_create(&thread, NULL, run_end, e) == 0;
+  if (runs && pthread_timedjoin_np(thread, NULL, &until) != 0) {
+    (void)pthread_detach(thread);
+    return false;
+  }
+  free(e);
+  return runs;
+}
+
 /* With the lock. Ends NCCL's kernels, so that whoever waits for the stream goes on and learns why.
  */
 static void give_up(struct mt_comm *c, const char *text) {
@@ -106,7 +147,7 @@ static void give_up(struct mt_comm *c, const char *text) {
   mt_nccl_comm comm = g->comm;
   g->comm = NULL;
   pthread_mutex_unlock(&g->lock); /* it waits for calls that are under way */
-  if (comm) (void)g->api.CommAbort(comm);
+  if (comm) (void)ends_within(g, g->api.CommAbort, comm, REST_S);
   pthread_mutex_lock(&g->lock);
 }
 
@@ -392,7 +433,9 @@ static bool comes_to_rest(struct group *g, double limit_s) {
  * this one is gone. */
 static mt_err device_settle(struct mt_comm *c, double limit_s, bool *over) {
   struct group *g = group_of(c);
-  *over = comes_to_rest(g, limit_s);
+  double begin = now_s();
+  bool rests = comes_to_rest(g, limit_s);
+  *over = false;
   if (g->watched) { /* which may be giving up */
     pthread_mutex_lock(&g->lock);
     g->stop = true;
@@ -400,7 +443,12 @@ static mt_err device_settle(struct mt_comm *c, double limit_s, bool *over) {
     pthread_join(g->watcher, NULL);
     g->watched = false;
   }
-  if (*over) return MT_OK;
+  mt_nccl_comm comm = g->comm;
+  if (rests) {
+    g->comm = NULL;
+    *over = !comm || ends_within(g, g->api.CommDestroy, comm, fmax(begin + limit_s - now_s(), 0));
+    return MT_OK;
+  }
   pthread_mutex_lock(&g->lock);
   give_up(c, "ended with transfers under way");
   pthread_mutex_unlock(&g->lock);
@@ -412,7 +460,6 @@ static void device_destroy(struct mt_comm *c) {
   bool over;
   if (!g) return;
   (void)device_settle(c, REST_S, &over);
-  if (g->comm) (void)g->api.CommDestroy(g->comm);
   for (int i = 0; i < FLIGHTS; i++) {
     if (g->flight[i].done) (void)cudaEventDestroy(g->flight[i].done);
   }
@@ -446,7 +493,6 @@ static mt_err start_comm(struct mt_comm *host, struct mt_comm *c) {
   struct group *g = group_of(c);
   struct start *s = calloc(1, sizeof *s); /* not given back where the start hangs */
   pthread_t starter;
-  struct timespec until;
   if (!s) return mt_fail(MT_ENOMEM, "%s group", c->name);
   *s = (struct start){.api = g->api, .device = g->be->device, .rank = c->rank, .size = c->size};
   mt_err err = MT_OK;
@@ -458,8 +504,7 @@ static mt_err start_comm(struct mt_comm *host, struct mt_comm *c) {
     err = mt_fail(MT_ENOMEM, "%s group: no thread", c->name);
     goto done;
   }
-  clock_gettime(CLOCK_REALTIME, &until);
-  until.tv_sec += (time_t)c->timeout_s + 1;
+  struct timespec until = in_s(c->timeout_s);
   if (pthread_timedjoin_np(starter, NULL, &until) != 0) {
     return mt_fail(MT_ECOMM,
                    "%s group, member %d of %d: %s not started after %.0f s: a rank is gone or "

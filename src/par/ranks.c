@@ -52,7 +52,7 @@ static mt_err settle_one(struct mt_comm *c, double *limit_s) {
 
 void mt_ranks_settle(struct mt_ranks *r) {
   char why[1024];
-  double limit_s = SETTLE_S;
+  double limit_s = r->well ? r->world->timeout_s : SETTLE_S;
   mt_err err = MT_OK;
   snprintf(why, sizeof why, "%s", mt_error_message());
   (void)settle_one(&r->gpu_back, &limit_s); /* these can be given up */

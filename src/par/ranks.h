@@ -32,6 +32,7 @@ struct mt_ranks {
   struct mt_overlap *overlap;         /* of sums with backward (overlap.c) */
   bool begun;                         /* it is under way */
   bool behind; /* set by the owner, to compare: whole gradients are summed behind backward */
+  bool well;   /* set by who ends without an error: then the others come to the end as well */
 };
 
 /* Communicators of every group of the mesh. Collective. Errors: MT_ECOMM, MT_ENOMEM. */
@@ -48,7 +49,8 @@ void mt_ranks_leave(struct mt_ranks *r);
 mt_err mt_ranks_failed(struct mt_ranks *r);
 /* For who ends, after an error with transfers under way: from here on nothing is written to or read
  * from buffers of theirs, which may be freed then. Where MPI cannot be kept from it, all ranks are
- * brought down with the error's message. */
+ * brought down with the error's message. Who has not set r->well waits five seconds for the others,
+ * of transfers and in NCCL's own end, else the time-out. Nothing may be exchanged afterwards. */
 void mt_ranks_settle(struct mt_ranks *r);
 void mt_ranks_close(struct mt_ranks *r); /* settles first; before the model's end */
 

@@ -157,6 +157,7 @@ mt_err mt_eval_run(const struct mt_eval_options *o) {
   err = mt_world_meet(o->world, err, NULL);
   if (!err) err = mt_session_join(&s, o->world, o->ep_size, o->pp_size);
   if (!err) err = o->data ? evaluate_file(&s, o) : logits_of_ids(&s, o);
+  s.members.well = !err;
   mt_session_close(&s);
   return err;
 }

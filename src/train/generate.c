@@ -76,6 +76,7 @@ mt_err mt_generate_run(const struct mt_generate_options *o) {
   err = o->prompt ? ask(&g, o->prompt, true) : converse(&g);
 done:
   mt_generation_close(&g);
+  s.members.well = !err;
   mt_session_close(&s);
   return err;
 }

@@ -220,6 +220,7 @@ done:
     if (w->world) w->world->settled = false;
     err = MT_OK;
   }
+  c.ranks.well = !err;
   end_climb(&c);
   return err;
 }

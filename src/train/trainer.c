@@ -575,6 +575,7 @@ mt_err mt_train_run(const struct mt_train_options *options) {
   mt_err err = options->dry_run ? dry_run(&r) : train(&r);
   mt_progress_break(&r.progress);
   if (err && r.recorded) record_failure(&r);
+  r.s.members.well = !err;
   if (r.s.ranks) mt_ranks_settle(r.s.ranks); /* before any memory goes */
   mt_samples_close(&r.samples);
   mt_routing_destroy(&r.routing);

@@ -131,6 +131,26 @@ static void a_late_start(void **state) {
   nanosleep(&(struct timespec){.tv_nsec = 100000000}, NULL); /* rank 0's start ends now, too */
 }
 
+/* NCCL wants all ranks of a host for its end, too: who comes alone, because of an error, does not
+ * wait for the others. */
+static void an_end_alone(void **state) {
+  (void)state;
+  static struct mt_comm c;
+  struct timespec begin, end;
+  bool over;
+  if (world.size == 1) skip();
+  OK(mt_comm_device(&everyone, &dist_be, &c));
+  OK(mt_comm_barrier(&c));
+  if (world.rank != 0) nanosleep(&(struct timespec){.tv_sec = 3}, NULL);
+  clock_gettime(CLOCK_MONOTONIC, &begin);
+  OK(mt_comm_settle(&c, world.rank == 0 ? 0.2 : 60, &over));
+  assert_int_equal(over, world.rank != 0);
+  mt_comm_destroy(&c);
+  clock_gettime(CLOCK_MONOTONIC, &end);
+  assert_true(world.rank != 0 || end.tv_sec - begin.tv_sec <= 2);
+  OK(mt_comm_barrier(&everyone));
+}
+
 /* Streams do what they are given at once, but for what steps_cases.h puts off. */
 static void on_any_stream(struct mt_backend *be, void *stream) {
   (void)be, (void)stream;
@@ -146,6 +166,7 @@ static const struct CMUnitTest tests[] = {COMM_CASES,
                                           cmocka_unit_test(stages_float32),
                                           cmocka_unit_test(stages_bf16),
                                           cmocka_unit_test(a_late_start),
+                                          cmocka_unit_test(an_end_alone),
                                           cmocka_unit_test(ranks_need_gpus_of_their_own)};
 
 int main(void) {
