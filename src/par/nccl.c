@@ -151,11 +151,19 @@ static void give_up(struct mt_comm *c, const char *text) {
   pthread_mutex_lock(&g->lock);
 }
 
+/* Whether an event is done, or what went wrong. That it is not is no error which the next check of
+ * a launch should find. */
+static cudaError_t query(cudaEvent_t event) {
+  cudaError_t state = cudaEventQuery(event);
+  if (state == cudaErrorNotReady) (void)cudaGetLastError();
+  return state;
+}
+
 /* With the lock: takes what is done off the list, from the oldest on. */
 static void land(struct group *g) {
   while (g->first < g->next) {
     struct flight *f = &g->flight[g->first % FLIGHTS];
-    if (f->state != UNDER_WAY || cudaEventQuery(f->done) == cudaErrorNotReady) return;
+    if (f->state != UNDER_WAY || query(f->done) == cudaErrorNotReady) return;
     g->first++;
     struct flight *oldest = &g->flight[g->first % FLIGHTS];
     double now = now_s(); /* it could not begin before */
@@ -391,7 +399,7 @@ static mt_err device_barrier(struct mt_comm *c, struct mt_transfer *t) {
   MT_TRY(err);
   cudaError_t state;
   const struct flight *f = t->impl;
-  while ((state = cudaEventQuery(f->done)) == cudaErrorNotReady) {
+  while ((state = query(f->done)) == cudaErrorNotReady) {
     MT_TRY(failed(c));
     nanosleep(&(struct timespec){.tv_nsec = 20000}, NULL);
   }

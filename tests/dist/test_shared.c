@@ -12,6 +12,9 @@
 #include <stdatomic.h>
 #include <time.h>
 
+_Atomic int64_t fake_not_ready;
+_Thread_local cudaError_t fake_last_error;
+
 /* A stream that does things at once waits at once, as the callers' thread; who waits long leaves
  * the cores to the ranks that it waits for. */
 static CUresult wait_value(CUstream stream, CUdeviceptr at, cuuint32_t least, unsigned flags) {
@@ -107,6 +110,33 @@ static void ranks_need_gpus_of_their_own(void **state) {
   assert_int_equal(setenv("MOETUNE_SHARED_GPU", "1", 1), 0);
 }
 
+/* What is not done yet, be it that somebody waits for it or that no more can be under way, is no
+ * error that the next launch of a kernel would find. */
+static void not_yet_is_no_error(void **state) {
+  (void)state;
+  enum { MANY = 300, NOT_READY = 200 };
+  static struct mt_comm c;
+  int64_t parts[32];
+  struct mt_transfer t[MANY];
+  if (world.size == 1) skip();
+  assert_true(2 * (size_t)world.size <= sizeof parts / sizeof *parts);
+  for (int i = 0; i < world.size; i++) parts[i] = 1, parts[world.size + i] = i;
+  OK(mt_comm_device(&everyone, &dist_be, &c));
+  assert_int_equal(cudaGetLastError(), cudaSuccess);
+  fake_not_ready = NOT_READY;
+  OK(mt_comm_barrier(&c));
+  assert_int_equal(cudaGetLastError(), cudaSuccess);
+  struct both b = both((size_t)world.size, 0);
+  fake_not_ready = NOT_READY;
+  for (int i = 0; i < MANY; i++)
+    OK(mt_comm_all_gather(&c, b.dev, (struct mt_parts){parts, parts + world.size}, 1, &t[i]));
+  assert_true(fake_not_ready <= 0); /* there was no room for so many */
+  assert_int_equal(cudaGetLastError(), cudaSuccess);
+  OK(mt_comm_barrier(&c));
+  done_with(b);
+  mt_comm_destroy(&c);
+}
+
 /* Who is late for the start finds the others gone, and what starts beside them writes to nothing of
  * theirs (the sanitizers see it). */
 static void a_late_start(void **state) {
@@ -165,6 +195,7 @@ static const struct CMUnitTest tests[] = {COMM_CASES,
                                           cmocka_unit_test(steps_cut_over_the_ranks),
                                           cmocka_unit_test(stages_float32),
                                           cmocka_unit_test(stages_bf16),
+                                          cmocka_unit_test(not_yet_is_no_error),
                                           cmocka_unit_test(a_late_start),
                                           cmocka_unit_test(an_end_alone),
                                           cmocka_unit_test(ranks_need_gpus_of_their_own)};

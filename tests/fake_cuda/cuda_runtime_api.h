@@ -33,12 +33,17 @@ enum {
   cudaHostRegisterPortable = 1
 };
 
+/* The next so many questions find events that are not done, which a thread's last error is then. */
+extern _Atomic int64_t fake_not_ready;
+extern _Thread_local cudaError_t fake_last_error;
+
 #define FAKE(type, name, args, ...)                                                                \
   __attribute__((unused)) static inline type name args {                                           \
     __VA_ARGS__;                                                                                   \
   }
 FAKE(const char *, cudaGetErrorString, (cudaError_t e), return e ? "fake error" : "no error")
-FAKE(cudaError_t, cudaGetLastError, (void), return cudaSuccess)
+FAKE(cudaError_t, cudaGetLastError, (void), cudaError_t e = fake_last_error;
+     fake_last_error = cudaSuccess; return e)
 FAKE(cudaError_t, cudaSetDevice, (int d), (void)d; return cudaSuccess)
 FAKE(cudaError_t, cudaDeviceGetStreamPriorityRange, (int *l, int *h), *l = *h = 0;
      return cudaSuccess)
@@ -52,7 +57,8 @@ FAKE(cudaError_t, cudaEventCreateWithFlags, (cudaEvent_t * e, unsigned f), (void
      return cudaSuccess)
 FAKE(cudaError_t, cudaEventRecord, (cudaEvent_t e, cudaStream_t s), (void)e; (void)s;
      return cudaSuccess)
-FAKE(cudaError_t, cudaEventQuery, (cudaEvent_t e), (void)e; return cudaSuccess)
+FAKE(cudaError_t, cudaEventQuery, (cudaEvent_t e), (void)e;
+     return fake_not_ready-- > 0 ? fake_last_error = cudaErrorNotReady : cudaSuccess)
 FAKE(cudaError_t, cudaEventDestroy, (cudaEvent_t e), (void)e; return cudaSuccess)
 FAKE(cudaError_t, cudaMalloc, (void **p, size_t n), *p = malloc(n);
      return *p ? cudaSuccess : cudaErrorMemoryAllocation)
