@@ -23,7 +23,8 @@ enum state { GATHERING, LAUNCHING, UNDER_WAY };
 /* Calls that were launched as one. */
 struct flight {
   enum state state;
-  cudaEvent_t done; /* recorded behind it */
+  cudaEvent_t ready; /* on the backend's stream: what it reads is there */
+  cudaEvent_t done;  /* recorded behind it */
   const char *what;
   double since_s; /* when it was launched */
 };
@@ -41,8 +42,7 @@ struct group {
   mt_nccl_comm comm;
   struct mt_backend *be;
   cudaStream_t stream;
-  cudaEvent_t ready;  /* on the backend's stream: what a transfer reads is there */
-  cudaEvent_t joined; /* on this one: all before a join */
+  cudaEvent_t joined; /* on this stream: all before a join */
   struct flight flight[FLIGHTS];
   uint64_t first, next; /* flights first .. next - 1 are not known to be done */
   struct message message[MESSAGES];
@@ -171,6 +171,15 @@ static void land(struct group *g) {
   }
 }
 
+/* With the lock: how long others have kept the oldest flight waiting. What it reads may not be
+ * there yet, while this rank's own stream is busy. */
+static double kept_waiting_s(struct flight *f) {
+  double now = now_s();
+  if (f->state == GATHERING) return 0;
+  if (f->state == UNDER_WAY && query(f->ready) == cudaErrorNotReady) f->since_s = now;
+  return now - f->since_s;
+}
+
 static void *watch(void *context) {
   struct mt_comm *c = context;
   struct group *g = group_of(c);
@@ -180,9 +189,9 @@ static void *watch(void *context) {
     char text[FAILURE_BYTES];
     int error = MT_NCCL_SUCCESS;
     land(g);
-    const struct flight *f = g->first < g->next ? &g->flight[g->first % FLIGHTS] : NULL;
+    struct flight *f = g->first < g->next ? &g->flight[g->first % FLIGHTS] : NULL;
     const char *what = f ? f->what : "idle";
-    double waited = f && f->state != GATHERING ? now_s() - f->since_s : 0;
+    double waited = f ? kept_waiting_s(f) : 0;
     if (g->comm && g->api.CommGetAsyncError(g->comm, &error) == MT_NCCL_SUCCESS &&
         error != MT_NCCL_SUCCESS) {
       snprintf(text, sizeof text, "%s group, member %d of %d, %s: %s: %s", c->name, c->rank,
@@ -231,10 +240,10 @@ static void enter(struct group *g, struct flight *f, enum state state) {
 }
 
 /* What the backend's stream has been given so far comes first. */
-static mt_err begin(struct mt_comm *c) {
+static mt_err begin(struct mt_comm *c, struct flight *f) {
   struct group *g = group_of(c);
-  MT_TRY(cuda_check(c, cudaEventRecord(g->ready, g->be->stream), "ready"));
-  return cuda_check(c, cudaStreamWaitEvent(g->stream, g->ready, 0), "ready");
+  MT_TRY(cuda_check(c, cudaEventRecord(f->ready, g->be->stream), "ready"));
+  return cuda_check(c, cudaStreamWaitEvent(g->stream, f->ready, 0), "ready");
 }
 
 /* The flight is over when what has been launched is; or, on an error, it never was. */
@@ -283,7 +292,7 @@ static mt_err flush(struct mt_comm *c) {
   if (g->message_count == 0) return MT_OK;
   struct flight *f = &g->flight[(g->next - 1) % FLIGHTS];
   enter(g, f, LAUNCHING);
-  mt_err err = begin(c);
+  mt_err err = begin(c, f);
   int result = err ? 0 : begin_group(g);
   for (int i = 0; !err && result == 0 && i < g->message_count; i++) {
     struct message *m = &g->message[i];
@@ -326,7 +335,7 @@ static mt_err take_off(struct mt_comm *c, struct mt_transfer *t, struct flight *
   MT_TRY(flush(c));
   MT_TRY(take_flight(c, t->what, LAUNCHING, f));
   t->impl = *f;
-  return begin(c);
+  return begin(c, *f);
 }
 
 static mt_err device_all_to_all(struct mt_comm *c, const void *send, struct mt_parts parts,
@@ -469,9 +478,9 @@ static void device_destroy(struct mt_comm *c) {
   if (!g) return;
   (void)device_settle(c, REST_S, &over);
   for (int i = 0; i < FLIGHTS; i++) {
+    if (g->flight[i].ready) (void)cudaEventDestroy(g->flight[i].ready);
     if (g->flight[i].done) (void)cudaEventDestroy(g->flight[i].done);
   }
-  if (g->ready) (void)cudaEventDestroy(g->ready);
   if (g->joined) (void)cudaEventDestroy(g->joined);
   if (g->stream) (void)cudaStreamDestroy(g->stream);
   if (g->token) g->be->mem_free(g->be, g->token, g->token_bytes);
@@ -537,15 +546,15 @@ static mt_err open_group(struct mt_comm *host, struct mt_comm *c) {
   MT_TRY(cuda_check(c, cudaDeviceGetStreamPriorityRange(&low, &high), "making a stream"));
   MT_TRY(cuda_check(c, cudaStreamCreateWithPriority(&g->stream, cudaStreamNonBlocking, high),
                     "making a stream"));
-  MT_TRY(cuda_check(c, cudaEventCreateWithFlags(&g->ready, cudaEventDisableTiming),
-                    "making an event"));
   MT_TRY(cuda_check(c, cudaEventCreateWithFlags(&g->joined, cudaEventDisableTiming),
                     "making an event"));
   c->stream = g->stream;
   g->be->makes_way = true;
-  for (int i = 0; i < FLIGHTS; i++) {
-    MT_TRY(cuda_check(c, cudaEventCreateWithFlags(&g->flight[i].done, cudaEventDisableTiming),
-                      "making an event"));
+  for (int i = 0; i < 2 * FLIGHTS; i++) {
+    struct flight *f = &g->flight[i / 2];
+    MT_TRY(cuda_check(
+        c, cudaEventCreateWithFlags(i % 2 ? &f->ready : &f->done, cudaEventDisableTiming),
+        "making an event"));
   }
   MT_TRY(g->be->mem_alloc(g->be, (size_t)c->size, &g->token));
   g->token_bytes = (size_t)c->size;

@@ -14,9 +14,10 @@
  * them is waited for or another call is made: so those that cross do not wait for each other. A
  * barrier alone makes the host wait.
  *
- * A thread watches: a transfer that is not done within the time-out, once those before it are, or
- * an error that NCCL reports, ends the communicator; what is on the stream then runs through, and
- * this and every later call fails (mt_comm_failed) with a message that names rank, group and call.
+ * A thread watches: a transfer that is not done within the time-out, once those before it are and
+ * what it reads is there, or an error that NCCL reports, ends the communicator; what is on the
+ * stream then runs through, and this and every later call fails (mt_comm_failed) with a message
+ * that names rank, group and call.
  *
  * Errors: MT_EUNSUPPORTED in a build without CUDA or where NCCL cannot be loaded; MT_ECOMM. */
 mt_err mt_comm_device(struct mt_comm *host, struct mt_backend *be, struct mt_comm *out);

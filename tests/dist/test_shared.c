@@ -137,6 +137,31 @@ static void not_yet_is_no_error(void **state) {
   mt_comm_destroy(&c);
 }
 
+/* The time-out is of what others take: what this rank's own stream takes to come to a transfer, all
+ * micro-batches of a step perhaps, is not. */
+static void own_work_is_no_time_out(void **state) {
+  (void)state;
+  static struct mt_comm c;
+  int64_t parts[32];
+  struct mt_transfer t;
+  if (world.size == 1) skip();
+  assert_true(2 * (size_t)world.size <= sizeof parts / sizeof *parts);
+  for (int i = 0; i < world.size; i++) parts[i] = 1, parts[world.size + i] = i;
+  OK(mt_comm_device(&everyone, &dist_be, &c));
+  struct both b = both((size_t)world.size, 0);
+  OK(mt_comm_barrier(&c));
+  c.timeout_s = 0.3;
+  fake_not_ready = INT64_MAX;
+  OK(mt_comm_all_gather(&c, b.dev, (struct mt_parts){parts, parts + world.size}, 1, &t));
+  nanosleep(&(struct timespec){.tv_sec = 1}, NULL);
+  OK(mt_comm_failed(&c));
+  fake_not_ready = 0;
+  OK(mt_comm_wait(&c, &t));
+  OK(mt_comm_barrier(&everyone));
+  done_with(b);
+  mt_comm_destroy(&c);
+}
+
 /* Who is late for the start finds the others gone, and what starts beside them writes to nothing of
  * theirs (the sanitizers see it). */
 static void a_late_start(void **state) {
@@ -196,6 +221,7 @@ static const struct CMUnitTest tests[] = {COMM_CASES,
                                           cmocka_unit_test(stages_float32),
                                           cmocka_unit_test(stages_bf16),
                                           cmocka_unit_test(not_yet_is_no_error),
+                                          cmocka_unit_test(own_work_is_no_time_out),
                                           cmocka_unit_test(a_late_start),
                                           cmocka_unit_test(an_end_alone),
                                           cmocka_unit_test(ranks_need_gpus_of_their_own)};
