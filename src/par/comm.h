@@ -10,8 +10,9 @@
  * on the backend sees the result: on a host the transfer is over then, on a GPU the stream waits,
  * not the host.
  *
- * Errors: MT_ECOMM naming rank, group and call, also when a peer does not come within the time-out;
- * the communicator is of no use afterwards and the process must end (mt_world_abort). */
+ * Errors: MT_ECOMM naming rank, group and call, also when a peer does not come within the time-out
+ * (MT_EDEVICE, MT_ENOMEM: what a GPU or this host could not give); the communicator is of no use
+ * afterwards and the process must end (mt_world_abort). */
 #ifndef MT_PAR_COMM_H
 #define MT_PAR_COMM_H
 
@@ -90,8 +91,8 @@ mt_err mt_comm_join(struct mt_comm *c);
  * not over and cannot be given up (MPI's); its buffers must be let be until the process ends. */
 mt_err mt_comm_settle(struct mt_comm *c, double limit_s, bool *over);
 
-/* The calls, counted; what has nothing to move, or nobody to move it to, does not reach the table.
- * Host buffers for self and MPI. Each waits unless t is given. */
+/* The calls, counted; what a group of one would send around does not reach the table. Host buffers
+ * for self and MPI. Each waits unless t is given. */
 mt_err mt_comm_all_to_all(struct mt_comm *c, const void *send, struct mt_parts parts, void *recv,
                           struct mt_parts places, size_t unit_bytes, struct mt_transfer *t);
 mt_err mt_comm_all_gather(struct mt_comm *c, void *buf, struct mt_parts parts, size_t unit_bytes,

@@ -154,7 +154,9 @@ mt_err mt_eval_run(const struct mt_eval_options *o) {
   }
   mt_err err = o->verify ? mt_checksums_demand(o->model) : MT_OK;
   if (!err) err = mt_session_open(&s, o->model, &o->device, o->chat_template, o->world);
+  if (o->verify) mt_world_patience(o->world, 1e6); /* a checkpoint of any size is read */
   err = mt_world_meet(o->world, err, NULL);
+  mt_world_patience(o->world, 0);
   if (!err) err = mt_session_join(&s, o->world, o->ep_size, o->pp_size);
   if (!err) err = o->data ? evaluate_file(&s, o) : logits_of_ids(&s, o);
   s.members.well = !err;

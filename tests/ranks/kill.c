@@ -1,10 +1,14 @@
 /* Preloaded into ranks: RANKS_KILL=RANK,CALL,N,HOW kills rank RANK (HOW: KILL), stops it (STOP) or
  * lets the call fail (FAIL, of fsync and MPI_Ialltoallv) at its Nth call of a function;
- * RANKS_COUNT=DIR writes each rank's numbers of calls to DIR/count-RANK at its end. */
+ * RANKS_COUNT=DIR writes each rank's numbers of calls to DIR/count-RANK at its end;
+ * RANKS_SLOW=RANK,NAME lets rank RANK take five seconds to open a file NAME for the first time. */
 #include <dlfcn.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <mpi.h>
 #include <signal.h>
+#include <stdarg.h>
+#include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -83,4 +87,28 @@ int fsync(int fd) {
   if (!note(CALL_fsync)) return real(fd);
   errno = EIO;
   return -1;
+}
+
+static void maybe_slow(const char *path) {
+  static int slept;
+  const char *ask = getenv("RANKS_SLOW"), *mine = getenv("OMPI_COMM_WORLD_RANK");
+  const char *slash = strrchr(path, '/');
+  int rank, used = 0;
+  if (slept || !ask || !mine || sscanf(ask, "%d,%n", &rank, &used) < 1 || rank != atoi(mine))
+    return;
+  if (!used || strcmp(slash ? slash + 1 : path, ask + used) != 0) return;
+  slept = 1;
+  sleep(5);
+}
+
+int open(const char *path, int flags, ...) {
+  int (*real)(const char *, int, ...);
+  va_list rest;
+  va_start(rest, flags);
+  bool creates = (flags & O_CREAT) || (flags & O_TMPFILE) == O_TMPFILE;
+  int mode = creates ? va_arg(rest, int) : 0;
+  va_end(rest);
+  *(void **)&real = next("open");
+  maybe_slow(path);
+  return real(path, flags, mode);
 }

@@ -124,6 +124,18 @@ static void one_ranks_call_ends_all(void **state) {
   recover("a call that fails");
 }
 
+/* Reading all of a checkpoint may take one rank longer than the time-out. */
+static void checksums_are_waited_for(void **state) {
+  (void)state;
+  struct start s = {.ranks = 2,
+                    .args = "eval --model @/whole/model --verify --data @/data.jsonl --cache-dir "
+                            "@/cache --chat-template mistral --max-seq-length 32 --threads 1 "
+                            "--comm-timeout 2",
+                    .env = PRELOAD " RANKS_SLOW=1,model.safetensors"};
+  start_well(&s);
+  assert_true(s.took_s > 5);
+}
+
 /* A signal to any rank, or one that the launcher hands on, ends all after the same step. */
 static void a_signal_stops_all(void **state) {
   (void)state;
@@ -141,9 +153,9 @@ static void a_signal_stops_all(void **state) {
 }
 
 static const struct CMUnitTest tests[] = {
-    cmocka_unit_test(killed_in_each_phase), cmocka_unit_test(what_hangs_is_named),
+    cmocka_unit_test(killed_in_each_phase),     cmocka_unit_test(what_hangs_is_named),
     cmocka_unit_test(one_ranks_error_ends_all), cmocka_unit_test(one_ranks_call_ends_all),
-    cmocka_unit_test(a_signal_stops_all)};
+    cmocka_unit_test(checksums_are_waited_for), cmocka_unit_test(a_signal_stops_all)};
 int main(void) {
   return cmocka_run_group_tests(tests, set_up, tear_down);
 }
