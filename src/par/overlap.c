@@ -47,7 +47,7 @@ struct mt_overlap {
 };
 
 static struct mt_comm *group_of(struct mt_ranks *r, const struct mt_bucket *k) {
-  return r->tensor[k->sync == MT_SYNC_DENSE ? MT_GROUP_DENSE : MT_GROUP_DATA];
+  return mt_ranks_sharing(r, k->sync);
 }
 
 /* Whether additions run beside backward too, on a stream of their own. */
@@ -223,7 +223,7 @@ static int places_of(struct mt_ranks *r) {
   int n = 0, classes[MT_SYNC_COUNT] = {0};
   for (int i = 0; i < r->buckets.count; i++) {
     enum mt_sync sync = r->buckets.item[i].sync;
-    int more = r->tensor[sync == MT_SYNC_DENSE ? MT_GROUP_DENSE : MT_GROUP_DATA]->size > 1;
+    int more = mt_ranks_sharing(r, sync)->size > 1;
     n += more;
     classes[sync] |= more;
   }
@@ -271,7 +271,7 @@ static mt_err settle(struct mt_ranks *r) {
   while (!beside(r) && o->added < o->left) MT_TRY(add_up(r));
   for (int sync = 0; beside(r) && sync < MT_SYNC_COUNT; sync++) {
     MT_TRY(add_owed(r, (enum mt_sync)sync, -1));
-    MT_TRY(mt_comm_join(r->tensor[sync == MT_SYNC_DENSE ? MT_GROUP_DENSE : MT_GROUP_DATA]));
+    MT_TRY(mt_comm_join(mt_ranks_sharing(r, (enum mt_sync)sync)));
   }
   return MT_OK;
 }

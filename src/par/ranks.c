@@ -246,7 +246,7 @@ mt_err mt_ranks_token(struct mt_ranks *r, int32_t *id) {
   return r ? mt_comm_broadcast(&r->comm[MT_GROUP_WORLD], id, sizeof *id, 0) : MT_OK;
 }
 
-static struct mt_comm *sharers_of(struct mt_ranks *r, enum mt_sync sync) {
+struct mt_comm *mt_ranks_sharing(struct mt_ranks *r, enum mt_sync sync) {
   return r->tensor[sync == MT_SYNC_DENSE ? MT_GROUP_DENSE : MT_GROUP_DATA];
 }
 
@@ -288,7 +288,7 @@ static mt_err add_squares(struct mt_ranks *r, const struct mt_bucket *k) {
 }
 
 static mt_err sum_bucket(struct mt_ranks *r, const struct mt_bucket *k) {
-  struct mt_comm *c = sharers_of(r, k->sync);
+  struct mt_comm *c = mt_ranks_sharing(r, k->sync);
   enum mt_dtype dtype = r->model->recipe->grad;
   int64_t own, owned;
   char *grad = mt_ranks_bucket(r, k, false);
@@ -335,7 +335,7 @@ static mt_err gather_row(struct mt_ranks *r, int row, struct mt_tensor whole) {
     if (to > end) to = end;
     if (k->sync != p->sync || from >= to) continue;
     char *here = (char *)whole.data + (size_t)(from - at) * mt_dtype_bytes(whole.dtype);
-    MT_TRY(mt_sum_gather_run(&r->sum, sharers_of(r, k->sync), here, whole.dtype, k->count,
+    MT_TRY(mt_sum_gather_run(&r->sum, mt_ranks_sharing(r, k->sync), here, whole.dtype, k->count,
                              from - k->begin, to - from));
   }
   return MT_OK;
@@ -388,7 +388,7 @@ mt_err mt_ranks_parameters(struct mt_ranks *r) {
   }
   for (int i = 0; !by_rows && i < r->buckets.count; i++) {
     const struct mt_bucket *k = &r->buckets.item[i];
-    MT_TRY(mt_sum_gather(&r->sum, sharers_of(r, k->sync), mt_ranks_bucket(r, k, true),
+    MT_TRY(mt_sum_gather(&r->sum, mt_ranks_sharing(r, k->sync), mt_ranks_bucket(r, k, true),
                          m->recipe->act, k->count));
   }
   return m->recipe->act == m->recipe->state ? mt_model_quantize_weights(r->model)

@@ -117,10 +117,11 @@ mt_err mt_ranks_quantize(struct mt_ranks *r);
  * comes to its end. */
 mt_err mt_ranks_finish(struct mt_ranks *r);
 
-/* Internal to par/: overlap.c's own end; collect.c's; where a bucket lies among gradients or in
- * what operations read. */
+/* Internal to par/: overlap.c's own end; collect.c's; the communicator, for the backend's memory,
+ * of those who share a class; where a bucket lies among gradients or in what operations read. */
 void mt_ranks_end_overlap(struct mt_ranks *r);
 void mt_ranks_end_collecting(struct mt_ranks *r);
+struct mt_comm *mt_ranks_sharing(struct mt_ranks *r, enum mt_sync sync);
 char *mt_ranks_bucket(const struct mt_ranks *r, const struct mt_bucket *k, bool compute);
 
 #endif
