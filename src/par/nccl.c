@@ -476,7 +476,7 @@ static void device_destroy(struct mt_comm *c) {
   struct group *g = group_of(c);
   bool over;
   if (!g) return;
-  (void)device_settle(c, REST_S, &over);
+  (void)device_settle(c, c->timeout_s, &over); /* who ends after an error has done so before */
   for (int i = 0; i < FLIGHTS; i++) {
     if (g->flight[i].ready) (void)cudaEventDestroy(g->flight[i].ready);
     if (g->flight[i].done) (void)cudaEventDestroy(g->flight[i].done);

@@ -275,6 +275,7 @@ static void stages_on_mesh(const char *recipe, int ep, int pp, struct near near)
     bool twice = i % 3 == 0 || zero > 1;
     stages_equal_to_one(recipe, &orders[i], &ranks, twice && !(brief && zero > 1) ? 2 : 1, near);
   }
+  ranks.well = true;
   mt_ranks_close(&ranks);
 }
 

@@ -287,6 +287,7 @@ static void cut_steps_on_every_mesh(const char *const *recipes, int count) {
     if (world.size % ep != 0 || EXPERTS % ep != 0) continue;
     open_ranks(&ranks, ep);
     for (int i = 0; i < count; i++) cut_steps_are_the_same(recipes[i], &ranks);
+    ranks.well = true;
     mt_ranks_close(&ranks);
   }
 }
@@ -313,6 +314,7 @@ static void steps_on_every_mesh(const char *recipe, struct near near) {
       steps_equal_to_one(recipe, chunked, &ranks, near);
       cuts_run = cuts_of_all;
     }
+    ranks.well = true;
     mt_ranks_close(&ranks);
   }
 }
