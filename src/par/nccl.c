@@ -39,7 +39,7 @@ struct message {
 /* State of one communicator. */
 struct group {
   struct mt_nccl_api api;
-  mt_nccl_comm comm;
+  _Atomic(mt_nccl_comm) comm; /* NULL once it is given up, which the watcher may do at any time */
   struct mt_backend *be;
   cudaStream_t stream;
   cudaEvent_t joined; /* on this stream: all before a join */
