@@ -51,7 +51,8 @@ foreach(source ${dist_sources})
   target_include_directories(${name} PRIVATE ${CMAKE_SOURCE_DIR}/tests)
   target_compile_definitions(${name} PRIVATE MT_SOURCE_DIR="${CMAKE_SOURCE_DIR}")
   if(name STREQUAL "test_shared") # the GPUs' communicators, compiled once more for the host
-    target_sources(${name} PRIVATE src/par/nccl.c src/par/nccl_load.c src/par/nccl_shared.c)
+    target_sources(${name} PRIVATE src/par/nccl.c src/par/nccl_limits.c src/par/nccl_load.c
+                                          src/par/nccl_shared.c)
     target_include_directories(${name} BEFORE PRIVATE ${CMAKE_SOURCE_DIR}/tests/fake_cuda)
     target_compile_definitions(${name} PRIVATE MOETUNE_WITH_CUDA)
   elseif(TARGET moetune_nccl)

@@ -96,47 +96,6 @@ static mt_err failed(struct mt_comm *c) {
   return err;
 }
 
-/* NCCL's end of a communicator: all ranks of a host are to come to it, and those that do may wait
- * there for the others. Who ends because of an error may be the only one, so it runs beside. */
-struct ending {
-  int (*end)(mt_nccl_comm);
-  mt_nccl_comm comm;
-  int device;
-};
-
-static void *run_end(void *context) {
-  struct ending *e = context;
-  (void)cudaSetDevice(e->device);
-  (void)e->end(e->comm);
-  return NULL;
-}
-
-static struct timespec in_s(double seconds) {
-  struct timespec t;
-  clock_gettime(CLOCK_REALTIME, &t);
-  double ns = (double)t.tv_nsec + 1e9 * (seconds - floor(seconds));
-  t.tv_sec += (time_t)seconds + (ns >= 1e9);
-  t.tv_nsec = (long)(ns >= 1e9 ? ns - 1e9 : ns);
-  return t;
-}
-
-/* false: it has not come to its end so far, and is left to itself. */
-static bool ends_within(const struct group *g, int (*end)(mt_nccl_comm), mt_nccl_comm comm,
-                        double limit_s) {
-  struct ending *e = malloc(sizeof *e); /* not given back where it hangs */
-  struct timespec until = in_s(limit_s);
-  pthread_t thread;
-  if (!e) return false;
-  *e = (struct ending){end, comm, g->be->device};
-  bool runs = pthread_create(&thread, NULL, run_end, e) == 0;
-  if (runs && pthread_timedjoin_np(thread, NULL, &until) != 0) {
-    (void)pthread_detach(thread);
-    return false;
-  }
-  free(e);
-  return runs;
-}
-
 /* With the lock. Ends NCCL's kernels, so that whoever waits for the stream goes on and learns why.
  */
 static void give_up(struct mt_comm *c, const char *text) {
@@ -147,7 +106,7 @@ static void give_up(struct mt_comm *c, const char *text) {
   mt_nccl_comm comm = g->comm;
   g->comm = NULL;
   pthread_mutex_unlock(&g->lock); /* it waits for calls that are under way */
-  if (comm) (void)ends_within(g, g->api.CommAbort, comm, REST_S);
+  if (comm) (void)mt_nccl_end_within(g->api.CommAbort, comm, g->be->device, REST_S);
   pthread_mutex_lock(&g->lock);
 }
 
@@ -463,7 +422,8 @@ static mt_err device_settle(struct mt_comm *c, double limit_s, bool *over) {
   mt_nccl_comm comm = g->comm;
   if (rests) {
     g->comm = NULL;
-    *over = !comm || ends_within(g, g->api.CommDestroy, comm, fmax(begin + limit_s - now_s(), 0));
+    double left_s = fmax(begin + limit_s - now_s(), 0);
+    *over = !comm || mt_nccl_end_within(g->api.CommDestroy, comm, g->be->device, left_s);
     return MT_OK;
   }
   pthread_mutex_lock(&g->lock);
@@ -490,49 +450,25 @@ static void device_destroy(struct mt_comm *c) {
   c->impl = NULL;
 }
 
-/* Starting NCCL cannot be watched, since there is nothing to abort yet: it runs beside. Where it
- * hangs it may outlive the group, of which it knows nothing. */
-struct start {
-  struct mt_nccl_api api;
-  mt_nccl_comm comm;
-  struct mt_nccl_id id;
-  int device, rank, size, result;
-};
-
-static void *start_nccl(void *context) {
-  struct start *s = context;
-  (void)cudaSetDevice(s->device);
-  s->result = s->api.CommInitRank(&s->comm, s->size, s->id, s->rank);
-  return NULL;
-}
-
+/* It cannot be watched, since there is nothing to abort yet. */
 static mt_err start_comm(struct mt_comm *host, struct mt_comm *c) {
   struct group *g = group_of(c);
-  struct start *s = calloc(1, sizeof *s); /* not given back where the start hangs */
-  pthread_t starter;
-  if (!s) return mt_fail(MT_ENOMEM, "%s group", c->name);
-  *s = (struct start){.api = g->api, .device = g->be->device, .rank = c->rank, .size = c->size};
-  mt_err err = MT_OK;
-  int result = c->rank == 0 ? g->api.GetUniqueId(&s->id) : 0;
+  struct mt_nccl_id id;
+  mt_nccl_comm comm = NULL;
+  int result = c->rank == 0 ? g->api.GetUniqueId(&id) : 0;
   /* A member that failed before this sends nothing, and the others' time-out says so. */
-  MT_GO(nccl_check(c, result, "start"));
-  MT_GO(mt_comm_broadcast(host, &s->id, sizeof s->id, 0));
-  if (pthread_create(&starter, NULL, start_nccl, s) != 0) {
-    err = mt_fail(MT_ENOMEM, "%s group: no thread", c->name);
-    goto done;
-  }
-  struct timespec until = in_s(c->timeout_s);
-  if (pthread_timedjoin_np(starter, NULL, &until) != 0) {
+  MT_TRY(nccl_check(c, result, "id"));
+  MT_TRY(mt_comm_broadcast(host, &id, sizeof id, 0));
+  struct mt_nccl_start start = {
+      .id = id, .device = g->be->device, .rank = c->rank, .size = c->size, .limit_s = c->timeout_s};
+  if (!mt_nccl_start_within(&g->api, &start, &comm, &result)) {
     return mt_fail(MT_ECOMM,
                    "%s group, member %d of %d: %s not started after %.0f s: a rank is gone or "
                    "hangs",
                    c->name, c->rank, c->size, g->api.name, c->timeout_s);
   }
-  g->comm = s->comm;
-  err = nccl_check(c, s->result, "start");
-done:
-  free(s);
-  return err;
+  g->comm = comm;
+  return nccl_check(c, result, "start");
 }
 
 static mt_err open_group(struct mt_comm *host, struct mt_comm *c) {

@@ -8,6 +8,7 @@
 #define MT_PAR_NCCL_API_H
 
 #include <cuda_runtime_api.h>
+#include <stdbool.h>
 #include <stddef.h>
 
 #include "base/error.h"
@@ -51,5 +52,19 @@ mt_err mt_nccl_load(struct mt_nccl_api *api);
  * Every rank puts what it sends into a mailbox of device memory that all others map (CUDA IPC), or
  * of host memory where IPC cannot be had. */
 struct mt_nccl_api mt_nccl_substitute(void);
+
+/* Calls that all ranks must come to, each on a thread of its own: who comes alone, because another
+ * has failed, would wait there for good. false: it has not come to its end within the limit (or
+ * there was no thread for it), and is left to itself; it writes to nothing of the caller's. */
+struct mt_nccl_start {
+  struct mt_nccl_id id;
+  int device, rank, size;
+  double limit_s;
+};
+/* CommInitRank: *comm (=), *result (=) what it has returned. */
+bool mt_nccl_start_within(const struct mt_nccl_api *api, const struct mt_nccl_start *start,
+                          mt_nccl_comm *comm, int *result);
+/* end: CommDestroy or CommAbort, which NCCL makes all ranks of a host come to. */
+bool mt_nccl_end_within(int (*end)(mt_nccl_comm), mt_nccl_comm comm, int device, double limit_s);
 
 #endif
