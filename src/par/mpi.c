@@ -455,6 +455,7 @@ void mt_world_abort(const struct mt_world *w, const char *message) {
 mt_err mt_world_open(struct mt_world *w, double timeout_s) {
   const char *size = getenv("OMPI_COMM_WORLD_SIZE");
   if (!size) size = getenv("PMI_SIZE");
+  if (!size && getenv("PMIX_RANK")) size = getenv("SLURM_STEP_NUM_TASKS");
   *w = (struct mt_world){
       .size = 1, .local_size = 1, .timeout_s = timeout_s, .all = mt_comm_self("world")};
   if (!size || strtol(size, NULL, 10) <= 1) return MT_OK;

@@ -287,12 +287,13 @@ static mt_err save(struct run *r) {
   mt_world_doing(r->s.world, "writing a checkpoint");
   mt_world_patience(r->s.world, mt_session_patience_s(&r->s));
   MT_TRY(mt_state_save(&r->s, &r->optimizer, &r->loader, r->o, r->last_checkpoint));
-  mt_world_patience(r->s.world, 0);
   mt_progress_break(&r->progress);
   mt_info("saved    %s", r->last_checkpoint);
   r->saved_at = r->optimizer.step;
-  if (!speaks(r)) return MT_OK;
-  return mt_state_retain(r->o->out, r->optimizer.step, r->o->keep_last);
+  mt_err err = speaks(r) ? mt_state_retain(r->o->out, r->optimizer.step, r->o->keep_last) : MT_OK;
+  err = mt_world_meet(r->s.world, err, NULL); /* large files may be long in going, too */
+  mt_world_patience(r->s.world, 0);
+  return err;
 }
 
 /* Names the samples of the step that went wrong, and what is left. */
