@@ -85,6 +85,7 @@ mt_err mt_world_end(struct mt_world *w, mt_err err) {
   snprintf(why, sizeof why, "%s", mt_error_message());
   double limit = w->all.timeout_s;
   if (err && limit > GRACE_S) w->all.timeout_s = GRACE_S;
+  if (err) mt_world_patience(w, 0); /* whatever others read or write: who has failed is not in it */
   mt_world_doing(w, "at the end");
   mt_world_patience(w, 0); /* what failed may have been given more than the others' few seconds */
   /* Where all have settled on it already, the others do not come to a meeting either. */
