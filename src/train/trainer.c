@@ -502,6 +502,10 @@ static mt_err prepare(struct run *r, char from[MT_PATH_MAX]) {
     mt_err err = mt_state_load(from, &r->s, &r->optimizer, &r->loader, r->o);
     MT_TRY(mt_world_meet(r->s.world, err, NULL));
     mt_world_patience(r->s.world, 0);
+    if (r->optimizer.step > r->total_steps) {
+      return mt_fail(MT_EINVAL, "%s is of step %lld, the run would end after %lld", from,
+                     (long long)r->optimizer.step, (long long)r->total_steps);
+    }
     if (r->s.ranks) MT_TRY(mt_ranks_quantize(r->s.ranks));
     snprintf(r->last_checkpoint, sizeof r->last_checkpoint, "%s", from);
     mt_info("resuming %s at step %lld", from, (long long)r->optimizer.step);
