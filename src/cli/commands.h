@@ -49,7 +49,8 @@ extern const struct mt_command mt_command_train, mt_command_eval, mt_command_gen
                "attention), experts, or both with a comma between."},                              \
   {                                                                                                \
     .flag = "threads", .type = MT_OPT_INT, .offset = offsetof(S, device.threads),                  \
-    .unit = "THREADS", .initial = "0", .initial_note = "0 (one a core)", .min = 0, .max = 1024,    \
+    .unit = "THREADS", .initial = "0",                                                             \
+    .initial_note = "0 (one a core; ranks of a host share its cores)", .min = 0, .max = 1024,      \
     .help = "Threads of the CPU backend.",                                                         \
   }
 #define MT_ROW_OPTIM_STATE(S)                                                                      \

@@ -389,6 +389,31 @@ static mt_err open_watch(struct mt_world *w) {
   return MT_OK;
 }
 
+/* A core that several ranks may run on is shared by them, one that a rank is bound to is its own.
+ */
+static int share_of_cores(const cpu_set_t *of, int ranks, int mine) {
+  double share = 0;
+  for (int cpu = 0; cpu < CPU_SETSIZE; cpu++) {
+    int sharers = 0;
+    if (!CPU_ISSET(cpu, &of[mine])) continue;
+    for (int r = 0; r < ranks; r++) sharers += CPU_ISSET(cpu, &of[r]) != 0;
+    share += 1.0 / sharers;
+  }
+  return share > 0 && share < 1 ? 1 : (int)(share + 1e-6);
+}
+
+static mt_err count_cores(struct mt_world *w, const struct mt_comm *all, MPI_Comm host) {
+  cpu_set_t *of = calloc((size_t)w->local_size, sizeof *of);
+  if (!of) return mt_fail(MT_ENOMEM, "cores of %d ranks", w->local_size);
+  sched_getaffinity(0, sizeof *of, &of[w->local_rank]); /* of a host of over 1024: none, unknown */
+  mt_err err = mpi_check(
+      all, MPI_Allgather(MPI_IN_PLACE, 0, MPI_DATATYPE_NULL, of, (int)sizeof *of, MPI_BYTE, host),
+      "start");
+  w->cores = share_of_cores(of, w->local_size, w->local_rank);
+  free(of);
+  return err;
+}
+
 static mt_err find_place_on_host(struct mt_world *w, const struct mt_comm *all) {
   MPI_Comm host;
   MT_TRY(mpi_check(
@@ -396,6 +421,7 @@ static mt_err find_place_on_host(struct mt_world *w, const struct mt_comm *all) 
       "start"));
   mt_err err = mpi_check(all, MPI_Comm_rank(host, &w->local_rank), "start");
   if (!err) err = mpi_check(all, MPI_Comm_size(host, &w->local_size), "start");
+  if (!err) err = count_cores(w, all, host);
   MPI_Comm_free(&host);
   return err;
 }

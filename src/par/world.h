@@ -9,6 +9,7 @@
 struct mt_world {
   int rank, size;
   int local_rank, local_size; /* among those of this host */
+  int cores; /* this rank's share of those that it may run on; 0: alone, or unknown */
   double timeout_s;
   bool mpi;
   bool settled; /* the last meeting has left an error, which is everyone's; false again by whoever

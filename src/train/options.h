@@ -20,7 +20,7 @@ struct mt_device_options {
   const char *precision; /* name of a recipe; NULL: bf16 on a GPU, fp32 on the CPU */
   const char
       *fp8_skip; /* parts that an 8-bit one leaves out: "attn", "experts", both; NULL: none */
-  int threads;   /* of the CPU backend; 0: all cores */
+  int threads;   /* of the CPU backend; 0: all cores, or a rank's share */
   const char *optim_state; /* of training: "fp32" or "bf16"; NULL: fp32 */
   const char *graphs;      /* of a GPU's training: "auto" or "off"; NULL: auto */
   bool plan_only;          /* no GPU is opened: the backend plans memory and runs nothing */

@@ -25,7 +25,9 @@ const char *mt_device_eight_bits(const struct mt_device_options *o) {
 }
 
 mt_err mt_device_of_rank(const struct mt_world *world, struct mt_device_options *o) {
-  if (!world || world->size == 1 || o->plan_only || !mt_device_on_gpu(o)) return MT_OK;
+  if (!world || world->size == 1) return MT_OK;
+  if (o->threads == 0 && !getenv("OMP_NUM_THREADS")) o->threads = world->cores;
+  if (o->plan_only || !mt_device_on_gpu(o)) return MT_OK;
   return mt_world_gpu(world, mt_cuda_device_count(), &o->device_index);
 }
 

@@ -26,8 +26,9 @@ struct mt_session {
 mt_err mt_device_open(const struct mt_device_options *o, const struct mt_recipe **recipe,
                       struct mt_backend *be);
 
-/* Before mt_device_open: of several ranks on a host (world, or NULL) each gets a GPU of its own.
- * Errors: MT_EINVAL where there are too few. */
+/* Before mt_device_open: of several ranks on a host (world, or NULL) each gets a GPU of its own,
+ * and its share of the cores where the number of threads is left open. Errors: MT_EINVAL where
+ * there are too few. */
 mt_err mt_device_of_rank(const struct mt_world *world, struct mt_device_options *o);
 
 /* The parts that fp8_skip names, as mt_model_options has them. Errors: MT_EINVAL naming the part.
@@ -44,7 +45,7 @@ const char *mt_device_eight_bits(const struct mt_device_options *o);
 bool mt_device_graphs(const struct mt_device_options *o);
 
 /* Checkpoint (weights not yet read), tokenizer and chat template (NULL: the checkpoint's), recipe
- * and backend: of several ranks on a host (world, or NULL) each opens a GPU of its own. Errors:
+ * and backend, the device as mt_device_of_rank has it. Errors:
  * those of the rooms; a tokenizer with more ids than the model has rows; more ranks than GPUs. */
 mt_err mt_session_open(struct mt_session *s, const char *model_dir,
                        const struct mt_device_options *device, const char *chat_template,

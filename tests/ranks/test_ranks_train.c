@@ -262,6 +262,26 @@ static void differences_are_refused(void **state) {
   free(text);
 }
 
+/* Ranks that may run on the same cores share them: with as many threads as cores each, a step takes
+ * many times as long. */
+static void ranks_share_the_cores(void **state) {
+  (void)state;
+  cpu_set_t mine;
+  char threads[64];
+  assert_int_equal(sched_getaffinity(0, sizeof mine, &mine), 0);
+  int cores = CPU_COUNT(&mine);
+  for (int ranks = 0; ranks < 4; ranks += 2) {
+    struct start s = {.ranks = ranks, .args = RUN "--threads 0 --train-steps 1 --out @/cores"};
+    start_well(&s);
+    snprintf(threads, sizeof threads, "cpu, %d threads",
+             ranks == 0       ? cores
+             : cores >= ranks ? cores / ranks
+                              : 1);
+    if (!strstr(s.out, threads)) fail_msg("%d ranks, not '%s': %s", ranks, threads, s.out);
+    OK(mt_dir_remove(at_home("cores")));
+  }
+}
+
 /* eval and generate say the same on any mesh. */
 static void answers_are_the_same(void **state) {
   (void)state;
@@ -295,10 +315,10 @@ static void answers_are_the_same(void **state) {
 }
 
 static const struct CMUnitTest tests[] = {
-    cmocka_unit_test(equals_one_rank),      cmocka_unit_test(same_bits_twice),
-    cmocka_unit_test(goes_on_elsewhere),    cmocka_unit_test(sharded_state_is_the_same),
-    cmocka_unit_test(memory_is_as_planned), cmocka_unit_test(differences_are_refused),
-    cmocka_unit_test(answers_are_the_same)};
+    cmocka_unit_test(equals_one_rank),         cmocka_unit_test(same_bits_twice),
+    cmocka_unit_test(goes_on_elsewhere),       cmocka_unit_test(sharded_state_is_the_same),
+    cmocka_unit_test(memory_is_as_planned),    cmocka_unit_test(ranks_share_the_cores),
+    cmocka_unit_test(differences_are_refused), cmocka_unit_test(answers_are_the_same)};
 int main(void) {
   return cmocka_run_group_tests(tests, set_up, tear_down);
 }
