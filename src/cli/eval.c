@@ -68,4 +68,5 @@ const struct mt_command mt_command_eval = {
     .options_bytes = sizeof(S),
     .finish = finish,
     .run = run,
+    .on_ranks = true,
 };

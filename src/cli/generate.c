@@ -111,4 +111,5 @@ const struct mt_command mt_command_generate = {
     .options_bytes = sizeof(struct generate_flags),
     .finish = finish,
     .run = run,
+    .on_ranks = true,
 };

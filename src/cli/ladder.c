@@ -146,4 +146,5 @@ const struct mt_command mt_command_ladder = {
     .options_bytes = sizeof(S),
     .finish = finish,
     .run = run,
+    .on_ranks = true,
 };

@@ -6,6 +6,7 @@
 #include "base/log.h"
 #include "cli/json_memory.h"
 #include "cli/options.h"
+#include "cli/ranks.h"
 
 enum { EXIT_OK, EXIT_FAILED, EXIT_USAGE };
 
@@ -44,6 +45,7 @@ static int run_command(const struct mt_command *command, int argc, char **argv) 
   snprintf(try_help, sizeof try_help, "%s --help", command->name);
   mt_err err = mt_options_parse(command, argc, argv, &parsed);
   if (err) {
+    if (command->on_ranks) mt_refuse_on_ranks(command, err);
     status = fail(EXIT_USAGE, try_help);
   } else if (parsed.common.help) {
     mt_help_command(stdout, command, mt_help_width(STDOUT_FILENO));

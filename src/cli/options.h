@@ -54,6 +54,7 @@ struct mt_command {
   /* Checks that concern several options; may fill in what presets decide. NULL: none. */
   mt_err (*finish)(void *options, const struct mt_parsed *parsed);
   mt_err (*run)(const void *options);
+  bool on_ranks; /* several may run it together (cli/ranks.h) */
 };
 
 /* The program's commands, ended by NULL. */

@@ -82,3 +82,18 @@ mt_err mt_run_on_ranks(const struct mt_command *command, const void *options, do
   mt_world_close(&world);
   return err;
 }
+
+void mt_refuse_on_ranks(const struct mt_command *command, mt_err err) {
+  enum { PATIENCE_S = 60 };
+  struct mt_world world;
+  char why[1024];
+  snprintf(why, sizeof why, "%s", mt_error_message());
+  if (mt_world_open(&world, PATIENCE_S) || world.size == 1) {
+    mt_world_close(&world);
+    (void)mt_fail(err, "%s", why);
+    return;
+  }
+  /* Who could read its own is at the meeting before options are compared. */
+  (void)mt_world_end(&world, mt_fail(err, "%s; see 'moetune %s --help'", why, command->name));
+  mt_world_close(&world);
+}

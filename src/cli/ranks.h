@@ -14,6 +14,10 @@
 mt_err mt_run_on_ranks(const struct mt_command *command, const void *options, double timeout_s,
                        mt_err (*run)(const void *options, struct mt_world *world));
 
+/* Options that could not be read (err, its message set): where there are several ranks, tells it
+ * once, whichever of them have it, and no message is left. */
+void mt_refuse_on_ranks(const struct mt_command *command, mt_err err);
+
 #define MT_ROW_ZERO(S)                                                                             \
   {                                                                                                \
     .flag = "zero", .type = MT_OPT_INT, .offset = offsetof(S, zero), .unit = "LEVEL",              \

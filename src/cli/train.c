@@ -379,4 +379,5 @@ const struct mt_command mt_command_train = {
     .options_bytes = sizeof(struct train_flags),
     .finish = finish,
     .run = run,
+    .on_ranks = true,
 };

@@ -234,6 +234,10 @@ static void differences_are_refused(void **state) {
   refused(&(struct start){.ranks = 3, .args = RUN "--out @/never --ep-size 2"},
           "3 ranks cannot be cut into --ep-size 2");
   refused(&(struct start){.ranks = 0, .args = RUN "--out @/never --ep-size 2"}, "mpirun -n 2");
+  refused(&(struct start){.ranks = 4, .args = RUN "--out @/never --zero 3"},
+          "error: --zero: 3 is out of range");
+  refused(&(struct start){.ranks = 3, .args = base, .other = RUN "--out @/never --zerro 1"},
+          "error: rank 2: unknown option '--zerro'");
   refused(&(struct start){.ranks = 2,
                           .args = RUN "--batch-size 3 --ep-size 2 --out @/never --train-steps 1 "
                                       "--resume @/from/checkpoint-3"},
