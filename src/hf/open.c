@@ -93,6 +93,16 @@ static mt_err open_files(struct mt_hf_checkpoint *h) {
                  h->dir);
 }
 
+enum { SHAPE_TEXT = 192 };
+
+static void shape_text(const int64_t *dim, int rank, char out[SHAPE_TEXT]) {
+  int used = snprintf(out, SHAPE_TEXT, "[");
+  for (int i = 0; i < rank && used < SHAPE_TEXT; i++)
+    used += snprintf(out + used, (size_t)(SHAPE_TEXT - used), "%s%lld", i ? "," : "",
+                     (long long)dim[i]);
+  if (used < SHAPE_TEXT) snprintf(out + used, (size_t)(SHAPE_TEXT - used), "]");
+}
+
 static mt_err check_tensor(const struct mt_hf_checkpoint *h, const struct mt_hf_tensor *want) {
   int shard;
   const struct mt_st_tensor *t = mt_hf_find(h, want->name, &shard);
@@ -107,12 +117,11 @@ static mt_err check_tensor(const struct mt_hf_checkpoint *h, const struct mt_hf_
   bool same = t->rank == want->rank;
   for (int i = 0; same && i < want->rank; i++) same = t->dim[i] == want->dim[i];
   if (!same) {
-    return mt_fail(MT_ESHAPE,
-                   "%s: tensor '%s' is [%lld,%lld,%lld] of rank %d, the config needs "
-                   "[%lld,%lld,%lld] of rank %d",
-                   file, want->name, (long long)t->dim[0], (long long)t->dim[1],
-                   (long long)t->dim[2], t->rank, (long long)want->dim[0], (long long)want->dim[1],
-                   (long long)want->dim[2], want->rank);
+    char is[SHAPE_TEXT], needs[SHAPE_TEXT];
+    shape_text(t->dim, t->rank, is);
+    shape_text(want->dim, want->rank, needs);
+    return mt_fail(MT_ESHAPE, "%s: tensor '%s' is %s, the config needs %s", file, want->name, is,
+                   needs);
   }
   if (t->dtype != MT_F32 && t->dtype != MT_BF16 && t->dtype != MT_F16) {
     return mt_fail(MT_EUNSUPPORTED, "%s: tensor '%s' is %s; F32, BF16 and F16 can be read", file,
