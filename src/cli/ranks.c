@@ -16,6 +16,14 @@ static bool own(const char *flag) {
   return false;
 }
 
+/* As people write it, where that is the same number. */
+static void print_real(FILE *out, double value) {
+  char text[32];
+  snprintf(text, sizeof text, "%.15g", value);
+  if (strtod(text, NULL) != value) snprintf(text, sizeof text, "%.17g", value);
+  fputs(text, out);
+}
+
 static void print_value(FILE *out, const struct mt_option *row, const void *field) {
   const struct mt_string_list *list = field;
   const char *text;
@@ -35,7 +43,7 @@ static void print_value(FILE *out, const struct mt_option *row, const void *fiel
     fprintf(out, "%" PRIu64, *(const uint64_t *)field);
     return;
   case MT_OPT_REAL:
-    fprintf(out, "%.17g", *(const double *)field);
+    print_real(out, *(const double *)field);
     return;
   case MT_OPT_LIST:
     for (int i = 0; i < list->count; i++) fprintf(out, "%s%s", i ? ", " : "", list->item[i]);
