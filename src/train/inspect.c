@@ -261,7 +261,7 @@ static mt_err report(struct survey *s) {
   if (s->fits) MT_TRY(norms(s));
   if (s->o->mesh && s->config) {
     MT_TRY(mt_mesh_make(&s->h.config, s->o->mesh, 0, s->o->ep_size, s->o->pp_size, &s->mesh));
-    mt_inspect_mesh(&s->mesh, &s->h.config);
+    mt_inspect_mesh(&s->mesh, &s->h.config, NULL);
   }
   if (s->o->train && s->config) MT_TRY(plan(s));
   if (s->reasons) return mt_fail(MT_EUNSUPPORTED, "not compatible: %s", s->reason[0]);

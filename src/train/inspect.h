@@ -14,10 +14,14 @@ mt_err mt_inspect_tensors(const struct mt_hf_checkpoint *h, bool all);
 mt_err mt_inspect_norms(const struct mt_hf_checkpoint *h, const struct mt_params *params,
                         bool each);
 
-/* Who holds which layers and experts, a line a rank. */
-void mt_inspect_mesh(const struct mt_mesh *mesh, const struct mt_config *c);
+/* Who holds which layers and experts, a line a rank; and bytes, of each rank, unless NULL. */
+void mt_inspect_mesh(const struct mt_mesh *mesh, const struct mt_config *c, const uint64_t *bytes);
 /* Bytes by lifetime; of: what they are of, behind the heading. */
 void mt_inspect_plan(const struct mt_memory *m, const char *of);
+
+/* Both, on rank 0 of a world whose ranks bring what each would take. Collective. */
+mt_err mt_inspect_ranks(struct mt_world *w, const struct mt_mesh *mesh, const struct mt_config *c,
+                        const struct mt_memory *mine);
 
 /* What training on a data file would see. */
 mt_err mt_inspect_data(const struct mt_inspect_options *o);

@@ -550,7 +550,7 @@ static void record_failure(struct run *r) {
   (void)mt_fail(MT_OK, "%s", why);
 }
 
-/* Who would hold what, and the memory of this rank. */
+/* Who would hold what, and the memory of each rank; what rank 0's is made of. */
 static mt_err show_plan(struct run *r) {
   const struct mt_config *c = &r->s.checkpoint.config;
   struct mt_model_options m;
@@ -558,10 +558,11 @@ static mt_err show_plan(struct run *r) {
   struct mt_mesh alone;
   MT_TRY(mt_mesh_make(c, 1, 0, 1, 1, &alone));
   MT_TRY(model_options(r, &m));
-  MT_TRY(mt_session_plan(&r->s, &m, &r->o->freeze, &memory));
-  if (!speaks(r)) return MT_OK;
-  mt_inspect_mesh(r->s.ranks ? &r->s.ranks->mesh : &alone, c);
-  mt_inspect_plan(&memory, r->s.ranks ? "  of rank 0" : "");
+  mt_err err = mt_session_plan(&r->s, &m, &r->o->freeze, &memory);
+  MT_TRY(mt_world_meet(r->s.world, err, NULL));
+  if (r->s.ranks) return mt_inspect_ranks(r->s.world, &r->s.ranks->mesh, c, &memory);
+  mt_inspect_mesh(&alone, c, NULL);
+  mt_inspect_plan(&memory, "");
   return MT_OK;
 }
 

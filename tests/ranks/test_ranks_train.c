@@ -195,6 +195,11 @@ static void memory_is_as_planned(void **state) {
     assert_int_equal(planned(s.out, "\noptimizer "), got);
     assert_int_equal(planned(s.out, "\nparameters "),
                      planned(strstr(text, "\"memory_bytes\""), "\"parameters\": "));
+    /* Rank 0's line of the mesh ends in the sum of what follows. */
+    const char *line = strstr(s.out, "\n     0 "), *end = line ? strchr(line + 1, '\n') : NULL;
+    assert_non_null(end);
+    while (end[-1] != ' ') end--;
+    assert_int_equal(strtoull(end, NULL, 10), planned(s.out, "\narenas "));
     size_t gradients = planned(strstr(text, "\"memory_bytes\""), "\"gradients\": ");
     assert_true(gradients > 0);
     assert_int_equal(planned(s.out, "\ngradients "), gradients);
