@@ -158,6 +158,11 @@ static void write_comparison(FILE *f, const struct mt_run *runs, int count) {
   fputs("</tbody></table></div>\n", f);
 }
 
+static int ranks_of(const struct mt_run *r) {
+  double n = mt_run_number(r, "ranks", "world", 1);
+  return n > 1 && n < 1e6 ? (int)n : 1;
+}
+
 static void write_header(FILE *f, const struct mt_run *runs, int count) {
   const json_t *error;
   char date[MT_SHORT_TEXT];
@@ -179,6 +184,11 @@ static void write_header(FILE *f, const struct mt_run *runs, int count) {
       fputs(" · ", f);
       mt_html_text(f, device && *device ? device : backend);
     }
+    if (ranks_of(&runs[0]) > 1)
+      fprintf(f, " · %d ranks: %.0f x data, %.0f x expert, %.0f x pipeline", ranks_of(&runs[0]),
+              mt_run_number(&runs[0], "ranks", "data", 1),
+              mt_run_number(&runs[0], "ranks", "expert", 1),
+              mt_run_number(&runs[0], "ranks", "pipeline", 1));
   } else {
     fprintf(f, "%d runs side by side", count);
   }
@@ -277,7 +287,8 @@ static mt_err write_optimizer(FILE *f, const struct mt_run *runs, int count) {
 }
 
 static mt_err write_speed(FILE *f, const struct mt_run *runs, int count) {
-  static const char *const phase_css[] = {"p0", "p1", "p2", "p3", "p4", "p5", "p6", "p7"};
+  static const char *const phase_css[] = {"p0", "p1", "p2", "p3", "p4", "p5", "p6", "p7", "p8"};
+  enum { PHASE_CSS = sizeof phase_css / sizeof *phase_css };
   struct names names = {.count = 0};
   struct mt_plot speed = {.id = "tokens",
                           .title = "Tokens per second",
@@ -292,7 +303,9 @@ static mt_err write_speed(FILE *f, const struct mt_run *runs, int count) {
     char id[32], title[320];
     struct mt_plot phases = {.id = id,
                              .title = title,
-                             .note = "milliseconds of a step by phase, stacked",
+                             .note = ranks_of(&runs[i]) > 1
+                                         ? "milliseconds of a step by phase, stacked; of rank 0"
+                                         : "milliseconds of a step by phase, stacked",
                              .unit = MT_UNIT_MS,
                              .stacked = true,
                              .mark = NAN};
@@ -306,8 +319,8 @@ static mt_err write_speed(FILE *f, const struct mt_run *runs, int count) {
       char *copy = names.text[names.count++];
       snprintf(copy, sizeof *names.text, "%s", runs[i].phase_name[k]);
       for (char *c = copy; *c; c++) *c = *c == '_' ? ' ' : *c;
-      phases.line[phases.line_count++] =
-          (struct mt_line){.label = copy, .css = phase_css[k % 8], .series = &runs[i].phase[k]};
+      phases.line[phases.line_count++] = (struct mt_line){
+          .label = copy, .css = phase_css[k % PHASE_CSS], .series = &runs[i].phase[k]};
     }
     MT_TRY(mt_plot_write(f, &phases));
   }
@@ -325,14 +338,16 @@ static void replace_underscores(FILE *f, const char *text) {
 static void write_memory(FILE *f, const struct mt_run *runs, int count) {
   char t[MT_SHORT_TEXT];
   double most = 0;
+  bool many = false;
   for (int i = 0; i < count; i++) {
+    many |= ranks_of(&runs[i]) > 1;
     most = fmax(most, fmax(memory_total(&runs[i]), runs[i].process_peak.last));
   }
   fprintf(f, "<figure class=\"card plot%s\" id=\"memory\">", count % 2 ? " wide" : "");
-  fputs("<figcaption><h3>Memory</h3><p>reserved for the "
-        "run, by what it holds; below it the most that the process had in host memory</p>"
-        "</figcaption>\n",
-        f);
+  fprintf(f,
+          "<figcaption><h3>Memory</h3><p>reserved for the run, by what it holds; below it the most "
+          "that the process had in host memory%s</p></figcaption>\n",
+          many ? "; of several ranks, rank 0's" : "");
   if (!(most > 0)) fputs("<p class=\"empty\">No values yet.</p>\n", f);
   for (int i = 0; i < count && most > 0; i++) {
     const struct mt_run *r = &runs[i];

@@ -180,6 +180,30 @@ static void a_run(void **state) {
   OK(mt_dir_remove(dir));
 }
 
+/* Whose the numbers are where they are not all ranks'. */
+static void a_run_on_ranks(void **state) {
+  (void)state;
+  char dir[MT_PATH_MAX], many[2048];
+  temp_dir(dir);
+  snprintf(many, sizeof many,
+           "%.*s,\"device\":{\"backend\":\"cpu\"},\"ranks\":{\"world\":8,\"data\":2,\"expert\":4,"
+           "\"pipeline\":1}}",
+           (int)strlen(facts) - 1, facts);
+  temp_text(dir, "run.json", many);
+  temp_text(dir, "metrics.jsonl", metrics);
+  char *text = page(dir);
+  has(text, "cpu · 8 ranks: 2 x data, 4 x expert, 1 x pipeline");
+  has(text, "stacked; of rank 0");
+  has(text, "in host memory; of several ranks, rank 0's</p>");
+  free(text);
+  temp_text(dir, "run.json", facts);
+  text = page(dir);
+  lacks(text, "ranks");
+  lacks(text, "rank 0");
+  free(text);
+  OK(mt_dir_remove(dir));
+}
+
 /* Names, options, warnings and samples that would like to be markup. */
 static void hostile_texts(void **state) {
   (void)state;
@@ -401,10 +425,15 @@ static void watched_runs(void **state) {
 
 int main(void) {
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test(downsampling), cmocka_unit_test(numbers_for_people),
-      cmocka_unit_test(a_run),        cmocka_unit_test(hostile_texts),
-      cmocka_unit_test(broken_files), cmocka_unit_test(runs_side_by_side),
-      cmocka_unit_test(a_long_run),   cmocka_unit_test(watched_runs),
+      cmocka_unit_test(downsampling),
+      cmocka_unit_test(numbers_for_people),
+      cmocka_unit_test(a_run),
+      cmocka_unit_test(a_run_on_ranks),
+      cmocka_unit_test(hostile_texts),
+      cmocka_unit_test(broken_files),
+      cmocka_unit_test(runs_side_by_side),
+      cmocka_unit_test(a_long_run),
+      cmocka_unit_test(watched_runs),
   };
   return cmocka_run_group_tests(tests, NULL, NULL);
 }
