@@ -256,14 +256,13 @@ static mt_err draw(const struct mt_planner *p, const struct mt_sweep *sweep) {
   } else {
     snprintf(memory, sizeof memory, "Memory is not bounded.");
   }
-  snprintf(hidden, sizeof hidden,
-           "%s %.0f%% of what travels is hidden behind computing. None of it was measured on many "
-           "ranks.",
-           memory, 100 * o->overlap);
+  snprintf(hidden, sizeof hidden, "%s %.0f%% of what travels is hidden behind computing.", memory,
+           100 * o->overlap);
   c.title = title;
   c.note[0] = work;
   c.note[1] = rates;
   c.note[2] = hidden;
+  c.note[3] = "None of it was measured on many ranks.";
   draw_rates(sweep, &c.panel[0]);
   draw_times(sweep, &c.panel[1]);
   draw_bytes(sweep, &c.panel[2]);

@@ -335,6 +335,11 @@ static void drawn(const char *dir, const char *name, const char *part) {
   assert_well_formed(page);
   free(page);
   if (!strstr(text, part)) fail_msg("'%s' is missing in %s", part, text);
+  /* A letter is some 5.6 pixels wide, and the page 800. */
+  for (const char *at = text; (at = strstr(at, "font-size=\"11\"")); at++) {
+    int letters = (int)strcspn(strchr(at, '>') + 1, "<");
+    if (letters > 138) fail_msg("%d letters do not fit: %.300s", letters, at);
+  }
   free(text);
 }
 
