@@ -292,7 +292,12 @@ static void print_phases(const struct mt_ladder *l) {
     for (int i = 0; i < l->count; i++) most = fmax(most, l->rung[i].phase_ms[p]);
     if (most == 0) continue;
     printf("\n  %-20s", mt_phase_name((enum mt_phase)p));
-    for (int i = 0; i < l->count; i++) printf(" %9.2f", l->rung[i].phase_ms[p]);
+    for (int i = 0; i < l->count; i++) {
+      if (l->rung[i].ran)
+        printf(" %9.2f", l->rung[i].phase_ms[p]);
+      else
+        printf(" %9s", "-");
+    }
   }
   printf("\n");
 }

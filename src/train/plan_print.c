@@ -86,9 +86,9 @@ static void print_time(const struct mt_plan *plan) {
   for (size_t i = 0; i < sizeof rows / sizeof *rows; i++)
     printf("  %-28s %12.2f ms %5.1f%%\n", rows[i].what, rows[i].seconds * 1e3,
            100 * rows[i].seconds / t->step);
-  printf("\n%.0f tokens a step, %.4g TFLOP; %.0f tokens/s, %.1f model TFLOP/s a rank\n",
-         plan->tokens, plan->model_flops * 1e-12, plan->tokens / t->step,
-         plan->model_flops / t->step / plan->gpus * 1e-12);
+  printf("\n%.0f tokens a step, %.*f TFLOP; %.0f tokens/s, %.1f model TFLOP/s a rank\n",
+         plan->tokens, plan->model_flops < 1e15 ? 3 : 0, plan->model_flops * 1e-12,
+         plan->tokens / t->step, plan->model_flops / t->step / plan->gpus * 1e-12);
 }
 
 static json_t *plan_json(const struct mt_plan *p) {

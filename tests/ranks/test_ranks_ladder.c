@@ -66,9 +66,29 @@ static void one_ranks_error_behind_a_rung(void **state) {
     fail_msg("status %d: %s", s.status, s.out);
 }
 
-static const struct CMUnitTest tests[] = {cmocka_unit_test(the_same_work_on_any_mesh),
-                                          cmocka_unit_test(meshes_that_are_not),
-                                          cmocka_unit_test(one_ranks_error_behind_a_rung)};
+/* A rung that does not run here says why, and has no times. */
+static void a_rung_that_does_not_run(void **state) {
+  (void)state;
+  char command[4 * MT_PATH_MAX];
+  snprintf(command, sizeof command,
+           "cp -r '%s/seed' '%s/tied' && sed -i 's/embeddings\":false/embeddings\":true/' "
+           "'%s/tied/config.json'",
+           home, home, home);
+  assert_int_equal(system(command), 0);
+  struct start s = {.ranks = 2,
+                    .args = "ladder --threads 1 --max-seq-length 16 --warmup-steps 0 "
+                            "--train-steps 1 --random @/tied"};
+  start_well(&s);
+  assert_non_null(strstr(s.out, "did not run: --pp-size 2: tie_word_embeddings"));
+  const char *row = strstr(s.out, "  optimizer ");
+  assert_non_null(row);
+  row += strlen("  optimizer ");
+  assert_int_equal(row[strspn(row, " ")], '-');
+}
+
+static const struct CMUnitTest tests[] = {
+    cmocka_unit_test(the_same_work_on_any_mesh), cmocka_unit_test(meshes_that_are_not),
+    cmocka_unit_test(one_ranks_error_behind_a_rung), cmocka_unit_test(a_rung_that_does_not_run)};
 int main(void) {
   return cmocka_run_group_tests(tests, set_up, tear_down);
 }
