@@ -120,14 +120,19 @@ static json_t *shared_options(const struct mt_train_options *o, const struct mt_
                    o->train_on_prompt);
 }
 
+static int ranks_of(const struct mt_session *s) {
+  return s->world ? s->world->size : 1;
+}
+
 /* The position is one of all ranks' samples; readers says how many share a micro-batch. */
-static mt_err save_facts(const struct mt_optimizer *o, const struct mt_loader *l,
-                         const struct mt_train_options *options, const char *path) {
-  json_t *root =
-      json_pack("{s:i, s:I, s:I, s:I, s:I, s:i, s:o}", "version", STATE_VERSION, "step",
-                (json_int_t)o->step, "epoch", (json_int_t)l->next.epoch, "index",
-                (json_int_t)l->next.index, "samples", (json_int_t)mt_dataset_stats(l->data).samples,
-                "readers", l->options.world, "options", shared_options(options, o->model->recipe));
+static mt_err save_facts(const struct mt_session *s, const struct mt_optimizer *o,
+                         const struct mt_loader *l, const struct mt_train_options *options,
+                         const char *path) {
+  json_t *root = json_pack(
+      "{s:i, s:I, s:I, s:I, s:I, s:i, s:i, s:o}", "version", STATE_VERSION, "step",
+      (json_int_t)o->step, "epoch", (json_int_t)l->next.epoch, "index", (json_int_t)l->next.index,
+      "samples", (json_int_t)mt_dataset_stats(l->data).samples, "readers", l->options.world,
+      "ranks", ranks_of(s), "options", shared_options(options, o->model->recipe));
   char *text = mt_json_text(root, JSON_INDENT(2));
   json_decref(root);
   if (!text) return mt_fail(MT_ENOMEM, "training state");
@@ -165,7 +170,7 @@ static mt_err write_checkpoint(struct mt_session *s, const struct mt_optimizer *
   MT_GO(mt_path_join(file, txn.temp, tensors_name));
   MT_GO(save_tensors(s, file));
   MT_GO(mt_path_join(file, txn.temp, facts_name));
-  MT_GO(save_facts(o, l, options, file));
+  MT_GO(save_facts(s, o, l, options, file));
   MT_GO(mt_checksums_extend(txn.temp));
   MT_GO(mt_dir_commit(&txn));
 done:
@@ -355,30 +360,32 @@ static mt_err load_tensors(const char *path, struct mt_session *s) {
 }
 
 /* Whether so many ranks did not make it: what a step takes of the data is then told apart. */
-static bool other_readers(const char *path, const json_t *root,
-                          const struct mt_train_options *options, const struct mt_loader *l) {
+static bool other_ranks(const char *path, const json_t *root, const struct mt_session *s,
+                        const struct mt_train_options *options, const struct mt_loader *l) {
   const json_t *theirs = json_object_get(root, "options");
   const json_t *count = json_object_get(root, "readers"); /* absent: of before there were any */
   json_int_t readers = count ? json_integer_value(count) : 1;
-  if (readers == l->options.world) return false;
+  const json_t *ranks = json_object_get(root, "ranks"); /* absent: taken for as many */
+  bool as_many = !ranks || json_integer_value(ranks) == ranks_of(s);
+  if (readers == l->options.world && as_many) return false;
   json_int_t was = readers * json_integer_value(json_object_get(theirs, "batch-size")) *
                    json_integer_value(json_object_get(theirs, "grad-accum"));
   json_int_t is = (json_int_t)l->options.world * options->batch_size * options->grad_accum;
   if (was != is) {
-    mt_warn("%s was made by %lld ranks that took %lld samples a step; these %d take %lld", path,
-            (long long)readers, (long long)was, l->options.world, (long long)is);
+    mt_warn("%s is of a run that took %lld samples a step; this one takes %lld", path,
+            (long long)was, (long long)is);
   }
   return true;
 }
 
-static mt_err check_options(const char *path, const json_t *root,
-                            const struct mt_train_options *options, const struct mt_loader *l,
-                            const struct mt_recipe *recipe) {
+static mt_err check_options(const char *path, const json_t *root, const struct mt_session *s,
+                            const struct mt_train_options *options, const struct mt_loader *l) {
+  const struct mt_recipe *recipe = s->recipe;
   json_t *mine = shared_options(options, recipe), *value;
   const json_t *theirs = json_object_get(root, "options");
   const char *key;
   mt_err err = mine ? MT_OK : mt_fail(MT_ENOMEM, "%s: options", path);
-  if (mine && other_readers(path, root, options, l)) {
+  if (mine && other_ranks(path, root, s, options, l)) {
     json_object_del(mine, "batch-size");
     json_object_del(mine, "grad-accum");
   }
@@ -414,7 +421,7 @@ mt_err mt_state_load(const char *path, struct mt_session *s, struct mt_optimizer
     err = mt_fail(MT_EFORMAT, "%s: %s", file, root ? "another version's state" : why.text);
     goto done;
   }
-  MT_GO(check_options(path, root, options, l, s->recipe));
+  MT_GO(check_options(path, root, s, options, l));
   MT_GO(mt_path_join(file, path, tensors_name));
   MT_GO(load_tensors(file, s));
   o->step = json_integer_value(json_object_get(root, "step"));

@@ -137,6 +137,37 @@ static void goes_on_elsewhere(void **state) {
   }
 }
 
+/* From stages to as many readers without: another number of ranks, whose micro-batches may be
+ * others. On as many they may not. */
+static void goes_on_without_stages(void **state) {
+  (void)state;
+  train(4, "from",
+        "--pp-size 2 --batch-size 4 --micro-batches 3 --router-aux-coef 0 --save-every 3");
+  train(2, "here",
+        "--batch-size 12 --router-aux-coef 0 --save-every 3 --resume @/from/checkpoint-3");
+  const char *files[] = {"here", "from"};
+  char *last[2];
+  size_t size;
+  for (int i = 0; i < 2; i++) {
+    char *text;
+    OK(mt_file_read(file(files[i], "metrics.jsonl"), 1 << 20, &text, &size));
+    last[i] = strstr(text, "{\"step\":6");
+    assert_non_null(last[i]);
+    last[i] = strdup(strstr(last[i], "\"loss\":") + 7);
+    free(text);
+  }
+  double got = strtod(last[0], NULL), want = strtod(last[1], NULL);
+  if (!(fabs(got - want) <= 2e-5 * want)) fail_msg("loss %.9g, not %.9g", got, want);
+  free(last[0]), free(last[1]);
+  struct start s = {.ranks = 4,
+                    .args = RUN "--pp-size 2 --batch-size 12 --router-aux-coef 0 --out @/never "
+                                "--resume @/from/checkpoint-3"};
+  start(&s);
+  if (s.status <= 0 || !strstr(s.out, "another --batch-size"))
+    fail_msg("status %d: %s", s.status, s.out);
+  OK(mt_dir_remove(at_home("here")));
+}
+
 /* Cut over the ranks or not: the same bits, in checkpoints too, and from one to the other. */
 static void sharded_state_is_the_same(void **state) {
   (void)state;
@@ -324,10 +355,11 @@ static void answers_are_the_same(void **state) {
 }
 
 static const struct CMUnitTest tests[] = {
-    cmocka_unit_test(equals_one_rank),         cmocka_unit_test(same_bits_twice),
-    cmocka_unit_test(goes_on_elsewhere),       cmocka_unit_test(sharded_state_is_the_same),
-    cmocka_unit_test(memory_is_as_planned),    cmocka_unit_test(ranks_share_the_cores),
-    cmocka_unit_test(differences_are_refused), cmocka_unit_test(answers_are_the_same)};
+    cmocka_unit_test(equals_one_rank),           cmocka_unit_test(same_bits_twice),
+    cmocka_unit_test(goes_on_elsewhere),         cmocka_unit_test(goes_on_without_stages),
+    cmocka_unit_test(sharded_state_is_the_same), cmocka_unit_test(memory_is_as_planned),
+    cmocka_unit_test(ranks_share_the_cores),     cmocka_unit_test(differences_are_refused),
+    cmocka_unit_test(answers_are_the_same)};
 int main(void) {
   return cmocka_run_group_tests(tests, set_up, tear_down);
 }
