@@ -295,6 +295,15 @@ mt_err mt_state_find(const struct mt_train_options *options, char path[MT_PATH_M
   return mt_path_join(path, options->out, name);
 }
 
+void mt_state_warn_of_earlier(const char *out) {
+  int64_t newest;
+  below(out, INT64_MAX, &newest);
+  if (newest < 0) return;
+  mt_warn("%s holds checkpoint-%lld of an earlier run, which --resume without DIR would take until "
+          "this one has made a later one",
+          out, (long long)newest);
+}
+
 mt_err mt_state_verify(const char *path) {
   bool listed;
   MT_TRY(mt_checksums_verify(path, &listed));

@@ -28,6 +28,9 @@ void mt_state_sweep(const char *out);
  * MT_ENOENT when there is none. */
 mt_err mt_state_find(const struct mt_train_options *options, char path[MT_PATH_MAX]);
 
+/* Of a fresh run: warns where OUT holds checkpoints already. */
+void mt_state_warn_of_earlier(const char *out);
+
 /* Compares a checkpoint's files with their checksums; one of an earlier version, which has none, is
  * let through with a note. Errors: MT_EFORMAT naming the damaged file. */
 mt_err mt_state_verify(const char *path);

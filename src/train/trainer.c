@@ -463,6 +463,8 @@ static mt_err find_checkpoint(struct run *r, char from[MT_PATH_MAX]) {
   if (o->resume) {
     MT_TRY(mt_state_find(o, from));
     MT_TRY(mt_state_verify(from));
+  } else {
+    mt_state_warn_of_earlier(o->out);
   }
   MT_TRY(mt_dir_create(o->out));
   mt_state_sweep(o->out);

@@ -165,6 +165,10 @@ static void goes_on_without_stages(void **state) {
   start(&s);
   if (s.status <= 0 || !strstr(s.out, "another --batch-size"))
     fail_msg("status %d: %s", s.status, s.out);
+  /* A fresh run where there are checkpoints says what they could be taken for. */
+  s = (struct start){.ranks = 2, .args = RUN "--batch-size 12 --out @/here"};
+  start_well(&s);
+  if (!strstr(s.out, "holds checkpoint-6 of an earlier run")) fail_msg("%s", s.out);
   OK(mt_dir_remove(at_home("here")));
 }
 
