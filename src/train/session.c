@@ -98,15 +98,17 @@ done:
   return err;
 }
 
-/* What of the model must be the same on all ranks, a line each. */
+/* What of the model must be the same on all ranks, a line each. Weights are not read for it; where
+ * their checksums are listed, as in every checkpoint of a run, the list stands for them. */
 static mt_err describe_model(const struct mt_hf_checkpoint *h, char lines[], size_t size) {
-  static const char *const names[] = {"config.json", "tokenizer.json"};
+  static const char *const names[] = {"config.json", "tokenizer.json", "moetune-checksums.json"};
   size_t used = 0;
   uint64_t bytes = 0;
-  for (int i = 0; i < 2; i++) {
+  for (int i = 0; i < 3; i++) {
     char path[MT_PATH_MAX], text[MT_HASH_TEXT];
     struct mt_hash hash;
     MT_TRY(mt_path_join(path, h->dir, names[i]));
+    if (i == 2 && !mt_path_exists(path)) continue;
     MT_TRY(mt_hash_file(path, &hash, NULL));
     mt_hash_text(hash, text);
     used += (size_t)snprintf(lines + used, size - used, "%s: hash %s\n", names[i], text);

@@ -304,6 +304,18 @@ static void differences_are_refused(void **state) {
   OK(mt_file_read(at_home("two"), 1 << 16, &text, &size));
   if (!strstr(text, "another data file than rank 0")) fail_msg("%s", text);
   free(text);
+  /* So do checkpoints of one name, of two steps, on disks of two hosts. */
+  one = MT_CLI_PATH " eval --model ck --data data.jsonl --no-cache --chat-template mistral";
+  snprintf(command, sizeof command,
+           "cp -r from/checkpoint-3 seed/ck && cp -r from/checkpoint-6 other/ck && " MT_MPIEXEC
+           " --allow-run-as-root --oversubscribe -n 1 --wdir '%s/seed' %s : "
+           "-n 1 --wdir '%s/other' %s >two 2>&1",
+           home, one, home, one);
+  assert_int_not_equal(system(command), 0);
+  OK(mt_file_read(at_home("two"), 1 << 16, &text, &size));
+  if (!strstr(text, "rank 1: another model than rank 0: 'moetune-checksums.json"))
+    fail_msg("%s", text);
+  free(text);
 }
 
 /* Ranks that may run on the same cores share them: with as many threads as cores each, a step takes
