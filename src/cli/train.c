@@ -334,10 +334,11 @@ static mt_err finish(void *options, const struct mt_parsed *parsed) {
 static mt_err run_rank(const void *options, struct mt_world *world) {
   const struct train_flags *flags = options;
   struct mt_train_options o = flags->run;
-  char why[1024], page[MT_PATH_MAX], facts[MT_PATH_MAX];
+  char why[1024], page[MT_PATH_MAX];
+  bool recorded;
   o.world = world;
+  o.recorded = &recorded;
   mt_err err = mt_train_run(&o);
-  bool recorded = !mt_path_join(facts, o.out, "run.json") && mt_path_exists(facts);
   if (!flags->report || !recorded || world->rank != 0) return err;
   snprintf(why, sizeof why, "%s", mt_error_message());
   const char *dirs[] = {o.out};

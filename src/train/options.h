@@ -49,6 +49,7 @@ struct mt_train_options {
   const char *out;    /* run directory; the final checkpoint lies in it */
   const char *resume; /* NULL: fresh; "": the newest checkpoint under out; else that directory */
   int improvement;    /* 0..3, the rung that preset experts, blocks, pp_schedule, precision */
+  bool *recorded;     /* (=) whether the run came to be: run.json is its own; may be NULL */
   struct mt_world *world; /* the ranks that train together; NULL: this process alone */
   int ep_size;            /* of them, those that share a layer's experts */
   int ep_chunks;          /* that a micro-batch's tokens travel in */

@@ -584,6 +584,7 @@ mt_err mt_train_run(const struct mt_train_options *options) {
   mt_progress_break(&r.progress);
   if (err && r.recorded) record_failure(&r);
   r.s.members.well = !err;
+  if (options->recorded) *options->recorded = r.recorded;
   if (r.s.ranks) mt_ranks_settle(r.s.ranks); /* before any memory goes */
   mt_samples_close(&r.samples);
   mt_routing_destroy(&r.routing);

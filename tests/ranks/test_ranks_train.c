@@ -248,6 +248,11 @@ static void memory_is_as_planned(void **state) {
     state_bytes[zero] = got;
     free(text);
   }
+  /* Nothing is written, also where a run has been. */
+  struct start dry = {.args = RUN "--report --out @/run --dry-run"};
+  start_well(&dry);
+  assert_true(mt_path_exists(file("run", "run.json")));
+  assert_false(mt_path_exists(file("run", "report.html")));
   /* Dense parts are a fourth each, experts' a half. */
   assert_true(state_bytes[1] * 2 < state_bytes[0] + 4096 && state_bytes[1] * 4 > state_bytes[0]);
   assert_int_equal(state_bytes[2], state_bytes[1]);
