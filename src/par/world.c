@@ -85,9 +85,9 @@ mt_err mt_world_end(struct mt_world *w, mt_err err) {
   snprintf(why, sizeof why, "%s", mt_error_message());
   double limit = w->all.timeout_s;
   if (err && limit > GRACE_S) w->all.timeout_s = GRACE_S;
-  if (err) mt_world_patience(w, 0); /* whatever others read or write: who has failed is not in it */
   mt_world_doing(w, "at the end");
-  mt_world_patience(w, 0); /* what failed may have been given more than the others' few seconds */
+  mt_world_patience(w,
+                    0); /* what others read or write may take longer: who has failed is not in it */
   /* Where all have settled on it already, the others do not come to a meeting either. */
   mt_err met = err && w->settled ? err : mt_world_meet(w, err, NULL);
   w->all.timeout_s = limit;

@@ -180,11 +180,13 @@ static void a_signal_stops_all(void **state) {
   no_process_left();
 }
 
-static const struct CMUnitTest tests[] = {
-    cmocka_unit_test(killed_in_each_phase),          cmocka_unit_test(what_hangs_is_named),
-    cmocka_unit_test(one_ranks_error_ends_all),      cmocka_unit_test(one_ranks_call_ends_all),
-    cmocka_unit_test(who_cannot_write_says_so_soon), cmocka_unit_test(checksums_are_waited_for),
-    cmocka_unit_test(a_signal_stops_all)};
+static const struct CMUnitTest tests[] = {cmocka_unit_test(killed_in_each_phase),
+                                          cmocka_unit_test(what_hangs_is_named),
+                                          cmocka_unit_test(one_ranks_error_ends_all),
+                                          cmocka_unit_test(one_ranks_call_ends_all),
+                                          cmocka_unit_test(who_cannot_write_says_so_soon),
+                                          cmocka_unit_test(checksums_are_waited_for),
+                                          cmocka_unit_test(a_signal_stops_all)};
 int main(void) {
   return cmocka_run_group_tests(tests, set_up, tear_down);
 }
