@@ -9,11 +9,12 @@
 
 /* Measured within training steps on H100 (docs/benchmarks.md, "Where the step goes"): the product
  * of 8192 cubed at 700 TFLOP/s in turns with the steps, a copy at 2.85 TB/s. H200 has the same
- * multiprocessors and 4.8 TB/s for 3.35; B300 2500 dense bf16 TFLOP/s for 989 and 8 TB/s for 3.35
- * on paper: both at H100's measured shares of paper. 8-bit products are twice as fast as bf16's
- * where the chip has them (Hopper FP8, Blackwell MXFP8), else they are made in bf16. fp32 is what
- * the CUDA cores do. A link has 80% of the paper's 450 and 900 GB/s each way, a network port of 400
- * and 800 Gbit/s 90%; neither has been measured. */
+ * multiprocessors and limit of power and 4.8 TB/s for 3.35: a copy at H100's share of paper, and
+ * products at what its own steps leave for them, as its memory takes more of the power. B300 has
+ * 2500 dense bf16 TFLOP/s for 989 and 8 TB/s for 3.35 on paper: both at H100's shares. 8-bit
+ * products are twice as fast as bf16's where the chip has them (Hopper FP8, Blackwell MXFP8), else
+ * they are made in bf16. fp32 is what the CUDA cores do. A link has 80% of the paper's 450 and 900
+ * GB/s each way, a network port of 400 and 800 Gbit/s 90%; neither has been measured. */
 static const struct mt_machine table[] = {
     {.name = "h100",
      .bf16_flops = 700e12,
@@ -29,10 +30,10 @@ static const struct mt_machine table[] = {
      .host_ranks = 8,
      .memory_share = 0.5},
     {.name = "h200",
-     .bf16_flops = 700e12,
+     .bf16_flops = 660e12,
      .fp32_flops = 45e12,
-     .fp8_flops = 1400e12,
-     .mxfp8_flops = 700e12,
+     .fp8_flops = 1320e12,
+     .mxfp8_flops = 660e12,
      .copy_bytes = 4.08e12,
      .link_bytes = 360e9,
      .network_bytes = 45e9,
