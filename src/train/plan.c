@@ -311,16 +311,17 @@ static void times_of(const struct mt_planner *p, const struct mt_planner_entry *
   const struct mt_plan_traffic *sent = &plan->sent;
   int chunks = p->options->ep_chunks;
   double passes = plan->micro, calls = 7.0 * chunks * layers * passes;
-  double slot =
-      fmax(f->first_s + (passes - 1) * f->more_s, l->first_s + (passes - 1) * l->more_s) / passes;
+  double first = (f->first_s + (passes - 1) * f->more_s) / passes;
+  double last = (l->first_s + (passes - 1) * l->more_s) / passes;
   double exchange =
       travel(m, sent->counts + sent->tokens + sent->probabilities, plan->ep, 1, calls) +
       travel(m, sent->auxiliary, plan->dp * plan->ep, 1, passes);
   double messages = travel(m, sent->stages, plan->pp > 1 ? 2 : 1, plan->dp * plan->ep, 2 * passes);
-  plan->time.compute = slot * passes;
+  plan->time.compute = fmax(first, last) * passes;
   plan->time.exchange = (exchange + messages) * (1 - p->options->overlap);
   step_end(p, e, plan);
-  plan->time.bubble = (plan->time.compute + plan->time.exchange) / passes * (plan->pp - 1);
+  /* One micro-batch has to come through the others, which are as the faster of the two. */
+  plan->time.bubble = (fmin(first, last) + plan->time.exchange / passes) * (plan->pp - 1);
   plan->time.step = plan->time.compute + plan->time.exchange + plan->time.bubble + plan->time.sums +
                     plan->time.update;
 }
