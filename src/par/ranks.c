@@ -246,6 +246,47 @@ mt_err mt_ranks_token(struct mt_ranks *r, int32_t *id) {
   return r ? mt_comm_broadcast(&r->comm[MT_GROUP_WORLD], id, sizeof *id, 0) : MT_OK;
 }
 
+/* A number for each parameter: the sum of its squares; 0 where it is held in 8 bits alone. */
+static mt_err weigh(struct mt_ranks *r, double *of) {
+  struct mt_model *m = r->model;
+  mt_acts_enter(&m->acts, m->be, MT_ROOM_ENDS); /* for its workspace */
+  for (int i = 0; i < m->params.count; i++) {
+    const struct mt_param *p = &m->params.row[i];
+    struct mt_tensor w = p->compute.data ? p->compute : p->master;
+    of[i] = 0;
+    if (!w.data || mt_count(&w) != mt_param_count(p)) continue;
+    const struct mt_sumsq_args a = {.tensors = &w, .tensor_count = 1, .out = r->squares};
+    MT_TRY(m->be->ops.sumsq(m->be, &a));
+    MT_TRY(m->be->download(m->be, &of[i], r->squares, sizeof *of));
+  }
+  return MT_OK;
+}
+
+mt_err mt_ranks_same_weights(struct mt_ranks *r, const char *dir) {
+  const struct mt_params *rows = &r->model->params;
+  size_t bytes = (size_t)rows->count * sizeof(double);
+  double *mine = calloc(2, bytes), *theirs = mine + rows->count;
+  const struct mt_param *other = NULL;
+  mt_err err = mine ? weigh(r, mine) : mt_fail(MT_ENOMEM, "%d parameters", rows->count);
+  err = mt_world_meet(r->world, err, NULL);
+  for (int sync = 0; !err && sync < MT_SYNC_COUNT; sync++) {
+    enum mt_group group = sync == MT_SYNC_DENSE ? MT_GROUP_DENSE : MT_GROUP_DATA;
+    memcpy(theirs, mine, bytes);
+    err = mt_comm_broadcast(&r->comm[group], theirs, bytes, 0);
+    for (int i = 0; i < rows->count && !other; i++) {
+      bool same = memcmp(&mine[i], &theirs[i], sizeof *mine) == 0; /* NaN, too */
+      if (rows->row[i].sync == (enum mt_sync)sync && !same) other = &rows->row[i];
+    }
+  }
+  if (!err && other)
+    err = mt_fail(MT_EINVAL,
+                  "%s: '%s' is not what another rank has read: is it the same checkpoint on all "
+                  "hosts?",
+                  dir, other->name);
+  free(mine);
+  return mt_world_meet(r->world, err, NULL);
+}
+
 struct mt_comm *mt_ranks_sharing(struct mt_ranks *r, enum mt_sync sync) {
   return r->tensor[sync == MT_SYNC_DENSE ? MT_GROUP_DENSE : MT_GROUP_DATA];
 }

@@ -47,6 +47,11 @@ void mt_ranks_leave(struct mt_ranks *r);
 /* Whether transfers between GPUs have failed that a step has waited for: to be asked once it is
  * done and before its numbers are believed. Errors: MT_ECOMM. */
 mt_err mt_ranks_failed(struct mt_ranks *r);
+/* Whether the ranks that share a parameter have read the same numbers (their sums of squares, to
+ * the bit; what is in 8 bits alone is not looked at). dir: where from, for the message. Once a
+ * model that trains has joined and been loaded; collective; the host waits. Errors: MT_EINVAL
+ * naming a parameter, on every rank; those of the backend and of communicators. */
+mt_err mt_ranks_same_weights(struct mt_ranks *r, const char *dir);
 /* For who ends, after an error with transfers under way: from here on nothing is written to or read
  * from buffers of theirs, which may be freed then. Where MPI cannot be kept from it, all ranks are
  * brought down with the error's message. Who has not set r->well waits five seconds for the others,

@@ -228,6 +228,7 @@ mt_err mt_session_load(struct mt_session *s, const struct mt_model_options *opti
   if (err || !s->ranks) return err;
   s->ranks->whole = &s->whole;
   MT_TRY(mt_ranks_join(s->ranks, &s->model));
+  if (options->training) MT_TRY(mt_ranks_same_weights(s->ranks, s->checkpoint.dir));
   return mt_ranks_quantize(s->ranks);
 }
 

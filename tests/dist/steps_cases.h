@@ -292,6 +292,48 @@ static void cut_steps_on_every_mesh(const char *const *recipes, int count) {
   }
 }
 
+/* One number of the last rank is another: every rank is told, and of which parameter, where
+ * somebody shares it. */
+static void other_weights_are_seen(const char *recipe) {
+  struct mt_config c = config();
+  if (mt_recipe_find(recipe)->qformat != MT_Q_NONE) c.hidden = 96, c.ffn = 160, c.head_dim = 32;
+  for (int ep = 1; ep <= world.size; ep++) {
+    struct mt_ranks ranks;
+    struct run whole, mine;
+    if (world.size % ep != 0 || c.experts % ep != 0) continue;
+    open_ranks(&ranks, ep);
+    struct mt_shard shard = mt_ranks_shard(&ranks.mesh);
+    const struct mt_model_options options = {
+        .experts = MT_EXPERTS_GROUPED, .blocks = MT_BLOCKS_FUSED, .training = true};
+    open_run(&whole, recipe, options, &c, NULL);
+    small_weights(&whole.m, 3);
+    open_run(&mine, recipe, options, &c, &shard);
+    take_weights(&mine, &whole);
+    OK(mt_ranks_join(&ranks, &mine.m));
+    OK(mt_ranks_same_weights(&ranks, "here"));
+    for (int i = 0; i < mine.m.params.count; i++) {
+      struct mt_param *p = &mine.m.params.row[i];
+      struct mt_tensor *w = p->compute.data ? &p->compute : &p->master;
+      size_t at = mt_bytes(w) - mt_dtype_bytes(w->dtype);
+      uint64_t was, other;
+      OK(mine.be->download(mine.be, &was, (char *)w->data + at, mt_dtype_bytes(w->dtype)));
+      other = was ^ (uint64_t)0x40 << (w->dtype == MT_BF16 ? 0 : w->dtype == MT_F32 ? 16 : 45);
+      if (world.rank == world.size - 1)
+        OK(mine.be->upload(mine.be, (char *)w->data + at, &other, mt_dtype_bytes(w->dtype)));
+      bool shared = p->sync == MT_SYNC_DENSE ? world.size > 1 : ranks.mesh.dp > 1;
+      mt_err err = mt_ranks_same_weights(&ranks, "here");
+      assert_int_equal(err, shared ? MT_EINVAL : MT_OK);
+      if (shared && !strstr(mt_error_message(), p->name)) fail_msg("%s", mt_error_message());
+      OK(mine.be->upload(mine.be, (char *)w->data + at, &was, mt_dtype_bytes(w->dtype)));
+    }
+    world.settled = false;
+    ranks.well = true;
+    mt_ranks_close(&ranks);
+    close_run(&mine);
+    close_run(&whole);
+  }
+}
+
 static void steps_on_every_mesh(const char *recipe, struct near near) {
   static const struct mt_model_options ways[] = {
       {.experts = MT_EXPERTS_GROUPED, .blocks = MT_BLOCKS_FUSED, .training = true},

@@ -46,6 +46,12 @@ static void steps_bf16(void **state) {
   print_message("  off by %.1e of what moved, at most\n", worst_step);
 }
 
+static void other_weights(void **state) {
+  (void)state;
+  other_weights_are_seen("bf16");
+  if (!brief) other_weights_are_seen("fp8");
+}
+
 /* Whatever ranks cut among them, the same bits. */
 static void steps_cut_over_the_ranks(void **state) {
   (void)state;
@@ -119,6 +125,7 @@ static const struct CMUnitTest tests[] = {cmocka_unit_test(nccl_is_called_as_it_
                                           cmocka_unit_test(gradients),
                                           cmocka_unit_test(tokens_in_eight_bits),
                                           cmocka_unit_test(auxiliary_loss),
+                                          cmocka_unit_test(other_weights),
                                           cmocka_unit_test(steps_float32),
                                           cmocka_unit_test(steps_bf16),
                                           cmocka_unit_test(steps_cut_over_the_ranks),

@@ -62,6 +62,11 @@ static void tokens_in_eight_bits(void **state) {
   dispatch_in_eight_bits_on_every_mesh("mxfp8");
 }
 
+static void other_weights(void **state) {
+  (void)state;
+  other_weights_are_seen("bf16");
+}
+
 static void auxiliary_loss_float32(void **state) {
   (void)state;
   auxiliary_loss_is_of_all("fp32", 1e-6);
@@ -216,6 +221,7 @@ static const struct CMUnitTest tests[] = {COMM_CASES,
                                           cmocka_unit_test(gradients_float32),
                                           cmocka_unit_test(tokens_in_eight_bits),
                                           cmocka_unit_test(auxiliary_loss_float32),
+                                          cmocka_unit_test(other_weights),
                                           cmocka_unit_test(steps_float32),
                                           cmocka_unit_test(steps_cut_over_the_ranks),
                                           cmocka_unit_test(stages_float32),

@@ -17,7 +17,14 @@ static void steps_cut_over_the_ranks(void **state) {
       (const char *const[]){"bf16", "bf16-states", "fp8", "fp8-states", "mxfp8"}, 5);
 }
 
-static const struct CMUnitTest tests[] = {cmocka_unit_test(steps_float64),
-                                          cmocka_unit_test(steps_float32),
-                                          cmocka_unit_test(steps_cut_over_the_ranks)};
+static void other_weights(void **state) {
+  (void)state;
+  other_weights_are_seen("fp32");
+  other_weights_are_seen("bf16");
+  other_weights_are_seen("fp8");
+}
+
+static const struct CMUnitTest tests[] = {
+    cmocka_unit_test(other_weights), cmocka_unit_test(steps_float64),
+    cmocka_unit_test(steps_float32), cmocka_unit_test(steps_cut_over_the_ranks)};
 DIST_MAIN(tests)
