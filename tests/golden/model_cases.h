@@ -145,7 +145,8 @@ static inline void check_logits(struct golden *g, const struct bounds *b) {
   free(got);
 }
 
-/* Squared distance and squared size of what `form` holds of a tensor, against the fixture's. */
+/* Squared distance and squared size of what `form` holds of a tensor, against the fixture's; of
+ * experts those that are here. */
 static inline void compare_tensor(struct golden *g, const struct mt_param *p, const double *form,
                                   const struct mt_hf_tensor *t, const struct mt_st_tensor *want,
                                   double *distance, double *size) {
@@ -153,14 +154,17 @@ static inline void compare_tensor(struct golden *g, const struct mt_param *p, co
   *distance = *size = 0;
   int64_t elems = 1;
   for (int i = 0; i < want->rank; i++) elems *= want->dim[i];
-  if (elems != t->blocks * t->block_rows * n)
+  int64_t experts = p->sync == MT_SYNC_EXPERT ? want->dim[0] : 1;
+  int64_t here = p->sync == MT_SYNC_EXPERT ? p->dim[0] : 1;
+  if (elems / experts * here != t->blocks * t->block_rows * n)
     fail_msg("%s: '%s' has another size", g->dir, want->name);
+  int64_t first = p->first * (elems / experts);
   for (int64_t b = 0; b < t->blocks; b++) {
     for (int64_t r = 0; r < t->block_rows; r++) {
       int64_t from = (t->param_row + b * t->param_stride + r) * n;
       for (int64_t i = 0; i < n; i++) {
         double x = form[from + i];
-        double w = real(want, (b * t->block_rows + r) * n + i);
+        double w = real(want, first + (b * t->block_rows + r) * n + i);
         *distance += (x - w) * (x - w);
         *size += w * w;
       }
