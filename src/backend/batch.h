@@ -22,4 +22,10 @@ struct mt_batch {
   int token_capacity, sequence_capacity; /* what the arrays hold */
 };
 
+/* Rows that a pass runs over. A batch that has none is taken for one row of padding, so that
+ * whatever a pass writes is written (gradients without a row: zeros). */
+static inline int mt_batch_rows(const struct mt_batch *b) {
+  return b->token_count > 0 ? b->token_count : 1;
+}
+
 #endif

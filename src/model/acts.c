@@ -486,7 +486,7 @@ mt_err mt_acts_load(struct mt_acts *a, struct mt_backend *be, const struct mt_ba
                    batch->token_count, batch->sequence_count, (long long)a->options.token_capacity,
                    (long long)a->options.sequence_capacity);
   }
-  int64_t t = batch->token_count;
+  int64_t t = mt_batch_rows(batch);
   size_t bytes = (size_t)t * sizeof(int32_t), head = block_head_bytes(a);
   int32_t *ints = (int32_t *)(a->host_values + 1);
   *ints++ = batch->valid_count;
@@ -494,9 +494,14 @@ mt_err mt_acts_load(struct mt_acts *a, struct mt_backend *be, const struct mt_ba
     *ints++ = batch->cu_seqlens[s < batch->sequence_count ? s : batch->sequence_count];
   }
   char *rows = (char *)a->host_block + head;
-  memcpy(rows, batch->ids, bytes);
-  memcpy(rows + bytes, batch->positions, bytes);
-  memcpy(rows + 2 * bytes, batch->labels, bytes);
+  if (batch->token_count > 0) {
+    memcpy(rows, batch->ids, bytes);
+    memcpy(rows + bytes, batch->positions, bytes);
+    memcpy(rows + 2 * bytes, batch->labels, bytes);
+  } else {
+    const int32_t padding[] = {0, 0, MT_IGNORE};
+    memcpy(rows, padding, sizeof padding);
+  }
   a->valid_count = (int32_t *)(a->values + 1);
   a->cu_seqlens = a->valid_count + 1;
   a->ids = (int32_t *)((char *)a->values + head);

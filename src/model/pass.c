@@ -161,14 +161,14 @@ static double stat_at(const void *data, enum mt_dtype dtype, int64_t i) {
 static mt_err read_loss(struct mt_model *m, const struct mt_batch *batch, struct mt_loss *out) {
   struct mt_acts *a = &m->acts;
   *out = (struct mt_loss){.target_count = batch->target_count};
-  size_t rows = (size_t)batch->token_count;
+  size_t rows = (size_t)mt_batch_rows(batch);
   MT_TRY(m->be->download(m->be, m->host_rows, a->loss.data, rows * mt_dtype_bytes(a->loss.dtype)));
-  for (int64_t i = 0; i < batch->token_count; i++) {
-    out->cross_entropy_sum += stat_at(m->host_rows, a->loss.dtype, i);
+  for (size_t i = 0; i < rows; i++) {
+    out->cross_entropy_sum += stat_at(m->host_rows, a->loss.dtype, (int64_t)i);
   }
   const int32_t *correct = m->host_rows;
   MT_TRY(m->be->download(m->be, m->host_rows, a->correct, rows * sizeof(int32_t)));
-  for (int64_t i = 0; i < batch->token_count; i++) out->correct_count += correct[i];
+  for (size_t i = 0; i < rows; i++) out->correct_count += correct[i];
   MT_TRY(m->be->download(m->be, m->host_rows, a->aux_loss.data, mt_bytes(&a->aux_loss)));
   out->aux = stat_at(m->host_rows, a->aux_loss.dtype, 0);
   if (!(m->options.z_coef > 0)) return MT_OK;
@@ -178,7 +178,7 @@ static mt_err read_loss(struct mt_model *m, const struct mt_batch *batch, struct
 }
 
 static struct mt_view view_of(const struct mt_model *m, const struct mt_batch *batch) {
-  return (struct mt_view){.tokens = batch->token_count,
+  return (struct mt_view){.tokens = mt_batch_rows(batch),
                           .sequences = (int)m->acts.options.sequence_capacity};
 }
 

@@ -123,25 +123,26 @@ static mt_err pass_back(struct mt_pipeline *p, int i, int tokens) {
  * had it has come back. */
 static mt_err forward(struct mt_pipeline *p, const struct mt_pass *passes, int micro_count, int i) {
   int next = i + 1;
-  if (!p->early) MT_TRY(expect(p, i, passes[i].batch->token_count));
+  if (!p->early) MT_TRY(expect(p, i, mt_batch_rows(passes[i].batch)));
   MT_TRY(await(p, &p->come[i % p->slots]));
-  if (p->early && next < micro_count) MT_TRY(expect(p, next, passes[next].batch->token_count));
+  if (p->early && next < micro_count) MT_TRY(expect(p, next, mt_batch_rows(passes[next].batch)));
   MT_TRY(await(p, &p->go[i % p->slots]));
   if (i >= 2) MT_TRY(await(p, &p->go[(i - 2) % p->slots]));
   if (is_last(p)) MT_TRY(await_back(p, &p->back_go[i % 2])); /* aux_grads' */
   MT_TRY(mt_model_stage_forward(p->model, i, &passes[i]));
-  return pass_on(p, i, passes[i].batch->token_count);
+  return pass_on(p, i, mt_batch_rows(passes[i].batch));
 }
 
 static mt_err backward(struct mt_pipeline *p, const struct mt_pass *passes, int micro_count,
                        int i) {
   int next = i + 1;
-  if (!p->early) MT_TRY(expect_back(p, i, passes[i].batch->token_count));
+  if (!p->early) MT_TRY(expect_back(p, i, mt_batch_rows(passes[i].batch)));
   MT_TRY(await_back(p, &p->back_come[i % 2]));
-  if (p->early && next < micro_count) MT_TRY(expect_back(p, next, passes[next].batch->token_count));
+  if (p->early && next < micro_count)
+    MT_TRY(expect_back(p, next, mt_batch_rows(passes[next].batch)));
   if (p->begin) MT_TRY(p->begin(p->begin_context, i, micro_count));
   MT_TRY(mt_model_stage_backward(p->model, i, &passes[i]));
-  return pass_back(p, i, passes[i].batch->token_count);
+  return pass_back(p, i, mt_batch_rows(passes[i].batch));
 }
 
 static mt_err sent(struct mt_pipeline *p) {
@@ -157,8 +158,8 @@ mt_err mt_pipeline_run(struct mt_pipeline *p, const struct mt_pass *passes, int 
     return mt_fail(MT_EINVAL, "stage %d of %d keeps %d micro-batches, there is room for %d", stage,
                    stages, need, p->model->options.in_flight);
   }
-  if (p->early) MT_TRY(expect(p, 0, passes[0].batch->token_count));
-  if (p->early) MT_TRY(expect_back(p, 0, passes[0].batch->token_count));
+  if (p->early) MT_TRY(expect(p, 0, mt_batch_rows(passes[0].batch)));
+  if (p->early) MT_TRY(expect_back(p, 0, mt_batch_rows(passes[0].batch)));
   for (int k = 0; k < 2 * micro_count; k++) {
     struct mt_stage_action a = mt_stage_action(p->sequential, stage, stages, micro_count, k);
     MT_TRY(a.backward ? backward(p, passes, micro_count, a.micro)
@@ -184,12 +185,12 @@ static mt_err leave(struct mt_pipeline *p, int tokens) {
 mt_err mt_pipeline_eval(struct mt_pipeline *p, int i, const struct mt_batch *batch,
                         struct mt_loss *loss) {
   mt_acts_select(&p->model->acts, i);
-  MT_TRY(expect(p, i, batch->token_count));
+  MT_TRY(expect(p, i, mt_batch_rows(batch)));
   MT_TRY(await(p, &p->come[i % p->slots]));
   MT_TRY(await(p, &p->go[i % p->slots]));
   if (i >= 2) MT_TRY(await(p, &p->go[(i - 2) % p->slots]));
   MT_TRY(mt_model_stage_eval(p->model, batch, loss));
-  MT_TRY(pass_on(p, i, batch->token_count));
+  MT_TRY(pass_on(p, i, mt_batch_rows(batch)));
   return p->model->be->sync(p->model->be);
 }
 

@@ -246,8 +246,9 @@ mt_err mt_ranks_token(struct mt_ranks *r, int32_t *id) {
   return r ? mt_comm_broadcast(&r->comm[MT_GROUP_WORLD], id, sizeof *id, 0) : MT_OK;
 }
 
-/* A number for each parameter: the sum of its squares; 0 where it is held in 8 bits alone. */
-static mt_err weigh(struct mt_ranks *r, double *of) {
+/* A number for each parameter: the bits of its sum of squares; 0 where it is held in 8 bits alone.
+ */
+static mt_err weigh(struct mt_ranks *r, uint64_t *of) {
   struct mt_model *m = r->model;
   mt_acts_enter(&m->acts, m->be, MT_ROOM_ENDS); /* for its workspace */
   for (int i = 0; i < m->params.count; i++) {
@@ -264,18 +265,18 @@ static mt_err weigh(struct mt_ranks *r, double *of) {
 
 mt_err mt_ranks_same_weights(struct mt_ranks *r, const char *dir) {
   const struct mt_params *rows = &r->model->params;
-  size_t bytes = (size_t)rows->count * sizeof(double);
-  double *mine = calloc(2, bytes), *theirs = mine + rows->count;
+  size_t bytes = (size_t)rows->count * sizeof(uint64_t);
+  uint64_t *mine = calloc(2, bytes);
+  if (!mine) return mt_world_meet(r->world, mt_fail(MT_ENOMEM, "%d weights", rows->count), NULL);
+  uint64_t *theirs = mine + rows->count;
   const struct mt_param *other = NULL;
-  mt_err err = mine ? weigh(r, mine) : mt_fail(MT_ENOMEM, "%d parameters", rows->count);
-  err = mt_world_meet(r->world, err, NULL);
+  mt_err err = mt_world_meet(r->world, weigh(r, mine), NULL);
   for (int sync = 0; !err && sync < MT_SYNC_COUNT; sync++) {
     enum mt_group group = sync == MT_SYNC_DENSE ? MT_GROUP_DENSE : MT_GROUP_DATA;
     memcpy(theirs, mine, bytes);
     err = mt_comm_broadcast(&r->comm[group], theirs, bytes, 0);
     for (int i = 0; i < rows->count && !other; i++) {
-      bool same = memcmp(&mine[i], &theirs[i], sizeof *mine) == 0; /* NaN, too */
-      if (rows->row[i].sync == (enum mt_sync)sync && !same) other = &rows->row[i];
+      if (rows->row[i].sync == (enum mt_sync)sync && mine[i] != theirs[i]) other = &rows->row[i];
     }
   }
   if (!err && other)

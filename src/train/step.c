@@ -177,7 +177,7 @@ static mt_err launch_all(struct mt_step_queue *q, struct mt_batch *const *micro,
   for (int i = 0; i < micro_count && !mt_ranks_staged(q->ranks); i++) {
     part.pass = micro_pass(r, targets, micro, micro_count, i);
     part.pass.sum_squares &= !q->ranks; /* a sum over ranks comes behind */
-    const struct mt_graph_key pass = {micro[i]->token_count, part.pass.accumulate, several};
+    const struct mt_graph_key pass = {mt_batch_rows(micro[i]), part.pass.accumulate, several};
     MT_TRY(mt_model_pass_load(q->model, &part.pass));
     if (q->ranks) MT_TRY(mt_ranks_begin(q->ranks, i, micro_count));
     MT_TRY(run_part(q, pass, launch_pass, &part, &replayed));

@@ -55,7 +55,8 @@ static int64_t tokens_sent(int reader, int vocab) {
   for (int pass = 0; pass < steps_run() * STAGE_MICRO; pass++) {
     struct small_batch s;
     batch_of(&s, vocab, reader, pass);
-    tokens += pass % 3 == 0 ? s.b.valid_count : s.b.token_count;
+    if (pass % 3 == 0) s.b.token_count = s.b.valid_count;
+    tokens += mt_batch_rows(&s.b);
   }
   return tokens;
 }
