@@ -14,7 +14,7 @@ runs=(
   test_cuda_backends:native_fp32 test_cuda_backends:native_bf16
   test_cuda_backends:portable_fp32 test_cuda_backends:portable_bf16
   test_cuda_backends:native_bf16_states
-  test_cuda_grouped@4 test_cuda_experts@4 test_cuda_attention
+  test_cuda_grouped@4 test_cuda_experts@4 test_cuda_fp8@4 test_cuda_attention
   test_cuda_golden test_cuda_recompute test_cuda_properties
 )
 

@@ -36,6 +36,11 @@ __device__ __forceinline__ void barrier_expect(uint32_t bar, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes)
                : "memory");
 }
+/* One of several arrivals at a barrier of this block: what the thread has read and written comes
+ * first. */
+__device__ __forceinline__ void barrier_arrive(uint32_t bar) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
+}
 /* Arrives at the barrier at the same place in block `rank` of the cluster. Orders no writes (a
  * release at cluster scope would wait for all of the thread's): what was read in shared memory is
  * read. */

@@ -49,13 +49,14 @@ template <int STAGES> __device__ __forceinline__ void advance(struct ring *r) {
 
 /* One thread readies the barriers: a stage is filled by its bytes and an arrival of each of the
  * loading threads, 1 or with `beside` a warp besides, and free again once the multiplying warps of
- * both blocks of the cluster are done with it. */
+ * both blocks of the cluster are done with it, of this block each lane where there is more in it
+ * than products read (`beside`). */
 template <class S> __device__ __forceinline__ void init_ring(struct control *s, bool beside) {
   int arrivals = beside ? 1 + 32 : 1;
   init_units(&s->units, MULTIPLIER_WARPS + (beside ? 3 : 2));
   for (int i = 0; i < S::STAGES; i++) {
     barrier_init(shared_address(&s->full[i]), arrivals);
-    barrier_init(shared_address(&s->empty[i]), 2 * MULTIPLIER_WARPS);
+    barrier_init(shared_address(&s->empty[i]), MULTIPLIER_WARPS * (beside ? 32 + 1 : 2));
   }
   barrier_init_done();
 }
@@ -133,6 +134,13 @@ __device__ __forceinline__ void multiply_tile(float (&d)[S::TILE_N / 2], struct 
   wgmma_wait<0>();
   sums_ready(d);
   leave(empty, last);
+}
+
+/* The same where every lane has read what came beside: this block, which brought it, waits for each
+ * of them. */
+__device__ __forceinline__ void leave_each(uint32_t empty, int stage, int rank) {
+  barrier_arrive(empty + (uint32_t)stage * 8);
+  if (threadIdx.x % 32 == 0) barrier_arrive_at(empty + (uint32_t)stage * 8, (uint32_t)rank ^ 1);
 }
 
 /* For a warpgroup with nothing to make: the ring goes on. */

@@ -215,7 +215,7 @@ __device__ __forceinline__ void add_part(float (&sums)[64], const float (&part)[
 template <class S>
 __device__ __forceinline__ void multiply_tile8(float (&sums)[2][64], struct ring *r, int steps,
                                                bool two, uint32_t full, uint32_t empty, uint32_t a,
-                                               uint32_t b, uint32_t scales, int half) {
+                                               uint32_t b, uint32_t scales, int rank, int half) {
   float part[64];
   float2 ahead[AHEAD];
   uint32_t row = (threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4) * 4;
@@ -247,16 +247,10 @@ __device__ __forceinline__ void multiply_tile8(float (&sums)[2][64], struct ring
       if (!S::WGRAD) up *= of_b, low *= of_b;
       wgmma_wait<0>();
       sums_ready(part);
-      if (!S::WGRAD && (h == 1 || !two)) {
-        __syncwarp();
-        leave(empty, stage);
-      }
+      if (!S::WGRAD && (h == 1 || !two)) leave_each(empty, stage, rank);
       add_part<S>(sums[h], part, up, low, ahead, by + column);
     }
-    if (S::WGRAD) { /* not before every lane has read the scales */
-      __syncwarp();
-      leave(empty, stage);
-    }
+    if (S::WGRAD) leave_each(empty, stage, rank);
     advance<S::STAGES>(r);
   }
 }
@@ -309,7 +303,10 @@ __device__ __forceinline__ void multiply_all(const struct qjob &j, const CUtenso
     int steps = step_count<S>(j, p), row = p.m * TILE_M, col = p.n * Q_TILE_N + half * HALF_N;
     int rows = S::WGRAD ? j.m : p.end - p.begin;
     if (row >= rows || col >= j.n) { /* nothing to make, but the ring goes on */
-      pass_stages<S>(&r, steps, full, empty);
+      for (int i = 0; i < steps; i++, advance<S::STAGES>(&r)) {
+        barrier_wait(full + (uint32_t)r.stage * 8, r.parity);
+        leave_each(empty, r.stage, rank);
+      }
       continue;
     }
     int64_t first = S::WGRAD ? (int64_t)p.g * j.m : p.begin;
@@ -326,7 +323,8 @@ __device__ __forceinline__ void multiply_all(const struct qjob &j, const CUtenso
       continue;
     }
     bool two = row + 64 < rows;
-    multiply_tile8<S>(sums, &r, steps, two, full, empty, tiles, b, tiles + S::SCALES_AT, half);
+    multiply_tile8<S>(sums, &r, steps, two, full, empty, tiles, b, tiles + S::SCALES_AT, rank,
+                      half);
 #pragma unroll
     for (int h = 0; h < 2; h++) {
       if (h == 1 && !two) break;
