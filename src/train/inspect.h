@@ -4,7 +4,7 @@
 
 #include "hf/checkpoint.h"
 #include "par/ranks.h"
-#include "train/options.h"
+#include "train/session.h"
 
 /* Tables of a checkpoint's files. */
 void mt_inspect_shards(const struct mt_hf_checkpoint *h);
@@ -19,9 +19,10 @@ void mt_inspect_mesh(const struct mt_mesh *mesh, const struct mt_config *c, cons
 /* Bytes by lifetime; of: what they are of, behind the heading. */
 void mt_inspect_plan(const struct mt_memory *m, const char *of);
 
-/* Both, on rank 0 of a world whose ranks bring what each would take. Collective. */
-mt_err mt_inspect_ranks(struct mt_world *w, const struct mt_mesh *mesh, const struct mt_config *c,
-                        const struct mt_memory *mine);
+/* Both of a session's mesh, or of one rank, told by rank 0: what training so would take of each.
+ * Collective. Errors: those of mt_session_plan, MT_ENOMEM, MT_ECOMM. */
+mt_err mt_inspect_session(struct mt_session *s, const struct mt_model_options *o,
+                          const struct mt_string_list *freeze);
 
 /* What training on a data file would see. */
 mt_err mt_inspect_data(const struct mt_inspect_options *o);

@@ -39,8 +39,8 @@ void mt_inspect_plan(const struct mt_memory *m, const char *of) {
   }
 }
 
-mt_err mt_inspect_ranks(struct mt_world *w, const struct mt_mesh *mesh, const struct mt_config *c,
-                        const struct mt_memory *mine) {
+static mt_err of_ranks(struct mt_world *w, const struct mt_mesh *mesh, const struct mt_config *c,
+                       const struct mt_memory *mine) {
   uint64_t *bytes = calloc((size_t)w->size, sizeof *bytes);
   if (!bytes) return mt_fail(MT_ENOMEM, "the memory of %d ranks", w->size);
   bytes[w->rank] = mine->parameters + mine->gradients + mine->optimizer + mine->activations;
@@ -51,4 +51,18 @@ mt_err mt_inspect_ranks(struct mt_world *w, const struct mt_mesh *mesh, const st
   }
   free(bytes);
   return err;
+}
+
+mt_err mt_inspect_session(struct mt_session *s, const struct mt_model_options *o,
+                          const struct mt_string_list *freeze) {
+  const struct mt_config *c = &s->checkpoint.config;
+  struct mt_memory memory;
+  struct mt_mesh alone;
+  mt_err err = mt_session_plan(s, o, freeze, &memory);
+  MT_TRY(mt_world_meet(s->world, err, NULL));
+  if (s->ranks) return of_ranks(s->world, &s->ranks->mesh, c, &memory);
+  MT_TRY(mt_mesh_make(c, 1, 0, 1, 1, &alone));
+  mt_inspect_mesh(&alone, c, NULL);
+  mt_inspect_plan(&memory, "");
+  return MT_OK;
 }

@@ -552,30 +552,16 @@ static void record_failure(struct run *r) {
   (void)mt_fail(MT_OK, "%s", why);
 }
 
-/* Who would hold what, and the memory of each rank; what rank 0's is made of. */
-static mt_err show_plan(struct run *r) {
-  const struct mt_config *c = &r->s.checkpoint.config;
-  struct mt_model_options m;
-  struct mt_memory memory;
-  struct mt_mesh alone;
-  MT_TRY(mt_mesh_make(c, 1, 0, 1, 1, &alone));
-  MT_TRY(model_options(r, &m));
-  mt_err err = mt_session_plan(&r->s, &m, &r->o->freeze, &memory);
-  MT_TRY(mt_world_meet(r->s.world, err, NULL));
-  if (r->s.ranks) return mt_inspect_ranks(r->s.world, &r->s.ranks->mesh, c, &memory);
-  mt_inspect_mesh(&alone, c, NULL);
-  mt_inspect_plan(&memory, "");
-  return MT_OK;
-}
-
 static mt_err dry_run(struct run *r) {
+  struct mt_model_options m;
   const struct mt_train_options *o = r->o;
   struct mt_device_options device = o->device;
   device.plan_only = true;
   mt_err err = mt_session_open(&r->s, o->model, &device, o->chat_template, o->world);
   MT_TRY(mt_world_meet(o->world, err, NULL));
   MT_TRY(mt_session_join(&r->s, o->world, o->ep_size, o->pp_size));
-  return show_plan(r);
+  MT_TRY(model_options(r, &m));
+  return mt_inspect_session(&r->s, &m, &r->o->freeze);
 }
 
 mt_err mt_train_run(const struct mt_train_options *options) {

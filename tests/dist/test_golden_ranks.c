@@ -89,7 +89,7 @@ static void on_cpu(const char *dir) {
 }
 
 static void every_case(int experts, int stages) {
-  if (world.size > 4 || world.size % (experts * stages) != 0) skip(); /* more show nothing new */
+  if (world.size % (experts * stages) != 0) skip(); /* nothing to cut so */
   ep = experts, pp = stages, cases_run = 0;
   each_case(cases_at_least(), on_cpu);
   assert_true(cases_run >= 2 || cases_at_least() == 0);

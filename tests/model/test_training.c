@@ -440,6 +440,13 @@ static void a_damaged_checkpoint_is_named(void **state) {
     flip_byte(middle, names[i], SIZE_MAX);
   }
   OK(mt_train_run(&o));
+  /* A run that would have ended before it; the step it ends with itself is none of those. */
+  o.warmup_steps = 0;
+  o.train_steps = 4;
+  FAILS(mt_train_run(&o), MT_EINVAL, "is of step 5, the run would end after 4");
+  o = train_options("cpu", model, data, a);
+  o.save_every = 5;
+  o.resume = middle;
   /* One of an earlier version has no list. */
   assert_int_equal(unlink(list), 0);
   OK(mt_train_run(&o));
