@@ -37,10 +37,7 @@ template <int KIND_, class C_, int TILE_N_, int STAGES_, int SLOTS_> struct desi
   static __device__ __forceinline__ bool find(const struct job &j, const struct control *s,
                                               struct walk *at, int unit, int rank,
                                               struct place *p) {
-    int nt = (j.n + TILE_N - 1) / TILE_N;
-    if (WGRAD)
-      return find_matrix(s->offsets, j.groups, (j.m + TILE_M - 1) / TILE_M, nt, unit, rank, p);
-    return find_rows(at, s->offsets, j.groups, nt, unit, rank, p);
+    return find_unit<WGRAD, TILE_N>(j, s, at, unit, rank, p);
   }
 };
 

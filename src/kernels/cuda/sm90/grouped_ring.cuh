@@ -27,6 +27,16 @@ struct control {
   int offsets[GROUPS_MOST + 1];
 };
 
+/* What such a find is for tiles of TILE_N columns; wgrad's of matrices [m, n]. */
+template <bool WGRAD, int TILE_N, class J>
+__device__ __forceinline__ bool find_unit(const J &j, const struct control *s, struct walk *at,
+                                          int unit, int rank, struct place *p) {
+  int nt = (j.n + TILE_N - 1) / TILE_N;
+  if (WGRAD)
+    return find_matrix(s->offsets, j.groups, (j.m + TILE_M - 1) / TILE_M, nt, unit, rank, p);
+  return find_rows(at, s->offsets, j.groups, nt, unit, rank, p);
+}
+
 /* The life of the thread that hands units out (grouped_units.cuh). */
 template <class S, class J>
 __device__ __forceinline__ void hand_out(const J &j, const struct control *s, int rank) {

@@ -47,10 +47,7 @@ template <bool WGRAD_, class C_> struct qdesign {
   static __device__ __forceinline__ bool find(const struct qjob &j, const struct control *s,
                                               struct walk *at, int unit, int rank,
                                               struct place *p) {
-    int nt = (j.n + Q_TILE_N - 1) / Q_TILE_N;
-    if (WGRAD)
-      return find_matrix(s->offsets, j.groups, (j.m + TILE_M - 1) / TILE_M, nt, unit, rank, p);
-    return find_rows(at, s->offsets, j.groups, nt, unit, rank, p);
+    return find_unit<WGRAD, Q_TILE_N>(j, s, at, unit, rank, p);
   }
 };
 
